@@ -1,0 +1,233 @@
+"""Linear layers under an N:M mask: a fixed one, or one that is learned.
+
+Both keep the dense weight and its bias as they are and apply the mask on the way, so that a mask can
+always be changed, compared or folded away (:meth:`fold`). A missing mask is an error, never a dense layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskllm4v.errors import CheckpointError, PatternError
+from maskllm4v.gumbel import masked_weight
+from maskllm4v.patterns import NMPattern
+from maskllm4v.randomness import generator, philox_key
+
+
+def _new_like(cls: type[nn.Linear], linear: nn.Linear, **kwargs: Any) -> Any:
+    """A layer of ``cls`` that shares the parameters of ``linear``; nothing is drawn or copied."""
+    with torch.device("meta"):
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, **kwargs)
+    layer.weight, layer.bias = linear.weight, linear.bias
+    return layer.train(linear.training)
+
+
+def _folded(layer: nn.Linear, mask: Tensor) -> nn.Linear:
+    linear: nn.Linear = _new_like(nn.Linear, layer)
+    linear.weight = nn.Parameter(layer.weight.detach() * mask, requires_grad=layer.weight.requires_grad)
+    return linear
+
+
+class MaskedLinear(nn.Linear):
+    """``y = x (w ⊙ mask)ᵀ + b`` with a fixed boolean mask ``[out, in]``.
+
+    Args:
+        in_features, out_features, bias: as in ``nn.Linear``.
+        N, M: the pattern that the mask has to satisfy.
+
+    A new layer has no mask; using it raises :class:`PatternError` until :meth:`set_mask` or a state dict
+    brings one. Weights may be trained; masked ones get no gradient.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, N: int = 2, M: int = 4) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.pattern = NMPattern(N, M)
+        self.pattern.check_fits(in_features)
+        self.register_buffer("mask", None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, N: int = 2, M: int = 4) -> MaskedLinear:
+        """Take over a layer's parameters; the mask is still missing."""
+        layer: MaskedLinear = _new_like(cls, linear, N=N, M=M)
+        return layer
+
+    def set_mask(self, mask: Tensor, layer: str = "weight") -> None:
+        """Install a mask ``[out, in]`` after checking its shape and every group."""
+        if mask.shape != self.weight.shape:
+            raise PatternError(f"layer {layer!r}: mask {tuple(mask.shape)} for a weight {tuple(self.weight.shape)}")
+        self.pattern.validate(mask, layer)
+        self.mask = mask.to(self.weight.device, torch.bool)
+
+    def current_mask(self) -> Tensor:
+        """The mask in use, boolean ``[out, in]``."""
+        if self.mask is None:
+            raise PatternError("a MaskedLinear has no mask yet: call set_mask, or load a checkpoint that has one")
+        return self.mask
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight * self.current_mask(), self.bias)
+
+    def fold(self) -> nn.Linear:
+        """A plain ``nn.Linear`` whose pruned weights are zero."""
+        return _folded(self, self.current_mask())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pattern={self.pattern}"
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        mask = state.get(f"{prefix}mask")
+        if mask is not None:
+            if mask.shape != self.weight.shape:
+                raise CheckpointError(f"layer {prefix[:-1]!r}: mask {tuple(mask.shape)} in the state dict")
+            self.pattern.validate(mask, prefix[:-1])
+            self.mask = torch.empty_like(self.weight, dtype=torch.bool)
+        super()._load_from_state_dict(state, prefix, *args)
+        if mask is None and self.mask is None and f"{prefix}mask" not in args[2]:
+            args[2].append(f"{prefix}mask")  # missing_keys: strict loading must not pass over it
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which noise a learnable mask gets: all that its Gumbel draws depend on, next to the layer's name."""
+
+    seed: int = 0
+    step: int = 0
+    micro_step: int = 0
+    rank: int = 0
+
+
+class LearnableMaskedLinear(nn.Linear):
+    """A frozen linear layer whose N:M mask is learned (MaskLLM, arXiv 2409.17481).
+
+    In training mode each forward samples a soft mask from ``logits``; in evaluation mode the arg-max
+    candidate's mask is used. Weight and bias are frozen; ``logits`` ``[K, groups]`` is the parameter.
+
+    Args:
+        in_features, out_features, bias: as in ``nn.Linear``.
+        N, M: the pattern.
+        hard: straight-through: arg-max forward, soft gradient backward.
+        tau: temperature τ.
+        scaling: factor s on the logits.
+        gate_std: standard deviation σ of the initial logits.
+        name: the layer's name in its model, part of the noise's key.
+        seed: seed of the initial logits and of the noise.
+
+    Attributes:
+        kept_energy: Σ(masked weight)² of the last training forward, for the sparse-weight regulariser.
+        draw: the noise used next. Training loops set it (:func:`set_draw`); where nobody does, each
+            training forward moves on to the next step by itself.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        N: int = 2,
+        M: int = 4,
+        hard: bool = False,
+        tau: float = 1.0,
+        scaling: float = 100.0,
+        gate_std: float = 0.2,
+        name: str = "",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.pattern = NMPattern(N, M)
+        self.pattern.check_fits(in_features, name or "weight")
+        self.hard, self.tau, self.scaling, self.gate_std = hard, tau, scaling, gate_std
+        self.name, self.draw = name, Draw(seed)
+        self.kept_energy: Tensor | None = None
+        self.advances = True  # by itself, until set_draw takes over
+        self.bypassed = False  # see as_dense
+        self._freeze_and_add_logits()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **kwargs: Any) -> LearnableMaskedLinear:
+        """Take over and freeze a layer's parameters; keyword arguments as in the constructor."""
+        layer: LearnableMaskedLinear = _new_like(cls, linear, **kwargs)
+        layer._freeze_and_add_logits()
+        return layer
+
+    def _freeze_and_add_logits(self) -> None:
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        shape = (self.pattern.num_candidates, self.weight.numel() // self.pattern.m)
+        self.logits = nn.Parameter(torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device))
+        if self.gate_std and not self.weight.is_meta:
+            noise = generator(self.draw.seed, "logits", self.name).standard_normal(shape, dtype="float32")
+            self.logits.data.copy_(torch.from_numpy(noise)).mul_(self.gate_std)
+
+    @property
+    def tau(self) -> float:
+        return self._tau
+
+    @tau.setter
+    def tau(self, value: float) -> None:
+        if not value > 0:
+            raise ValueError(f"tau is {value}; a temperature is > 0")
+        self._tau = float(value)
+
+    @property
+    def scaling(self) -> float:
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        if not value > 0:
+            raise ValueError(f"scaling is {value}; it has to be > 0")
+        self._scaling = float(value)
+
+    def masked_weight(self, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Sample a mask and apply it.
+
+        Args:
+            uniform: noise in (0, 1), ``[K, groups]``; by default drawn as :attr:`draw` says.
+
+        Returns:
+            The masked weight ``[out, in]`` and the sum of its squares (scalar).
+        """
+        key = None
+        if uniform is None:
+            d = self.draw
+            key = philox_key(d.seed, "gumbel", self.name, d.step, d.micro_step, d.rank)
+        return masked_weight(
+            self.weight,
+            self.logits,
+            self.pattern.candidates(self.weight.device, self.weight.dtype),
+            tau=self.tau,
+            scaling=self.scaling,
+            hard=self.hard,
+            uniform=uniform,
+            key=key,
+        )
+
+    def current_mask(self) -> Tensor:
+        """The most probable candidate of each group, boolean ``[out, in]``."""
+        return self.pattern.from_index(self.logits.detach().argmax(0), self.weight.shape)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.bypassed:
+            return F.linear(input, self.weight, self.bias)
+        if not self.training:
+            return F.linear(input, self.weight * self.current_mask(), self.bias)
+        weight, self.kept_energy = self.masked_weight()
+        if self.advances:
+            self.draw = Draw(self.draw.seed, self.draw.step + 1)
+        return F.linear(input, weight, self.bias)
+
+    def fold(self) -> nn.Linear:
+        """A plain ``nn.Linear`` whose pruned weights are zero."""
+        return _folded(self, self.current_mask())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pattern={self.pattern}, hard={self.hard}"

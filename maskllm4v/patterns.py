@@ -1,0 +1,216 @@
+"""N:M sparsity patterns on plain tensors: candidates, top-N masks, validity, packing.
+
+``N`` counts the weights **kept** in each group of ``M`` consecutive input features of one output row
+(Mishra et al. 2021, arXiv 2104.08378). Groups never straddle rows. Candidates stand in lexicographic
+order of their kept positions: for 2:4 that is (0,1) (0,2) (0,3) (1,2) (1,3) (2,3).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from maskllm4v.errors import PatternError
+
+MAX_CANDIDATES = 70  # C(8, 4): beyond it one logit a candidate stops making sense
+
+
+class NMPattern:
+    """Keep ``n`` of every ``m`` consecutive weights.
+
+    Accepts ``NMPattern("2:4")``, ``NMPattern((2, 4))``, ``NMPattern(2, 4)`` and another pattern.
+    Immutable, hashable, and equal by value; ``str(pattern)`` gives back ``"2:4"``.
+
+    Raises:
+        PatternError: not of the form N:M with 1 <= N < M and C(M, N) <= 70.
+    """
+
+    __slots__ = ("m", "n")
+    n: int
+    m: int
+
+    def __init__(self, pattern: str | tuple[int, int] | int | NMPattern, m: int | None = None) -> None:
+        n_found, m_found = _parse(pattern, m)
+        if not 1 <= n_found < m_found:
+            raise PatternError(f"pattern {n_found}:{m_found}: N counts kept weights, so 1 <= N < M is needed")
+        if math.comb(m_found, n_found) > MAX_CANDIDATES:
+            raise PatternError(
+                f"pattern {n_found}:{m_found} has {math.comb(m_found, n_found)} candidate masks a group; "
+                f"at most {MAX_CANDIDATES} are supported"
+            )
+        object.__setattr__(self, "n", n_found)
+        object.__setattr__(self, "m", m_found)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("NMPattern is immutable")
+
+    def __reduce__(self) -> tuple[type[NMPattern], tuple[int, int]]:
+        return (NMPattern, (self.n, self.m))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NMPattern) and (self.n, self.m) == (other.n, other.m)
+
+    def __hash__(self) -> int:
+        return hash((self.n, self.m))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def __repr__(self) -> str:
+        return f"NMPattern('{self}')"
+
+    @property
+    def num_candidates(self) -> int:
+        """K = C(M, N), the number of masks that a group can take."""
+        return math.comb(self.m, self.n)
+
+    @property
+    def bits(self) -> int:
+        """Bits that name one candidate: 3 for the 6 masks of 2:4."""
+        return (self.num_candidates - 1).bit_length()
+
+    def candidates(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.bool) -> Tensor:
+        """All candidate masks of one group, ``[K, M]``, in lexicographic order."""
+        return _candidates(self.n, self.m).to(device=device, dtype=dtype)
+
+    def fits(self, in_features: int) -> bool:
+        return in_features % self.m == 0
+
+    def check_fits(self, in_features: int, layer: str = "weight") -> None:
+        """Raise :class:`PatternError`, naming ``layer``, unless ``in_features`` is a multiple of M."""
+        if not self.fits(in_features):
+            raise PatternError(
+                f"layer {layer!r}: its {in_features} input features are no multiple of {self.m}, as {self} needs; "
+                "exclude the layer or set on_misfit to 'skip'"
+            )
+
+    def num_groups(self, weight: Tensor, layer: str = "weight") -> int:
+        """How many groups a weight ``[out, in]`` has."""
+        self.check_fits(weight.shape[-1], layer)
+        return weight.numel() // self.m
+
+    def topn_mask(self, scores: Tensor, layer: str = "weight") -> Tensor:
+        """Keep the N highest scores of every group.
+
+        Args:
+            scores: ``[out, in]``, any real dtype; may be infinite, must not be NaN.
+            layer: name for messages.
+
+        Returns:
+            Boolean mask ``[out, in]``. Ties go to the lexicographically first candidate.
+        """
+        self.check_fits(scores.shape[-1], layer)
+        if torch.isnan(scores).any():
+            raise PatternError(f"layer {layer!r}: scores contain NaN, so no mask can be chosen")
+        columns = scores.reshape(-1, self.m).unbind(1)  # m × [groups]
+        # The rank of each weight in its group, by comparing all pairs: exact on ties, and for M = 4 far
+        # cheaper than a stable sort along a dimension of 4.
+        ranks = torch.zeros(self.m, columns[0].numel(), dtype=torch.uint8, device=scores.device)
+        for i, j in itertools.combinations(range(self.m), 2):
+            later_wins = columns[j] > columns[i]
+            ranks[i] += later_wins
+            ranks[j] += ~later_wins
+        return (ranks < self.n).t().reshape(scores.shape)
+
+    def is_valid(self, mask: Tensor) -> bool:
+        """Whether a mask ``[out, in]`` of zeros and ones keeps exactly N in each group."""
+        if mask.shape[-1] % self.m:
+            return False
+        if mask.dtype is not torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+            return False
+        return bool((mask.reshape(-1, self.m).sum(1) == self.n).all())
+
+    def validate(self, mask: Tensor, layer: str = "weight") -> None:
+        """Raise :class:`PatternError`, naming the first group at fault, unless :meth:`is_valid`."""
+        self.check_fits(mask.shape[-1], layer)
+        if self.is_valid(mask):
+            return
+        if mask.dtype is not torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+            raise PatternError(f"layer {layer!r}: a mask holds values other than 0 and 1")
+        kept = mask.reshape(-1, self.m).sum(1)
+        at_fault = int((kept != self.n).nonzero()[0])
+        row, group = divmod(at_fault, mask.shape[-1] // self.m)
+        raise PatternError(
+            f"layer {layer!r}: group {group} of row {row} keeps {int(kept[at_fault])} of {self.m} weights, not {self.n}"
+        )
+
+    def similarity(self, mask: Tensor) -> Tensor:
+        """How many kept positions each candidate shares with the mask, ``[K, groups]`` (float32).
+
+        Minus its mean over all candidates, N²/M, this is the direction in which a prior shifts the logits
+        (MaskLLM, arXiv 2409.17481, Eq. 9).
+        """
+        groups = mask.reshape(-1, self.m).to(torch.float32)
+        return self.candidates(mask.device, torch.float32) @ groups.t()
+
+    def to_index(self, mask: Tensor, layer: str = "weight") -> Tensor:
+        """Candidate index of each group, ``[groups]`` (uint8), of a valid mask ``[out, in]``."""
+        self.validate(mask, layer)
+        return self.similarity(mask).argmax(0).to(torch.uint8)
+
+    def from_index(self, index: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
+        """Boolean mask ``[out, in]`` from candidate indices ``[groups]``."""
+        return self.candidates(index.device)[index.long()].reshape(shape)
+
+    def pack(self, mask: Tensor, layer: str = "weight") -> Tensor:
+        """A valid mask as a stream of candidate indices, :attr:`bits` bits each, lowest bit first.
+
+        Returns:
+            uint8 ``[ceil(groups · bits / 8)]``: 0.75 bits a weight for 2:4. Unused last bits are zero.
+        """
+        index = self.to_index(mask, layer).cpu()
+        shifts = torch.arange(self.bits, dtype=torch.uint8)
+        stream = (index[:, None] >> shifts & 1).reshape(-1)  # [groups · bits]
+        stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).reshape(-1, 8)
+        return (stream << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+    def unpack(self, packed: Tensor, shape: tuple[int, int] | torch.Size, layer: str = "weight") -> Tensor:
+        """The boolean mask ``[out, in]`` that :meth:`pack` was given.
+
+        Raises:
+            PatternError: too few or too many bytes for the shape, or an index that names no candidate.
+        """
+        out_features, in_features = shape
+        self.check_fits(in_features, layer)
+        groups = out_features * in_features // self.m
+        expected = -(-groups * self.bits // 8)
+        if packed.dtype is not torch.uint8 or packed.numel() != expected:
+            raise PatternError(
+                f"layer {layer!r}: a packed {self} mask of shape {out_features}x{in_features} takes {expected} bytes, "
+                f"found {packed.numel()} of {packed.dtype}"
+            )
+        stream = (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).reshape(-1)
+        bits = stream[: groups * self.bits].reshape(groups, self.bits)
+        index = (bits << torch.arange(self.bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+        if groups and int(index.max()) >= self.num_candidates:
+            raise PatternError(f"layer {layer!r}: packed mask names candidate {int(index.max())}, {self} has fewer")
+        return self.from_index(index, (out_features, in_features))
+
+
+def _parse(pattern: object, m: object) -> tuple[int, int]:
+    """``(n, m)`` from anything the constructor takes."""
+    given = pattern if m is None else (pattern, m)
+    if isinstance(given, NMPattern):
+        return given.n, given.m
+    if isinstance(given, str):
+        given = tuple(given.split(":"))
+    if isinstance(given, tuple | list) and len(given) == 2:
+        try:
+            # A fraction or a boolean would otherwise be rounded without a word.
+            if all(isinstance(part, str) or (isinstance(part, int) and not isinstance(part, bool)) for part in given):
+                return int(given[0]), int(given[1])
+        except ValueError:
+            pass
+    raise PatternError(f"{pattern!r} is no N:M pattern; write it like '2:4' or (2, 4)")
+
+
+@cache
+def _candidates(n: int, m: int) -> Tensor:
+    masks = torch.zeros(math.comb(m, n), m, dtype=torch.bool)
+    for row, kept in enumerate(itertools.combinations(range(m), n)):
+        masks[row, list(kept)] = True
+    return masks

@@ -1,0 +1,176 @@
+"""One-shot pruning of any model, by methods that stand in a registry.
+
+A method sees one layer at a time: its weight, the statistic of its inputs that it asked for, and the
+pattern. Add your own with :func:`register_pruner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from maskllm4v.calibration import (
+    Forward,
+    Hessian,
+    InputNorm,
+    Propagate,
+    Statistic,
+    default_forward,
+    stream_statistics,
+)
+from maskllm4v.errors import ConfigError
+from maskllm4v.layers import MaskedLinear
+from maskllm4v.patterns import NMPattern
+from maskllm4v.pruners.magnitude import prune_magnitude
+from maskllm4v.pruners.random import prune_random
+from maskllm4v.pruners.result import Pruned
+from maskllm4v.pruners.sparsegpt import prune_sparsegpt
+from maskllm4v.pruners.wanda import prune_wanda
+from maskllm4v.surgery import Exclude, OnMisfit, prunable_linears, replace_
+
+__all__ = ["Method", "Pruned", "available", "prune", "register_pruner"]
+
+
+class LayerPruner(Protocol):
+    """How a method prunes one layer."""
+
+    def __call__(
+        self, weight: Tensor, statistic: Any, pattern: NMPattern, *, update_weights: bool, layer: str, seed: int
+    ) -> Pruned:
+        """Choose a mask for a weight ``[out, in]``, and new weights if asked and able to."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A one-shot method and what it needs.
+
+    Attributes:
+        prune_layer: see :class:`LayerPruner`.
+        statistic: class of the calibration statistic, or None for methods without data.
+        updates: whether it can update weights.
+        propagate: what later layers see by default while calibrating.
+    """
+
+    prune_layer: LayerPruner
+    statistic: type[Statistic] | None = None
+    updates: bool = False
+    propagate: Propagate = "dense"
+
+
+_METHODS: dict[str, Method] = {
+    "magnitude": Method(prune_magnitude),
+    "random": Method(prune_random),
+    "wanda": Method(prune_wanda, InputNorm),
+    "sparsegpt": Method(prune_sparsegpt, Hessian, updates=True, propagate="pruned"),
+}
+
+
+def available() -> list[str]:
+    """Names of all registered methods."""
+    return sorted(_METHODS)
+
+
+def register_pruner(
+    name: str,
+    *,
+    statistic: type[Statistic] | None = None,
+    updates: bool = False,
+    propagate: Propagate = "dense",
+) -> Callable[[LayerPruner], LayerPruner]:
+    """Add a method of one's own to the registry::
+
+    @maskllm4v.register_pruner("smallest-first")
+    def smallest_first(weight, statistic, pattern, *, update_weights, layer, seed):
+        return Pruned(pattern.topn_mask(-weight.abs(), layer))
+    """
+
+    def register(prune_layer: LayerPruner) -> LayerPruner:
+        if name in _METHODS:
+            raise ConfigError(f"a pruning method named {name!r} exists already")
+        _METHODS[name] = Method(prune_layer, statistic, updates, propagate)
+        return prune_layer
+
+    return register
+
+
+def prune(
+    model: nn.Module,
+    method: str,
+    *,
+    pattern: NMPattern | str | tuple[int, int] = "2:4",
+    calibration: Iterable[Any] | Tensor | None = None,
+    exclude: Exclude = (),
+    update_weights: bool = False,
+    propagate: Propagate | None = None,
+    forward: Forward | None = None,
+    on_misfit: OnMisfit = "error",
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Prune the linear layers of a model in one shot, in place.
+
+    Args:
+        model: any module; its linear layers become :class:`MaskedLinear`, with their dense weights, or
+            updated ones if asked for.
+        method: one of :func:`available`.
+        pattern: e.g. ``"2:4"``.
+        calibration: an input tensor or an iterable of batches, for methods that look at inputs.
+        exclude: modules or name patterns that stay dense.
+        update_weights: let the method correct the kept weights for the pruned ones.
+        propagate: whether later layers are calibrated on the ``"dense"`` or the already ``"pruned"``
+            network; by default what the method's authors (Wanda: the vision original) do.
+        forward: ``forward(model, batch)``; by default :func:`maskllm4v.calibration.default_forward`.
+        on_misfit: ``"error"`` or ``"skip"`` for layers that the pattern does not fit.
+        seed: for methods that draw.
+
+    Returns:
+        Boolean masks ``[out, in]`` by module name.
+
+    Raises:
+        ConfigError: unknown method, no calibration data for one that needs it, no update on offer.
+        PatternError: the pattern does not fit a layer.
+    """
+    if method not in _METHODS:
+        raise ConfigError(f"method is {method!r}; allowed: {', '.join(available())}")
+    chosen, pattern = _METHODS[method], NMPattern(pattern)
+    if update_weights and not chosen.updates:
+        raise ConfigError(f"update_weights is true, but {method!r} cannot update weights")
+    if propagate not in (None, "dense", "pruned"):
+        raise ConfigError(f"propagate is {propagate!r}; allowed: 'dense', 'pruned'")
+    layers = prunable_linears(model, pattern, exclude=exclude, on_misfit=on_misfit)
+    if not layers:
+        raise ConfigError("nothing to prune: the model has no linear layer that is not excluded")
+    masks: dict[str, Tensor] = {}
+
+    def prune_layer(name: str, statistic: Any) -> None:
+        linear = layers[name]
+        result = chosen.prune_layer(
+            linear.weight.detach(), statistic, pattern, update_weights=update_weights, layer=name, seed=seed
+        )
+        layer = MaskedLinear.from_linear(linear, N=pattern.n, M=pattern.m)
+        if result.weight is not None:
+            layer.weight.data.copy_(result.weight)
+        layer.set_mask(result.mask, name)
+        replace_(model, [name], lambda *_: layer)
+        masks[name] = result.mask
+
+    if chosen.statistic is None:
+        for name in layers:
+            prune_layer(name, None)
+        return masks
+    if calibration is None:
+        raise ConfigError(f"{method!r} needs calibration data; none was given")
+    statistics = stream_statistics(
+        model,
+        layers,
+        [calibration] if isinstance(calibration, Tensor) else calibration,
+        chosen.statistic,
+        propagate=propagate or chosen.propagate,
+        forward=forward or default_forward,
+    )
+    for unit in statistics:
+        for name in unit:
+            prune_layer(name, unit[name])
+    return masks

@@ -1,0 +1,20 @@
+"""Random pruning: every candidate equally likely, the floor that any method has to beat."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskllm4v.patterns import NMPattern
+from maskllm4v.pruners.result import Pruned
+from maskllm4v.randomness import generator
+
+
+def prune_random(
+    weight: Tensor, statistic: Any, pattern: NMPattern, *, update_weights: bool, layer: str, seed: int
+) -> Pruned:
+    """Draw each group's candidate from (seed, layer name)."""
+    index = generator(seed, "random-mask", layer).integers(
+        pattern.num_candidates, size=pattern.num_groups(weight, layer), dtype="uint8"
+    )
+    return Pruned(pattern.from_index(torch.from_numpy(index).to(weight.device), weight.shape))

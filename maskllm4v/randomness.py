@@ -1,0 +1,58 @@
+"""Randomness as a pure function of (seed, purpose, ...), so that nothing has to be saved or replayed.
+
+Every draw comes from a counter-based generator (Philox4x64-10: Salmon et al. 2011, *Parallel random
+numbers: as easy as 1, 2, 3*) whose key is a digest of what the draw is for. The number of loader
+workers, of processes, or of steps run before therefore changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 16_384  # groups drawn from one counter range; part of the noise's definition
+_WORDS = 8  # 32-bit words in one Philox4x64 block
+
+
+def philox_key(seed: int, *purpose: int | str) -> np.ndarray:
+    """The 128-bit key (two uint64) of a purpose: the first half of its SHA-256."""
+    text = json.dumps([seed, *purpose], separators=(",", ":"))
+    return np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
+
+
+def generator(seed: int, *purpose: int | str) -> np.random.Generator:
+    """A NumPy generator for one purpose, e.g. ``generator(seed, "order", epoch)``."""
+    return np.random.Generator(np.random.Philox(key=philox_key(seed, *purpose)))
+
+
+def torch_seed(seed: int, *purpose: int | str) -> int:
+    """A 63-bit seed for code that draws from torch's own generator."""
+    return int(philox_key(seed, *purpose)[0] >> np.uint64(1))
+
+
+def uniforms(key: np.ndarray, chunk: int, candidates: int, groups: int) -> Tensor:
+    """The noise of one chunk of groups, strictly inside (0, 1).
+
+    Group ``g`` of chunk ``c`` owns the Philox blocks with counters ``(1 + g·B + b, c, 0, 0)``, where
+    ``B = ceil(K / 8)`` and ``b < B``; candidate ``k`` takes the k-th 32-bit word of them (low half of
+    each 64-bit output first). With ``t`` its top 23 bits, u = (t + ½)·2⁻²³, which float32 holds exactly;
+    24 bits would round to 1, an infinite Gumbel, once in 2²⁴ draws.
+
+    Args:
+        key: from :func:`philox_key`.
+        chunk: index of the chunk of :data:`CHUNK` groups.
+        candidates: K.
+        groups: how many groups of the chunk exist.
+
+    Returns:
+        float32 ``[K, groups]``.
+    """
+    blocks = -(-candidates // _WORDS)
+    stream = np.random.Philox(key=key, counter=np.array([0, chunk, 0, 0], dtype=np.uint64))
+    words = stream.random_raw(groups * blocks * 4).astype("<u8", copy=False).view("<u4")
+    words = words.reshape(groups, blocks * _WORDS)[:, :candidates].T >> np.uint32(9)
+    return torch.from_numpy(words.astype(np.float32, order="C")).add_(0.5).mul_(2.0**-23)

@@ -1,0 +1,261 @@
+"""Finding, replacing and folding the linear layers of any model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from maskllm4v.errors import ConfigError, PatternError
+from maskllm4v.layers import Draw, LearnableMaskedLinear, MaskedLinear
+from maskllm4v.patterns import NMPattern
+
+Exclude = Iterable[nn.Module | str]
+OnMisfit = Literal["error", "skip"]
+Masked = MaskedLinear | LearnableMaskedLinear
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prunable_linears(
+    model: nn.Module,
+    pattern: NMPattern | None = None,
+    *,
+    exclude: Exclude = (),
+    on_misfit: OnMisfit = "error",
+) -> dict[str, nn.Linear]:
+    """The linear layers that may be masked, by module name, in the model's order.
+
+    Args:
+        model: any module.
+        pattern: if given, layers whose input width it does not divide are an error or are skipped.
+        exclude: modules, or name patterns as in shells (``"head"``, ``"blocks.0.*"``); all below an
+            excluded module is excluded too.
+        on_misfit: ``"error"`` or ``"skip"``.
+
+    Raises:
+        PatternError: a layer does not fit and ``on_misfit`` is ``"error"``.
+        ConfigError: an exclusion matches nothing.
+    """
+    if on_misfit not in ("error", "skip"):
+        raise ConfigError(f"on_misfit is {on_misfit!r}; allowed: 'error', 'skip'")
+    excluded = _excluded_names(model, exclude)
+    found: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or _is_below(name, excluded):
+            continue
+        if type(module) not in (nn.Linear, MaskedLinear, LearnableMaskedLinear):
+            # E.g. the output projection of nn.MultiheadAttention, whose forward is never called: a mask
+            # put there would be ignored without a word.
+            warnings.warn(
+                f"layer {name!r} is a {type(module).__name__}, not a plain nn.Linear; left dense", stacklevel=2
+            )
+            continue
+        if pattern is not None and not pattern.fits(module.in_features):
+            if on_misfit == "skip":
+                continue
+            pattern.check_fits(module.in_features, name)
+        found[name] = module
+    return found
+
+
+def replace_linear_with_(
+    model: Model,
+    layer_class: type[MaskedLinear] | type[LearnableMaskedLinear],
+    exclude: Exclude = (),
+    *,
+    N: int = 2,
+    M: int = 4,
+    on_misfit: OnMisfit = "error",
+    **kwargs: Any,
+) -> Model:
+    """Replace every linear layer of a model, in place, at any depth.
+
+    Parameters are shared with the layers replaced, not copied. Further keyword arguments reach every
+    new layer::
+
+        maskllm4v.replace_linear_with_(model, maskllm4v.LearnableMaskedLinear, exclude=[model.head],
+                                       N=2, M=4, hard=False)
+
+    Returns:
+        The same model.
+    """
+
+    def new(name: str, linear: nn.Linear) -> nn.Linear:
+        names = {"name": name} if issubclass(layer_class, LearnableMaskedLinear) else {}
+        return layer_class.from_linear(linear, N=N, M=M, **names, **kwargs)
+
+    linears = prunable_linears(model, NMPattern(N, M), exclude=exclude, on_misfit=on_misfit)
+    replace_(model, linears, new)
+    return model
+
+
+def replace_(model: nn.Module, names: Iterable[str], new: Callable[[str, nn.Linear], nn.Module]) -> None:
+    """Put ``new(name, old)`` in the place of each named layer, wherever the model refers to it."""
+    replacements = {
+        id(old): new(name, old) for name in names if isinstance(old := model.get_submodule(name), nn.Linear)
+    }
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in replacements and name:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, replacements[id(module)])
+
+
+def masked_layers(model: nn.Module) -> dict[str, Masked]:
+    """All masked layers by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLinear | LearnableMaskedLinear)}
+
+
+def learnable_layers(model: nn.Module) -> dict[str, LearnableMaskedLinear]:
+    """All layers whose mask is being learned, by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LearnableMaskedLinear)}
+
+
+def current_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The boolean masks ``[out, in]`` that a model uses at inference, by module name."""
+    return {name: layer.current_mask() for name, layer in masked_layers(model).items()}
+
+
+def apply_masks_(model: Model, masks: Mapping[str, Tensor], pattern: NMPattern | str) -> Model:
+    """Turn the named linear layers into :class:`MaskedLinear` with the masks given, in place."""
+    pattern = NMPattern(pattern)
+    _check_names(model, masks)
+
+    def new(name: str, linear: nn.Linear) -> MaskedLinear:
+        layer = MaskedLinear.from_linear(linear, N=pattern.n, M=pattern.m)
+        layer.set_mask(masks[name], name)
+        return layer
+
+    replace_(model, masks, new)
+    return model
+
+
+def fold_(model: Model) -> Model:
+    """Replace every masked layer by a plain ``nn.Linear`` whose pruned weights are zero, in place."""
+    replace_(model, masked_layers(model), lambda _, layer: layer.fold())  # type: ignore[operator]
+    return model
+
+
+def make_learnable(
+    model: Model,
+    prior_masks: Mapping[str, Tensor] | None,
+    *,
+    pattern: NMPattern | str | tuple[int, int],
+    prior_strength: float = 3.0,
+    gate_std: float = 0.2,
+    init: Literal["prior", "magnitude"] = "prior",
+    seed: int = 0,
+    exclude: Exclude = (),
+    hard: bool = False,
+) -> Model:
+    """Freeze a model and make the masks of its linear layers learnable, in place.
+
+    ``init="prior"``: logits l ~ N(0, σ²), shifted towards the prior mask P by
+    α·std(l)·(⟨P, S_k⟩ − N²/M) (MaskLLM, arXiv 2409.17481, Eq. 9).
+    ``init="magnitude"``: no randomness; l_k = ½ · the share of the group's Σw² that candidate k keeps.
+
+    Args:
+        model: dense, or pruned by :func:`maskllm4v.prune`; its weights are taken as they are.
+        prior_masks: boolean masks by module name. ``None``: no prior, every layer not excluded.
+        pattern: e.g. ``"2:4"``.
+        prior_strength: α; 0 ignores the prior.
+        gate_std: σ.
+        init: see above.
+        seed: seed of the logits and of the Gumbel noise.
+        exclude: with ``prior_masks=None``: layers that stay dense.
+        hard: straight-through masks.
+
+    Raises:
+        PatternError: a prior mask is of another shape or pattern.
+        ConfigError: a prior mask names no linear layer of the model, or ``init`` is unknown.
+    """
+    pattern = NMPattern(pattern)
+    if init not in ("prior", "magnitude"):
+        raise ConfigError(f"init is {init!r}; allowed: 'prior', 'magnitude'")
+    if prior_masks is not None:
+        _check_names(model, prior_masks)
+    names = list(prunable_linears(model, pattern, exclude=exclude) if prior_masks is None else prior_masks)
+    model.requires_grad_(False)
+
+    def new(name: str, linear: nn.Linear) -> LearnableMaskedLinear:
+        std = gate_std if init == "prior" else 0.0
+        layer = LearnableMaskedLinear.from_linear(
+            linear, N=pattern.n, M=pattern.m, hard=hard, gate_std=std, name=name, seed=seed
+        )
+        with torch.no_grad():
+            if prior_masks is not None and prior_masks[name].shape != linear.weight.shape:
+                raise PatternError(
+                    f"layer {name!r}: prior mask {tuple(prior_masks[name].shape)} "
+                    f"for a weight {tuple(linear.weight.shape)}"
+                )
+            if init == "magnitude":
+                layer.logits.copy_(magnitude_logits(linear.weight, pattern))
+            elif prior_masks is not None:
+                mask = prior_masks[name].to(linear.weight.device)
+                pattern.validate(mask, name)
+                shift = pattern.similarity(mask) - pattern.n**2 / pattern.m
+                layer.logits.add_(shift.to(layer.logits), alpha=prior_strength * float(layer.logits.std()))
+        return layer
+
+    replace_(model, names, new)
+    return model
+
+
+def magnitude_logits(weight: Tensor, pattern: NMPattern) -> Tensor:
+    """½ · the share of each group's Σw² that a candidate keeps, ``[K, groups]``; zero groups get equal logits."""
+    energy = weight.detach().reshape(-1, pattern.m).square()
+    total = energy.sum(1, keepdim=True)
+    share = energy / torch.where(total > 0, total, 1.0)
+    return 0.5 * (pattern.candidates(weight.device, weight.dtype) @ share.t())
+
+
+def set_draw(model: nn.Module, draw: Draw) -> None:
+    """Say which noise all learnable masks of a model use from now on."""
+    for layer in learnable_layers(model).values():
+        layer.draw, layer.advances = draw, False
+
+
+@contextmanager
+def as_dense(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes with its dense weights: the teacher of a self-distillation."""
+    layers = learnable_layers(model).values()
+    for layer in layers:
+        layer.bypassed = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.bypassed = False
+
+
+def _excluded_names(model: nn.Module, exclude: Exclude) -> set[str]:
+    if isinstance(exclude, str | nn.Module):
+        raise ConfigError("exclude is a list of modules or name patterns, not a single one")
+    names: set[str] = set()
+    for item in exclude:
+        if isinstance(item, str):
+            hits = {n for n, _ in model.named_modules() if n and fnmatchcase(n, item)}
+        else:
+            hits = {n for n, m in model.named_modules(remove_duplicate=False) if m is item}
+        if not hits:
+            raise ConfigError(f"exclude: {item if isinstance(item, str) else type(item).__name__!r} matches no layer")
+        names |= hits
+    return names
+
+
+def _is_below(name: str, ancestors: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:i]) in ancestors for i in range(len(parts) + 1))
+
+
+def _check_names(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    if not masks:
+        raise ConfigError("no masks given")
+    modules = dict(model.named_modules())
+    for name in masks:
+        if not isinstance(modules.get(name), nn.Linear):
+            raise ConfigError(f"a mask is for layer {name!r}, but the model has no linear layer of that name")
