@@ -1,0 +1,36 @@
+"""Where to compute, and what it is called."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from maskllm4v.errors import ConfigError
+
+
+def pick_device(wanted: str) -> torch.device:
+    """``"auto"``: CUDA where there is one, else the CPU; otherwise the device named.
+
+    Raises:
+        ConfigError: the name is unknown, or there is no such device.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"runtime.device is {wanted!r}; allowed: auto, cpu, cuda, cuda:0, mps, ...") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"runtime.device is {wanted!r}, but torch finds no CUDA device here")
+    return device
+
+
+def hardware(device: torch.device) -> str:
+    """A device in words, for records."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()

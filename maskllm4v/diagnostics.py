@@ -1,0 +1,81 @@
+"""Small per-layer measurements beside the metrics, so that reports need no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskllm4v.checkpoints import MaskCheckpoint
+from maskllm4v.tasks import Task
+
+COLUMNS = (
+    "layer",
+    "prior_agreement",  # share of groups whose mask is the prior's; empty for one-shot rows
+    "kept_energy",  # Σ(w ⊙ m)² / Σw² of the dense weights
+    "output_error",  # ‖x Wᵀ − x Ŵᵀ‖ / ‖x Wᵀ‖ on the dense model's calibration inputs
+)
+
+
+@torch.no_grad()
+def layer_diagnostics(
+    dense: nn.Module, checkpoint: MaskCheckpoint, task: Task, batches: Iterable[Any]
+) -> list[tuple[str, float | None, float, float]]:
+    """Rows of :data:`COLUMNS`, a layer each.
+
+    Args:
+        dense: the dense model, in evaluation mode.
+        checkpoint: masks, and updated weights if any.
+        task: runs the model.
+        batches: calibration batches.
+    """
+    errors = {name: torch.zeros(2, dtype=torch.float64) for name in checkpoint.masks}  # Σ error², Σ output²
+    sparse: dict[str, Tensor] = {}
+    handles = []
+    for name, mask in checkpoint.masks.items():
+        linear = dense.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        sparse[name] = checkpoint.weights.get(name, linear.weight).to(linear.weight) * mask.to(linear.weight.device)
+        handles.append(linear.register_forward_hook(_measure(sparse[name], errors[name])))
+    try:
+        for batch in batches:
+            task.forward(dense, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        (name, _agreement(checkpoint, name), _kept_energy(dense, name, mask), _relative(errors[name]))
+        for name, mask in checkpoint.masks.items()
+    ]
+
+
+def _measure(weight: Tensor, into: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        difference = F.linear(args[0], weight - linear.weight)
+        bias = linear.bias if linear.bias is not None else 0.0
+        into.add_(torch.stack([difference.double().square().sum(), (output - bias).double().square().sum()]).cpu())
+
+    return hook
+
+
+def _relative(sums: Tensor) -> float:
+    error, output = sums.tolist()
+    return float((error / output) ** 0.5) if output else 0.0
+
+
+def _kept_energy(dense: nn.Module, name: str, mask: Tensor) -> float:
+    energy = dense.get_submodule(name).weight.double().square()
+    total = float(energy.sum())
+    return float((energy * mask.to(energy.device)).sum()) / total if total else 1.0
+
+
+def _agreement(checkpoint: MaskCheckpoint, name: str) -> float | None:
+    priors: Mapping[str, Tensor] = checkpoint.prior
+    if name not in priors:
+        return None
+    m = checkpoint.pattern.m
+    same = (checkpoint.masks[name] == priors[name]).reshape(-1, m).all(1)
+    return float(same.double().mean())

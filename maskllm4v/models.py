@@ -1,0 +1,68 @@
+"""Dense models by name, from timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from maskllm4v.config import ModelSettings
+from maskllm4v.errors import CheckpointError, ConfigError
+from maskllm4v.randomness import torch_seed
+
+PLAIN_VIT = "VisionTransformer"
+
+
+def build_model(settings: ModelSettings, seed: int, *, pretrained: bool) -> nn.Module:
+    """A timm model in evaluation mode.
+
+    Args:
+        settings: its name, arguments and attention.
+        seed: of the initial weights.
+        pretrained: fetch timm's weights (needs a network or a filled cache).
+
+    Raises:
+        ConfigError: timm knows no such model, or not these arguments.
+        CheckpointError: the pretrained weights cannot be had.
+    """
+    if settings.name == PLAIN_VIT:
+        if pretrained:
+            raise ConfigError(f"model.name is {PLAIN_VIT!r}, which has no pretrained weights; name a timm model")
+    elif not timm.is_model(settings.name):
+        close = timm.list_models(f"*{settings.name.split('.')[0][:8]}*")[:5]
+        raise ConfigError(f"model.name is {settings.name!r}, which timm does not know; close: {', '.join(close) or 'none'}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(seed, "weights"))
+        try:
+            model = _create(settings, pretrained)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ConfigError(f"model.args do not fit {settings.name!r}: {error}") from error
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"no pretrained weights for {settings.name!r}: {str(error).splitlines()[0]}") from error
+    if not settings.fused_attention:
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False  # type: ignore[assignment]
+    return model.eval()
+
+
+def image_settings(settings: ModelSettings) -> dict[str, Any]:
+    """Size, mean, std, crop and interpolation that a timm model was made for."""
+    from timm.data import resolve_data_config
+
+    config = {} if settings.name == PLAIN_VIT else dict(timm.get_pretrained_cfg(settings.name).to_dict())
+    size = settings.args.get("img_size")
+    if size is not None:
+        channels = settings.args.get("in_chans", 3)
+        config["input_size"] = (channels, size, size) if isinstance(size, int) else (channels, *size)
+    resolved: dict[str, Any] = resolve_data_config({}, pretrained_cfg=config)
+    return resolved
+
+
+def _create(settings: ModelSettings, pretrained: bool) -> nn.Module:
+    if settings.name == PLAIN_VIT:
+        return timm.models.VisionTransformer(**settings.args)
+    model: nn.Module = timm.create_model(settings.name, pretrained=pretrained, **settings.args)
+    return model

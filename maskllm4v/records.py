@@ -1,0 +1,100 @@
+"""One JSON record a row: what was measured, of what, with which settings, from which inputs.
+
+Records are committed and hashed, so they hold no dates and no timings, and their numbers are rounded.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from maskllm4v.errors import UserError
+from maskllm4v.files import file_digest, read_json, value_digest, write_json
+
+FORMAT = 1
+DIGITS = 6
+PINNED = "any x86-64 CPU with AVX2 (pinned, one thread)"
+PACKAGES = ("numpy", "scikit-learn", "timm", "torch", "torchvision")
+REQUIRED = ("format", "row", "table", "kind", "exact", "hardware", "metrics", "seeds", "settings", "settings_digest", "inputs", "versions", "world_size")
+
+
+def build_record(
+    *,
+    row: str,
+    kind: str,
+    settings: Mapping[str, Any],
+    metrics: Mapping[int, Mapping[str, float]],
+    inputs: Mapping[str, Any],
+    parameters: Mapping[str, int],
+    hardware: str,
+    world_size: int = 1,
+) -> dict[str, Any]:
+    """Put a record together.
+
+    Args:
+        row: its key.
+        kind: ``"dense"``, ``"oneshot"`` or ``"learned"``.
+        settings: everything the result depends on, as plain values.
+        metrics: by seed, then by name.
+        inputs: digests of what was evaluated.
+        parameters: counts: of the dense model, kept after pruning, of logits.
+        hardware: where it ran; for exact runs, where it may run.
+        world_size: processes that computed together.
+    """
+    return {
+        "format": FORMAT,
+        "row": row,
+        "table": settings["table"],
+        "kind": kind,
+        "exact": settings["exact"],
+        "hardware": hardware,
+        "world_size": world_size,
+        "seeds": list(metrics),
+        "metrics": {str(seed): {k: round(v, DIGITS) for k, v in values.items()} for seed, values in metrics.items()},
+        "parameters": dict(parameters),
+        "settings": dict(settings),
+        "settings_digest": value_digest(settings),
+        "inputs": dict(inputs),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Releases that a result may depend on; Python's without the patch level, which changes no number."""
+    found = {name: metadata.version(name) for name in PACKAGES}
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **found}
+
+
+def record_path(reports: Path, table: str, row: str) -> Path:
+    return reports / table / "runs" / f"{row}.json"
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    write_json(path, record)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Raises :class:`UserError` where the file is missing, no record, or of another format."""
+    record = read_json(path)
+    missing = [key for key in REQUIRED if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise UserError(f"{path} is no record: {', '.join(missing)} missing")
+    if record["format"] != FORMAT:
+        raise UserError(f"{path} has format {record['format']}; this version reads {FORMAT}")
+    if value_digest(record["settings"]) != record["settings_digest"]:
+        raise UserError(f"{path}: settings and their digest disagree; the record was edited")
+    return dict(record)
+
+
+def read_records(reports: Path, table: str) -> dict[str, dict[str, Any]]:
+    """All records of a table by row; rows without one are simply absent."""
+    paths = sorted((reports / table / "runs").glob("*.json"))
+    return {record["row"]: record for record in map(read_record, paths)}
+
+
+def record_digest(path: Path) -> str:
+    """SHA-256 of a record's bytes, in hex: the identity of a result."""
+    return file_digest(path)

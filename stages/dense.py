@@ -1,0 +1,29 @@
+"""Obtain the dense model of every seed: ``artifacts/<row>/seed<k>.safetensors``."""
+
+from __future__ import annotations
+
+from maskllm4v.config import Experiment
+from maskllm4v.errors import ConfigError
+from maskllm4v.layout import checkpoint, data_folder
+from stages.entry import run
+
+
+def main(experiment: Experiment, row: str) -> None:
+    from maskllm4v.checkpoints import save_dense
+    from maskllm4v.dense import obtain_dense
+    from maskllm4v.parallel import map_seeds
+    from maskllm4v.tasks import open_task
+
+    if experiment.kind(row) != "dense":
+        raise ConfigError(f"{row!r} is no dense row; allowed: {experiment.dense.row}")
+    task = open_task(experiment, data_folder(experiment.data.name))
+
+    def one(seed: int, position: int) -> None:
+        model = obtain_dense(experiment, task, seed, position)
+        save_dense(checkpoint(row, seed), model, experiment.model.name)
+
+    map_seeds(experiment, one)
+
+
+if __name__ == "__main__":
+    run("dense", main)

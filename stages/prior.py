@@ -1,0 +1,46 @@
+"""Prune every seed's dense model in one shot: ``artifacts/<row>/seed<k>.safetensors``."""
+
+from __future__ import annotations
+
+from maskllm4v.config import Experiment
+from maskllm4v.errors import ConfigError
+from maskllm4v.layout import checkpoint, data_folder
+from stages.entry import run
+
+
+def main(experiment: Experiment, row: str) -> None:
+    from maskllm4v.checkpoints import MaskCheckpoint, load_dense, save_masks
+    from maskllm4v.parallel import map_seeds
+    from maskllm4v.patterns import NMPattern
+    from maskllm4v.pruners import prune
+    from maskllm4v.tasks import open_task
+
+    if experiment.kind(row) != "oneshot":
+        raise ConfigError(f"{row!r} is no one-shot row; allowed: {', '.join(experiment.priors)}")
+    settings, pattern = experiment.priors[row], NMPattern(experiment.pattern)
+    task = open_task(experiment, data_folder(experiment.data.name))
+
+    def one(seed: int, position: int) -> None:
+        model = task.build_model(seed)
+        base = load_dense(checkpoint(experiment.dense.row, seed), model, experiment.model.name)
+        masks = prune(
+            model,
+            settings.method,
+            pattern=pattern,
+            calibration=task.calibration_batches(settings.batch_size),
+            exclude=experiment.model.exclude,
+            update_weights=settings.update_weights,
+            propagate=settings.propagate,
+            forward=task.forward,
+            on_misfit=experiment.model.on_misfit,
+            seed=seed,
+        )
+        weights = {name: model.get_submodule(name).weight for name in masks if settings.update_weights}
+        found = MaskCheckpoint(pattern, masks, base, settings.method, weights, prior={})
+        save_masks(checkpoint(row, seed), found)
+
+    map_seeds(experiment, one)
+
+
+if __name__ == "__main__":
+    run("prior", main)

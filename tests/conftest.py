@@ -1,0 +1,59 @@
+"""Settings for every test, and the tiny models that they share."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import timm
+import torch
+from timm.models import VisionTransformer
+from torch import nn
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
+hypothesis.settings.register_profile("here", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("here")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same state of torch's generator."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_vit() -> nn.Module:
+    """A timm ViT of width 32 and depth 2 for 1x8x8 images, 10 classes."""
+    model = VisionTransformer(
+        img_size=8,
+        patch_size=2,
+        in_chans=1,
+        embed_dim=32,
+        depth=2,
+        num_heads=4,
+        class_token=False,
+        global_pool="avg",
+        num_classes=10,
+    )
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_swin() -> nn.Module:
+    """A timm Swin of four stages for 3x64x64 images: no chain of blocks holds most of its layers."""
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        embed_dim=24,
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 2, 2, 4),
+        img_size=64,
+        window_size=2,
+        num_classes=10,
+    ).eval()
+
+
+@pytest.fixture
+def tiny_convnext() -> nn.Module:
+    """A timm ConvNeXt of four stages for 3x64x64 images; its MLPs are linear layers."""
+    return timm.create_model("convnext_tiny", dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_classes=10).eval()

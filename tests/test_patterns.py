@@ -1,0 +1,346 @@
+"""N:M patterns against enumeration in plain Python."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from maskllm4v import NMPattern, UserError
+from maskllm4v.errors import PatternError
+
+SHAPES = [(n, m) for m in range(2, 9) for n in range(1, m)] + [(2, 12), (1, 70), (69, 70)]
+nm = st.sampled_from(SHAPES)
+
+
+def choices(n: int, m: int) -> list[tuple[int, ...]]:
+    """Kept positions of every candidate, in lexicographic order."""
+    return sorted(kept for kept in itertools.product(range(m), repeat=n) if sorted(set(kept)) == list(kept))
+
+
+def kept_positions(mask: Tensor, m: int) -> list[tuple[int, ...]]:
+    return [tuple(j for j, keep in enumerate(group) if keep) for group in mask.reshape(-1, m).tolist()]
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> tuple[int, int, list[int], Tensor]:
+    """N, M, the candidate index of every group, and the mask."""
+    n, m = draw(nm)
+    rows, groups = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    candidates = list(itertools.combinations(range(m), n))
+    size = rows * groups
+    index = draw(st.lists(st.integers(0, len(candidates) - 1), min_size=size, max_size=size))
+    bits = [[j in candidates[k] for j in range(m)] for k in index]
+    return n, m, index, torch.tensor(bits).reshape(rows, groups * m)
+
+
+@pytest.mark.parametrize(
+    "given_as", ["2:4", (2, 4), [2, 4], ("2", "4"), NMPattern("2:4")], ids=["str", "tuple", "list", "strs", "pattern"]
+)
+def test_parses(given_as: object) -> None:
+    pattern = NMPattern(given_as)
+    assert (pattern.n, pattern.m) == (2, 4)
+    assert str(pattern) == "2:4"
+
+
+def test_parses_two_arguments() -> None:
+    assert NMPattern(3, 8) == NMPattern("3:8")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["", "2", "2:", ":4", "a:b", "2:4:8", "2.5:4", "2/4", "-1:4", "0:4", "4:4", "4:2"]
+    + [(2,), (2, 4, 8), (2.5, 4), (2.0, 4), (True, 4), (2, None), (4, 2), (0, 4), True, 2, 2.4, None]
+    + ["4:9", "35:70"],
+    ids=str,
+)
+def test_rejects(bad: object) -> None:
+    with pytest.raises(PatternError, match="pattern"):
+        NMPattern(bad)
+
+
+def test_limit_on_candidates_is_70() -> None:
+    assert NMPattern("4:8").num_candidates == 70
+    with pytest.raises(PatternError, match=r"2:13 has 78 candidate .* at most 70"):
+        NMPattern("2:13")
+
+
+def test_error_is_a_user_error() -> None:
+    assert issubclass(PatternError, UserError)
+    assert issubclass(PatternError, ValueError)
+
+
+def test_candidates_of_2_4_in_lexicographic_order() -> None:
+    assert kept_positions(NMPattern("2:4").candidates(), 4) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+
+
+@pytest.mark.parametrize(("n", "m"), [(n, m) for n, m in SHAPES if m <= 6])
+def test_candidates(n: int, m: int) -> None:
+    candidates = NMPattern(n, m).candidates()
+    assert candidates.dtype is torch.bool
+    assert kept_positions(candidates, m) == choices(n, m)
+
+
+@pytest.mark.parametrize(("n", "m"), SHAPES)
+def test_count_and_bits(n: int, m: int) -> None:
+    pattern = NMPattern(n, m)
+    assert pattern.num_candidates == math.factorial(m) // (math.factorial(n) * math.factorial(m - n))
+    assert 2 ** (pattern.bits - 1) < pattern.num_candidates <= 2**pattern.bits
+    assert pattern.candidates().shape == (pattern.num_candidates, m)
+
+
+def test_candidates_dtype() -> None:
+    assert NMPattern("1:2").candidates(dtype=torch.float64).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_candidates_given_out_are_a_copy() -> None:
+    pattern = NMPattern("1:5")
+    given_out = pattern.candidates()
+    try:
+        given_out.logical_not_()
+        assert kept_positions(pattern.candidates(), 5) == [(0,), (1,), (2,), (3,), (4,)]
+    finally:  # leave a shared table as it was
+        given_out.logical_not_()
+
+
+def test_candidates_do_not_remember_a_device_context() -> None:
+    with torch.device("meta"):
+        NMPattern("4:5").candidates()
+    assert NMPattern("4:5").candidates().device.type == "cpu"
+
+
+def test_equality_and_hash() -> None:
+    assert NMPattern("2:4") == NMPattern(2, 4)
+    assert hash(NMPattern("2:4")) == hash(NMPattern((2, 4)))
+    assert NMPattern("2:4") != NMPattern("1:4")
+    assert NMPattern("2:4") != NMPattern("2:8")
+    assert NMPattern("2:4") != "2:4"
+    assert {NMPattern("2:4"): "found"}[NMPattern(2, 4)] == "found"
+
+
+@pytest.mark.parametrize("copied", [lambda p: pickle.loads(pickle.dumps(p)), copy.copy, copy.deepcopy])
+def test_copies_are_equal(copied: object) -> None:
+    assert copied(NMPattern("3:7")) == NMPattern("3:7")
+
+
+def test_repr_evaluates_to_the_pattern() -> None:
+    assert eval(repr(NMPattern("3:7"))) == NMPattern("3:7")
+
+
+def test_attributes_cannot_be_set() -> None:
+    pattern = NMPattern("2:4")
+    with pytest.raises(AttributeError):
+        pattern.n = 1
+    with pytest.raises(AttributeError):
+        pattern.other = 1
+    assert str(pattern) == "2:4"
+
+
+def test_attributes_cannot_be_deleted() -> None:
+    with pytest.raises(AttributeError):
+        del NMPattern("2:4").n
+
+
+def test_fits() -> None:
+    assert NMPattern("2:4").fits(12)
+    assert not NMPattern("2:4").fits(14)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda p: p.check_fits(14, "blocks.0.fc"),
+        lambda p: p.num_groups(torch.ones(2, 14), "blocks.0.fc"),
+        lambda p: p.topn_mask(torch.ones(2, 14), "blocks.0.fc"),
+        lambda p: p.validate(torch.ones(2, 14), "blocks.0.fc"),
+        lambda p: p.pack(torch.ones(2, 14), "blocks.0.fc"),
+        lambda p: p.unpack(torch.ones(3, dtype=torch.uint8), (2, 14), "blocks.0.fc"),
+    ],
+    ids=["check_fits", "num_groups", "topn_mask", "validate", "pack", "unpack"],
+)
+def test_misfit_names_the_layer(use: object) -> None:
+    with pytest.raises(PatternError, match=r"'blocks\.0\.fc'.*14 .*4"):
+        use(NMPattern("2:4"))
+
+
+def test_num_groups() -> None:
+    assert NMPattern("2:4").num_groups(torch.ones(3, 8)) == 6
+
+
+@given(nm, st.data())
+def test_topn_is_the_first_best_candidate(shape: tuple[int, int], data: st.DataObject) -> None:
+    n, m = shape
+    rows, groups = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    size = rows * groups * m
+    # Few distinct integers: many ties, and sums without rounding.
+    scores = data.draw(st.lists(st.integers(-3, 3), min_size=size, max_size=size))
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.int64]))
+    mask = NMPattern(n, m).topn_mask(torch.tensor(scores, dtype=dtype).reshape(rows, groups * m))
+    assert mask.dtype is torch.bool
+    assert mask.shape == (rows, groups * m)
+    found = kept_positions(mask, m)
+    for g, kept in enumerate(found):
+        group = scores[g * m : (g + 1) * m]
+        assert len(kept) == n
+        # max() returns the first of equals
+        assert kept == max(itertools.combinations(range(m), n), key=lambda c: sum(group[j] for j in c))  # noqa: B023
+
+
+@given(
+    st.sampled_from([(1, 2), (1, 4), (2, 4), (3, 4), (2, 5), (4, 8)]),
+    st.lists(st.floats(allow_nan=False, allow_infinity=True, width=32), min_size=8, max_size=8),
+)
+def test_topn_of_any_floats(shape: tuple[int, int], floats: list[float]) -> None:
+    n, m = shape
+    group = floats[:m]
+    (kept,) = kept_positions(NMPattern(n, m).topn_mask(torch.tensor([group])), m)
+    # Sums would lose small terms or meet inf − inf; the best candidate has the largest sorted scores.
+    assert kept == max(
+        itertools.combinations(range(m), n), key=lambda c: sorted((group[j] for j in c), reverse=True)
+    )
+
+
+def test_topn_with_infinities() -> None:
+    inf = math.inf
+    scores = torch.tensor([[-inf, -inf, -inf, -inf], [inf, 1.0, inf, inf], [-inf, 2.0, -inf, inf]])
+    assert kept_positions(NMPattern("2:4").topn_mask(scores), 4) == [(0, 1), (0, 2), (1, 3)]
+
+
+def test_topn_refuses_nan() -> None:
+    scores = torch.ones(2, 8)
+    scores[1, 5] = math.nan
+    with pytest.raises(PatternError, match=r"'blocks\.0\.fc'.*NaN"):
+        NMPattern("2:4").topn_mask(scores, "blocks.0.fc")
+
+
+def test_topn_of_a_transposed_tensor() -> None:
+    scores = torch.randn(8, 6)
+    pattern = NMPattern("2:4")
+    assert torch.equal(pattern.topn_mask(scores.t()), pattern.topn_mask(scores.t().contiguous()))
+
+
+@given(masks())
+def test_valid_masks(case: tuple[int, int, list[int], Tensor]) -> None:
+    n, m, _, mask = case
+    for dtype in (torch.bool, torch.uint8, torch.float32):
+        assert NMPattern(n, m).is_valid(mask.to(dtype))
+        NMPattern(n, m).validate(mask.to(dtype))
+
+
+@given(masks(), st.data())
+def test_one_flip_invalidates(case: tuple[int, int, list[int], Tensor], data: st.DataObject) -> None:
+    n, m, _, mask = case
+    row, column = (data.draw(st.integers(0, size - 1)) for size in mask.shape)
+    mask[row, column] = ~mask[row, column]
+    count = n + 1 if mask[row, column] else n - 1
+    assert not NMPattern(n, m).is_valid(mask)
+    with pytest.raises(PatternError, match=f"group {column // m} of row {row} keeps {count} of {m} weights, not {n}"):
+        NMPattern(n, m).validate(mask)
+
+
+def test_validate_names_layer_and_first_fault() -> None:
+    mask = torch.tensor([[1, 1, 0, 0] * 3] * 4, dtype=torch.bool)
+    mask[3, 0] = mask[2, 6] = True
+    mask[3, 1] = False
+    with pytest.raises(PatternError, match=r"'fc1': group 1 of row 2 keeps 3 of 4 weights, not 2"):
+        NMPattern("2:4").validate(mask, "fc1")
+
+
+@pytest.mark.parametrize("value", [2.0, 0.5, -1.0, math.nan])
+def test_validate_refuses_other_values(value: float) -> None:
+    mask = torch.tensor([[value, 2 - value, 0.0, 0.0]])
+    assert not NMPattern("2:4").is_valid(mask)
+    with pytest.raises(PatternError, match="'fc1'.*other than 0 and 1"):
+        NMPattern("2:4").validate(mask, "fc1")
+
+
+def test_misfit_is_not_valid() -> None:
+    assert not NMPattern("2:4").is_valid(torch.ones(2, 6, dtype=torch.bool))
+
+
+@given(masks())
+def test_similarity(case: tuple[int, int, list[int], Tensor]) -> None:
+    n, m, _, mask = case
+    found = NMPattern(n, m).similarity(mask)
+    shared = [
+        [len(set(candidate) & set(kept)) for kept in kept_positions(mask, m)]
+        for candidate in itertools.combinations(range(m), n)
+    ]
+    assert found.dtype is torch.float32
+    assert found.tolist() == shared
+
+
+@pytest.mark.parametrize(("n", "m"), SHAPES)
+def test_mean_similarity(n: int, m: int) -> None:
+    pattern = NMPattern(n, m)
+    mask = pattern.topn_mask(torch.randn(3, 4 * m))
+    assert pattern.similarity(mask).mean(0).tolist() == pytest.approx([n * n / m] * 12, rel=1e-5)
+
+
+@given(masks())
+def test_index_round_trip(case: tuple[int, int, list[int], Tensor]) -> None:
+    n, m, index, mask = case
+    pattern = NMPattern(n, m)
+    assert pattern.to_index(mask).tolist() == index
+    assert torch.equal(pattern.from_index(torch.tensor(index), mask.shape), mask)
+
+
+def test_to_index_refuses_invalid_mask() -> None:
+    with pytest.raises(PatternError, match="'fc1'"):
+        NMPattern("2:4").to_index(torch.ones(2, 4, dtype=torch.bool), "fc1")
+
+
+@given(masks())
+def test_pack_layout_and_round_trip(case: tuple[int, int, list[int], Tensor]) -> None:
+    n, m, index, mask = case
+    pattern = NMPattern(n, m)
+    packed = pattern.pack(mask)
+    number = sum(k << (i * pattern.bits) for i, k in enumerate(index))
+    size = math.ceil(len(index) * pattern.bits / 8)
+    assert packed.dtype is torch.uint8
+    assert bytes(packed.tolist()) == number.to_bytes(size, "little")
+    assert torch.equal(pattern.unpack(packed, mask.shape), mask)
+
+
+def test_packed_2_4_takes_three_bits_a_group() -> None:
+    pattern = NMPattern("2:4")
+    mask = pattern.topn_mask(torch.randn(16, 64))
+    assert pattern.pack(mask).numel() == 16 * 64 * 3 // 4 // 8
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda p: p[:-1],
+        lambda p: torch.cat([p, p[:1]]),
+        lambda p: p[:0],
+        lambda p: p.to(torch.int32),
+        lambda p: p.to(torch.float32),
+        lambda p: p.view(torch.int8),
+        lambda p: p.reshape(1, -1),
+        lambda p: torch.full_like(p, 0xFF),
+    ],
+    ids=["short", "long", "empty", "int32", "float32", "int8", "2-d", "index"],
+)
+def test_damaged_bytes_are_refused(damage: object) -> None:
+    pattern = NMPattern("2:4")
+    mask = pattern.topn_mask(torch.randn(5, 12))
+    packed = damage(pattern.pack(mask))
+    with pytest.raises(PatternError, match="'fc1'"):
+        pattern.unpack(packed, mask.shape, "fc1")
+
+
+@pytest.mark.parametrize("at", range(15))
+def test_index_out_of_range_is_found_anywhere(at: int) -> None:
+    pattern = NMPattern("2:4")
+    number = 6 << (3 * at)  # 15 groups; one names candidate 6 of 0..5
+    packed = torch.tensor(list(number.to_bytes(6, "little")), dtype=torch.uint8)
+    with pytest.raises(PatternError, match="candidate 6"):
+        pattern.unpack(packed, (5, 12))
