@@ -161,7 +161,9 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} was not written by maskllm4v") from error
     if about.get("kind") != kind or about.get("format") != FORMAT:
-        raise CheckpointError(f"{path} holds {about.get('kind')} in format {about.get('format')}, not {kind} in {FORMAT}")
+        raise CheckpointError(
+            f"{path} holds {about.get('kind')} in format {about.get('format')}, not {kind} in {FORMAT}"
+        )
     if tensors_digest(tensors) != about["digest"]:
         raise CheckpointError(f"{path} is damaged: its tensors do not have the digest it was written with")
     return tensors, about

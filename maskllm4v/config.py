@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -165,7 +165,9 @@ class Experiment(Settings):
         if not isinstance(raw, dict) or not isinstance(raw.get("learned"), dict):
             return raw
         common = raw.get("learning")
-        common = {k: v for k, v in common.items() if k in LearningSettings.model_fields} if isinstance(common, dict) else {}
+        common = (
+            {k: v for k, v in common.items() if k in LearningSettings.model_fields} if isinstance(common, dict) else {}
+        )
         rows = {key: {**common, **row} if isinstance(row, dict) else row for key, row in raw["learned"].items()}
         return {**raw, "learned": rows}
 
@@ -272,20 +274,14 @@ def _explain(fault: Any, raw: Any) -> str:
 
 
 def _allowed_keys(location: tuple[str, ...]) -> list[str]:
+    """The keys of the section at a location such as ``("learned", "<row>")``."""
     section: Any = Experiment
     for part in location:
-        annotation = section.model_fields[part].annotation if isinstance(section, type) else None
-        if annotation is None:  # inside a mapping of rows: the key itself
-            section = section.row
-            continue
-        is_rows = getattr(annotation, "__origin__", None) is dict
-        section = _Rows(annotation.__args__[1]) if is_rows else annotation
+        if get_origin(section) is dict:  # rows by key
+            section = get_args(section)[1]
+        else:
+            section = section.model_fields[part].annotation
     return list(section.model_fields)
-
-
-class _Rows:
-    def __init__(self, row: Any) -> None:
-        self.row = row
 
 
 def _is_number(text: str) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints import MaskCheckpoint
+from maskllm4v.surgery import linear
 from maskllm4v.tasks import Task
 
 COLUMNS = (
@@ -23,7 +24,7 @@ COLUMNS = (
 @torch.no_grad()
 def layer_diagnostics(
     dense: nn.Module, checkpoint: MaskCheckpoint, task: Task, batches: Iterable[Any]
-) -> list[tuple[str, float | None, float, float]]:
+) -> list[tuple[str, str, str, str]]:
     """Rows of :data:`COLUMNS`, a layer each.
 
     Args:
@@ -33,13 +34,11 @@ def layer_diagnostics(
         batches: calibration batches.
     """
     errors = {name: torch.zeros(2, dtype=torch.float64) for name in checkpoint.masks}  # Σ error², Σ output²
-    sparse: dict[str, Tensor] = {}
     handles = []
     for name, mask in checkpoint.masks.items():
-        linear = dense.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        sparse[name] = checkpoint.weights.get(name, linear.weight).to(linear.weight) * mask.to(linear.weight.device)
-        handles.append(linear.register_forward_hook(_measure(sparse[name], errors[name])))
+        layer = linear(dense, name)
+        weight = checkpoint.weights.get(name, layer.weight).to(layer.weight) * mask.to(layer.weight.device)
+        handles.append(layer.register_forward_hook(_measure(weight, layer, errors[name])))
     try:
         for batch in batches:
             task.forward(dense, batch)
@@ -47,15 +46,15 @@ def layer_diagnostics(
         for handle in handles:
             handle.remove()
     return [
-        (name, _agreement(checkpoint, name), _kept_energy(dense, name, mask), _relative(errors[name]))
+        (name, _agreement(checkpoint, name), f"{_kept_energy(dense, name, mask):.6g}", f"{_relative(errors[name]):.6g}")
         for name, mask in checkpoint.masks.items()
     ]
 
 
-def _measure(weight: Tensor, into: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def hook(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        difference = F.linear(args[0], weight - linear.weight)
-        bias = linear.bias if linear.bias is not None else 0.0
+def _measure(weight: Tensor, layer: nn.Linear, into: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        difference = F.linear(args[0], weight - layer.weight)
+        bias = layer.bias if layer.bias is not None else 0.0
         into.add_(torch.stack([difference.double().square().sum(), (output - bias).double().square().sum()]).cpu())
 
     return hook
@@ -67,15 +66,15 @@ def _relative(sums: Tensor) -> float:
 
 
 def _kept_energy(dense: nn.Module, name: str, mask: Tensor) -> float:
-    energy = dense.get_submodule(name).weight.double().square()
+    energy = linear(dense, name).weight.double().square()
     total = float(energy.sum())
     return float((energy * mask.to(energy.device)).sum()) / total if total else 1.0
 
 
-def _agreement(checkpoint: MaskCheckpoint, name: str) -> float | None:
+def _agreement(checkpoint: MaskCheckpoint, name: str) -> str:
     priors: Mapping[str, Tensor] = checkpoint.prior
     if name not in priors:
-        return None
+        return ""
     m = checkpoint.pattern.m
     same = (checkpoint.masks[name] == priors[name]).reshape(-1, m).all(1)
-    return float(same.double().mean())
+    return f"{float(same.double().mean()):.6g}"

@@ -27,7 +27,7 @@ class Measured:
     """
 
     metrics: dict[str, float]
-    layers: list[tuple[str, float | None, float, float]]
+    layers: list[tuple[str, str, str, str]]
     parameters: dict[str, int]
     dense: str
     masks: str | None
@@ -64,10 +64,7 @@ def install(model: nn.Module, checkpoint: MaskCheckpoint, origin: str) -> None:
         CheckpointError: a layer is missing or has another shape.
     """
     for name, mask in checkpoint.masks.items():
-        try:
-            layer = model.get_submodule(name)
-        except AttributeError:
-            layer = None
+        layer = dict(model.named_modules()).get(name)
         if not isinstance(layer, nn.Linear) or layer.weight.shape != mask.shape:
             raise CheckpointError(f"{origin}: layer {name!r} does not fit the model")
         if name in checkpoint.weights:

@@ -36,7 +36,9 @@ def pin() -> None:
         raise RuntimeError(f"exact.pin() has to come before the import of {' and '.join(early)}")
     os.environ.update(ENVIRONMENT)
     if not promised():
-        print("exact: bit-identical results are promised on x86-64 with AVX2 only, not on this machine", file=sys.stderr)
+        print(
+            "exact: bit-identical results are promised on x86-64 with AVX2 only, not on this machine", file=sys.stderr
+        )
 
 
 def pin_torch() -> None:
@@ -46,7 +48,7 @@ def pin_torch() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     # Filling fresh memory only helps to find reads of it; it costs a tenth of a small model's step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_flush_denormal(True)
 
 

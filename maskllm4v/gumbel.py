@@ -48,7 +48,7 @@ def masked_weight(
         The masked weight ``[out, in]`` and the sum of its squares (scalar), both differentiable with
         respect to ``logits``, and ``weight`` if it asks for a gradient.
     """
-    return _MaskedWeight.apply(weight, logits, candidates, tau, scaling, hard, uniform, key)  # type: ignore[no-any-return]
+    return _MaskedWeight.apply(weight, logits, candidates, tau, scaling, hard, uniform, key)
 
 
 class _MaskedWeight(torch.autograd.Function):

@@ -18,9 +18,23 @@ def checkpoint(row: str, seed: int) -> Path:
     return ARTIFACTS / row / f"seed{seed}.safetensors"
 
 
-def curve(table: str, row: str, seed: int) -> Path:
-    return REPORTS / table / "curves" / row / f"seed{seed}.csv"
+def settings_file(row: str) -> Path:
+    """The settings that a row's artifacts were made with."""
+    return ARTIFACTS / row / "settings.json"
 
 
-def diagnostics(table: str, row: str) -> Path:
-    return REPORTS / table / "diagnostics" / f"{row}.csv"
+def run_folder(table: str, row: str, reports: Path = REPORTS) -> Path:
+    """All that is committed of one row: its record, its diagnostics, its training curves."""
+    return reports / table / "runs" / row
+
+
+def record_file(table: str, row: str, reports: Path = REPORTS) -> Path:
+    return run_folder(table, row, reports) / "record.json"
+
+
+def layers_file(table: str, row: str, reports: Path = REPORTS) -> Path:
+    return run_folder(table, row, reports) / "layers.csv"
+
+
+def curve_file(table: str, row: str, seed: int, reports: Path = REPORTS) -> Path:
+    return run_folder(table, row, reports) / "curves" / f"seed{seed}.csv"

@@ -32,7 +32,9 @@ def build_model(settings: ModelSettings, seed: int, *, pretrained: bool) -> nn.M
             raise ConfigError(f"model.name is {PLAIN_VIT!r}, which has no pretrained weights; name a timm model")
     elif not timm.is_model(settings.name):
         close = timm.list_models(f"*{settings.name.split('.')[0][:8]}*")[:5]
-        raise ConfigError(f"model.name is {settings.name!r}, which timm does not know; close: {', '.join(close) or 'none'}")
+        raise ConfigError(
+            f"model.name is {settings.name!r}, which timm does not know; close: {', '.join(close) or 'none'}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, "weights"))
         try:
@@ -40,7 +42,9 @@ def build_model(settings: ModelSettings, seed: int, *, pretrained: bool) -> nn.M
         except (TypeError, ValueError, AssertionError) as error:
             raise ConfigError(f"model.args do not fit {settings.name!r}: {error}") from error
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"no pretrained weights for {settings.name!r}: {str(error).splitlines()[0]}") from error
+            raise CheckpointError(
+                f"no pretrained weights for {settings.name!r}: {str(error).splitlines()[0]}"
+            ) from error
     if not settings.fused_attention:
         for module in model.modules():
             if hasattr(module, "fused_attn"):

@@ -18,7 +18,21 @@ FORMAT = 1
 DIGITS = 6
 PINNED = "any x86-64 CPU with AVX2 (pinned, one thread)"
 PACKAGES = ("numpy", "scikit-learn", "timm", "torch", "torchvision")
-REQUIRED = ("format", "row", "table", "kind", "exact", "hardware", "metrics", "seeds", "settings", "settings_digest", "inputs", "versions", "world_size")
+REQUIRED = (
+    "format",
+    "row",
+    "table",
+    "kind",
+    "exact",
+    "hardware",
+    "metrics",
+    "seeds",
+    "settings",
+    "settings_digest",
+    "inputs",
+    "versions",
+    "world_size",
+)
 
 
 def build_record(
@@ -68,10 +82,6 @@ def versions() -> dict[str, str]:
     return {"python": ".".join(platform.python_version_tuple()[:2]), **found}
 
 
-def record_path(reports: Path, table: str, row: str) -> Path:
-    return reports / table / "runs" / f"{row}.json"
-
-
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     write_json(path, record)
 
@@ -91,7 +101,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def read_records(reports: Path, table: str) -> dict[str, dict[str, Any]]:
     """All records of a table by row; rows without one are simply absent."""
-    paths = sorted((reports / table / "runs").glob("*.json"))
+    paths = sorted((reports / table / "runs").glob("*/record.json"))
     return {record["row"]: record for record in map(read_record, paths)}
 
 

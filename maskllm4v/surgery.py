@@ -110,6 +110,18 @@ def masked_layers(model: nn.Module) -> dict[str, Masked]:
     return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLinear | LearnableMaskedLinear)}
 
 
+def linear(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = dict(model.named_modules()).get(name)
+    if not isinstance(found, nn.Linear):
+        raise ConfigError(f"the model has no linear layer {name!r}")
+    return found
+
+
 def learnable_layers(model: nn.Module) -> dict[str, LearnableMaskedLinear]:
     """All layers whose mask is being learned, by module name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LearnableMaskedLinear)}
@@ -255,7 +267,5 @@ def _is_below(name: str, ancestors: set[str]) -> bool:
 def _check_names(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     if not masks:
         raise ConfigError("no masks given")
-    modules = dict(model.named_modules())
     for name in masks:
-        if not isinstance(modules.get(name), nn.Linear):
-            raise ConfigError(f"a mask is for layer {name!r}, but the model has no linear layer of that name")
+        linear(model, name)

@@ -157,7 +157,10 @@ class _Curve:
         if prior is None:
             self.prior = self.last
         else:
-            self.prior = {name: layer.pattern.to_index(prior[name], name).to(layer.logits.device) for name, layer in layers.items()}
+            self.prior = {
+                name: layer.pattern.to_index(prior[name], name).to(layer.logits.device)
+                for name, layer in layers.items()
+            }
         self.groups = sum(layer.logits.shape[1] for layer in layers.values())
         self.dense_energy = sum(float(layer.weight.detach().square().sum()) for layer in layers.values())
         device = next(iter(layers.values())).logits.device

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, data_folder
+from maskllm4v.layout import checkpoint, data_folder, settings_file
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints import save_dense
     from maskllm4v.dense import obtain_dense
+    from maskllm4v.files import write_json
     from maskllm4v.parallel import map_seeds
     from maskllm4v.tasks import open_task
 
@@ -23,6 +24,7 @@ def main(experiment: Experiment, row: str) -> None:
         save_dense(checkpoint(row, seed), model, experiment.model.name)
 
     map_seeds(experiment, one)
+    write_json(settings_file(row), experiment.row_settings(row))
 
 
 if __name__ == "__main__":

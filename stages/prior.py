@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, data_folder
+from maskllm4v.layout import checkpoint, data_folder, settings_file
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints import MaskCheckpoint, load_dense, save_masks
+    from maskllm4v.files import write_json
     from maskllm4v.parallel import map_seeds
     from maskllm4v.patterns import NMPattern
     from maskllm4v.pruners import prune
+    from maskllm4v.surgery import linear
     from maskllm4v.tasks import open_task
 
     if experiment.kind(row) != "oneshot":
@@ -35,11 +37,12 @@ def main(experiment: Experiment, row: str) -> None:
             on_misfit=experiment.model.on_misfit,
             seed=seed,
         )
-        weights = {name: model.get_submodule(name).weight for name in masks if settings.update_weights}
+        weights = {name: linear(model, name).weight for name in masks if settings.update_weights}
         found = MaskCheckpoint(pattern, masks, base, settings.method, weights, prior={})
         save_masks(checkpoint(row, seed), found)
 
     map_seeds(experiment, one)
+    write_json(settings_file(row), experiment.row_settings(row))
 
 
 if __name__ == "__main__":

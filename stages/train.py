@@ -1,16 +1,16 @@
-"""Learn the masks of one row from its prior: ``artifacts/<row>/`` and ``reports/<table>/curves/<row>/``."""
+"""Learn the masks of one row from its prior: ``artifacts/<row>/`` and ``reports/<table>/runs/<row>/curves/``."""
 
 from __future__ import annotations
 
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, curve, data_folder
+from maskllm4v.layout import checkpoint, curve_file, data_folder, settings_file
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_masks
-    from maskllm4v.files import write_csv
+    from maskllm4v.files import write_csv, write_json
     from maskllm4v.parallel import map_seeds
     from maskllm4v.surgery import make_learnable
     from maskllm4v.tasks import open_task
@@ -40,9 +40,10 @@ def main(experiment: Experiment, row: str) -> None:
         found = MaskCheckpoint(prior.pattern, learned.masks, base, "maskllm", {}, prior.masks)
         save_masks(checkpoint(row, seed), found)
         points = ((int(point[0]), *(f"{value:.6g}" for value in point[1:])) for point in learned.curve)
-        write_csv(curve(experiment.table, row, seed), CURVE_COLUMNS, points)
+        write_csv(curve_file(experiment.table, row, seed), CURVE_COLUMNS, points)
 
     map_seeds(experiment, one)
+    write_json(settings_file(row), experiment.row_settings(row))
 
 
 if __name__ == "__main__":

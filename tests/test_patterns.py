@@ -112,8 +112,8 @@ def test_candidates_given_out_are_a_copy() -> None:
 
 def test_candidates_do_not_remember_a_device_context() -> None:
     with torch.device("meta"):
-        NMPattern("4:5").candidates()
-    assert NMPattern("4:5").candidates().device.type == "cpu"
+        NMPattern("1:13").candidates()
+    assert NMPattern("1:13").candidates().device.type == "cpu"
 
 
 def test_equality_and_hash() -> None:
@@ -202,9 +202,7 @@ def test_topn_of_any_floats(shape: tuple[int, int], floats: list[float]) -> None
     group = floats[:m]
     (kept,) = kept_positions(NMPattern(n, m).topn_mask(torch.tensor([group])), m)
     # Sums would lose small terms or meet inf − inf; the best candidate has the largest sorted scores.
-    assert kept == max(
-        itertools.combinations(range(m), n), key=lambda c: sorted((group[j] for j in c), reverse=True)
-    )
+    assert kept == max(itertools.combinations(range(m), n), key=lambda c: sorted((group[j] for j in c), reverse=True))
 
 
 def test_topn_with_infinities() -> None:

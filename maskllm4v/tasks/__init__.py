@@ -17,6 +17,10 @@ class Task(Protocol):
     A batch is whatever :meth:`train_batches` yields; nobody but the task looks inside it.
     """
 
+    @property
+    def data_digest(self) -> str:
+        """Digest of the data's manifest."""
+
     def build_model(self, seed: int) -> nn.Module:
         """The dense architecture, its weights drawn from ``seed`` where nothing else is loaded."""
 

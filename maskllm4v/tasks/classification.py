@@ -42,6 +42,10 @@ class Classification:
             self._data = open_data(self._folder, **options)
         return self._data
 
+    @property
+    def data_digest(self) -> str:
+        return self.data.manifest.digest
+
     def build_model(self, seed: int) -> nn.Module:
         return build_model(self.experiment.model, seed, pretrained=False).to(self.device)
 

@@ -1,0 +1,1 @@
+"""From committed records to tables, figures and the README. Pure functions of files; no torch."""

@@ -1,0 +1,70 @@
+"""Records to one table: mean and spread over seeds, paired differences to the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from maskllm4v.config import Experiment
+from maskllm4v.files import value_digest
+from maskllm4v.records import read_records
+
+METRICS = ("top1", "top5", "nll")
+
+
+def current_records(experiment: Experiment, reports: Path) -> dict[str, dict[str, Any]]:
+    """The records that belong to an experiment's present settings, by row, in the table's order.
+
+    A record of other settings is stale: its row counts as not measured.
+    """
+    found = read_records(reports, experiment.table)
+    return {
+        row: found[row]
+        for row in experiment.rows
+        if row in found and found[row]["settings_digest"] == value_digest(experiment.row_settings(row))
+    }
+
+
+def seed_metrics(record: Mapping[str, Any]) -> pd.DataFrame:
+    """Metrics of one record, a line a seed."""
+    frame = pd.DataFrame.from_dict(record["metrics"], orient="index")
+    return frame.set_index(frame.index.astype(int)).sort_index()
+
+
+def aggregate(experiment: Experiment, records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """One line a row of the table, measured or not.
+
+    Columns: ``row, label, pattern, update, prior, seeds``, then ``<metric>_mean`` and ``<metric>_std``
+    (sample standard deviation, ddof = 1), and ``delta_mean``, ``delta_std``: the paired difference of
+    top-1 to the dense model of the same seed. What was not measured is missing.
+    """
+    dense = records.get(experiment.dense.row)
+    lines = []
+    for row, label in experiment.rows.items():
+        line: dict[str, Any] = {"row": row, "label": label, **_describe(experiment, row)}
+        if row in records:
+            measured = seed_metrics(records[row])
+            line["seeds"] = len(measured)
+            for name in METRICS:
+                line |= {f"{name}_mean": measured[name].mean(), f"{name}_std": measured[name].std()}
+            if dense is not None and row != experiment.dense.row:
+                difference = (measured["top1"] - seed_metrics(dense)["top1"]).dropna()
+                line |= {"delta_mean": difference.mean(), "delta_std": difference.std()}
+        lines.append(line)
+    columns = ["row", "label", "kind", "pattern", "update", "prior", "seeds"]
+    columns += [f"{name}_{what}" for name in (*METRICS, "delta") for what in ("mean", "std")]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def _describe(experiment: Experiment, row: str) -> dict[str, Any]:
+    kind = experiment.kind(row)
+    if kind == "dense":
+        return {"kind": kind, "pattern": "dense", "update": False, "prior": None}
+    if kind == "oneshot":
+        update = experiment.priors[row].update_weights
+        return {"kind": kind, "pattern": experiment.pattern, "update": update, "prior": None}
+    prior = experiment.rows[experiment.learned[row].prior]
+    return {"kind": kind, "pattern": experiment.pattern, "update": False, "prior": prior}

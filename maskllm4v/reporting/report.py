@@ -1,0 +1,79 @@
+"""Everything a report consists of, built from committed records, written or compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from maskllm4v.config import Experiment, load_experiment
+from maskllm4v.errors import UserError
+from maskllm4v.files import write_text
+from maskllm4v.reporting.aggregate import aggregate, current_records
+from maskllm4v.reporting.comparison import comparison_markdown
+from maskllm4v.reporting.figures import draw_figures
+from maskllm4v.reporting.readme import splice
+from maskllm4v.reporting.tables import caption, metrics_json, results_csv, results_markdown
+
+PUBLISHED = "published"  # the README section with the original's table
+
+
+def experiments(root: Path) -> dict[str, Experiment]:
+    """All experiments by table: those in ``experiments/``, and the active one in place of its original."""
+    found = {e.table: e for e in map(load_experiment, sorted((root / "experiments").glob("*.yaml")))}
+    active = load_experiment(root / "params.yaml")
+    return {**found, active.table: active}
+
+
+def table_texts(experiment: Experiment, reports: Path) -> dict[str, str]:
+    """The files of one table by name, relative to its folder."""
+    records = current_records(experiment, reports)
+    table = aggregate(experiment, records)
+    body = results_markdown(table) + "\n" + caption(experiment, records)
+    return {
+        "table.md": body,
+        "table.csv": results_csv(table),
+        "metrics.json": json.dumps(metrics_json(table), indent=2) + "\n",
+    }
+
+
+def readme_sections(root: Path) -> dict[str, str]:
+    """The README's generated sections by marker name."""
+    reports = root / "reports"
+    sections = {table: table_texts(e, reports)["table.md"] for table, e in experiments(root).items()}
+    return {**sections, PUBLISHED: comparison_markdown(reports)}
+
+
+def write_report(root: Path) -> list[Path]:
+    """Render the active experiment's tables and figures, and all tables of the README."""
+    experiment = load_experiment(root / "params.yaml")
+    reports, folder = root / "reports", root / "reports" / experiment.table
+    written = []
+    for name, text in table_texts(experiment, reports).items():
+        write_text(folder / name, text)
+        written.append(folder / name)
+    table = aggregate(experiment, current_records(experiment, reports))
+    written += draw_figures(experiment, table, reports, folder / "figures")
+    readme = root / "README.md"
+    if readme.exists():
+        text = readme.read_text(encoding="utf-8")
+        spliced = splice(text, readme_sections(root))
+        if spliced != text:
+            write_text(readme, spliced)
+        written.append(readme)
+    return written
+
+
+def check_report(root: Path) -> None:
+    """Raise :class:`UserError` unless README and tables are what the committed records give."""
+    wrong = []
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if splice(text, readme_sections(root)) != text:
+        wrong.append("README.md")
+    for table, experiment in experiments(root).items():
+        for name, expected in table_texts(experiment, root / "reports").items():
+            path = root / "reports" / table / name
+            if path.exists() and path.read_text(encoding="utf-8") != expected:
+                wrong.append(str(path.relative_to(root)))
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: not what the records give; run `python -m maskllm4v report`")

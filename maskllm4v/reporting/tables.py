@@ -1,0 +1,87 @@
+"""The aggregated table as Markdown, CSV and ``metrics.json``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from maskllm4v.config import Experiment
+
+MISSING = "–"
+
+
+def markdown(headers: list[str], rows: list[list[str]]) -> str:
+    """A GitHub table; the first column is left-aligned, the others are centred."""
+    rule = [":---", *[":---:"] * (len(headers) - 1)]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in [headers, rule, *rows])
+
+
+def number(mean: Any, std: Any, digits: int, sign: bool = False) -> str:
+    """``mean ± std``; ``–`` where nothing was measured, no spread where there is one seed."""
+    if pd.isna(mean):
+        return MISSING
+    text = f"{mean:{'+' if sign else ''}.{digits}f}"
+    return text if pd.isna(std) else f"{text} ± {std:.{digits}f}"
+
+
+def results_markdown(table: pd.DataFrame) -> str:
+    """The table that the README shows."""
+    headers = [
+        "Method",
+        "Pattern",
+        "Weight update",
+        "Mask prior",
+        "Top-1 (%)",
+        "Δ to dense",
+        "Top-5 (%)",
+        "Cross-entropy",
+    ]
+    rows = []
+    for line in table.to_dict("records"):
+        label = f"**{line['label']}**" if line["kind"] == "learned" else str(line["label"])
+        rows.append(
+            [
+                label,
+                str(line["pattern"]),
+                "✔" if line["update"] else MISSING,
+                MISSING if pd.isna(line["prior"]) else str(line["prior"]),
+                number(line["top1_mean"], line["top1_std"], 2),
+                number(line["delta_mean"], line["delta_std"], 2, sign=True),
+                number(line["top5_mean"], line["top5_std"], 2),
+                number(line["nll_mean"], line["nll_std"], 3),
+            ]
+        )
+    return markdown(headers, rows)
+
+
+def caption(experiment: Experiment, records: dict[str, dict[str, Any]]) -> str:
+    """What the numbers are: seeds, hardware, versions, settings that apply to all rows."""
+    if not records:
+        return "Not measured yet.\n"
+    first = next(iter(records.values()))
+    hardware = sorted({record["hardware"] for record in records.values()})
+    versions = ", ".join(f"{name} {release}" for name, release in first["versions"].items())
+    seeds = len(experiment.seeds)
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    claim = "bit-identical there in the locked environment" if experiment.exact else "a recording of that machine"
+    return (
+        f"*{experiment.title}. {spread[0].upper()}{spread[1:]}; Δ is the paired difference of top-1 to the dense model "
+        f"of the same seed. Hardware: {'; '.join(hardware)}: {claim}. {versions}.*\n"
+    )
+
+
+def results_csv(table: pd.DataFrame) -> str:
+    """The table with four decimals, for machines."""
+    text: str = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
+    return text
+
+
+def metrics_json(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """``{metric: {row: mean}}`` of the measured rows, for ``dvc metrics`` and ``dvc exp show``."""
+    measured = table.dropna(subset=["top1_mean"])
+    columns = {"top1": "top1_mean", "nll": "nll_mean"}
+    return {
+        name: {row: round(float(value), 4) for row, value in zip(measured["row"], measured[column], strict=True)}
+        for name, column in columns.items()
+    }

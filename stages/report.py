@@ -1,0 +1,19 @@
+"""Render the committed records: ``reports/<table>/`` and the README's tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from maskllm4v.config import Experiment
+from stages.entry import run
+
+
+def main(experiment: Experiment, _: str) -> None:
+    from maskllm4v.reporting.report import write_report
+
+    for path in write_report(Path()):
+        print(path)
+
+
+if __name__ == "__main__":
+    run("report", main, takes=None, torch=False)
