@@ -183,7 +183,7 @@ class Experiment(Settings):
         for row, settings in self.learned.items():
             if settings.prior not in self.priors:
                 raise ValueError(
-                    f"learned.{row}.prior is {settings.prior!r}; allowed: {', '.join(self.priors) or 'none, there are no priors'}"
+                    f"learned.{row}.prior is {settings.prior!r}; allowed: {', '.join(self.priors) or '(no priors)'}"
                 )
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} holds one twice")
@@ -277,10 +277,8 @@ def _allowed_keys(location: tuple[str, ...]) -> list[str]:
     """The keys of the section at a location such as ``("learned", "<row>")``."""
     section: Any = Experiment
     for part in location:
-        if get_origin(section) is dict:  # rows by key
-            section = get_args(section)[1]
-        else:
-            section = section.model_fields[part].annotation
+        is_rows = get_origin(section) is dict
+        section = get_args(section)[1] if is_rows else section.model_fields[part].annotation
     return list(section.model_fields)
 
 

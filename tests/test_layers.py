@@ -422,5 +422,5 @@ def test_logits_round_trip_by_state_dict() -> None:
 
 
 def test_missing_logits_are_reported() -> None:
-    with pytest.raises(RuntimeError, match='Missing key.*"logits"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"logits"'):
         LearnableMaskedLinear(8, 6).load_state_dict(nn.Linear(8, 6).state_dict())

@@ -1,0 +1,479 @@
+"""Replacing, learning and folding layers inside models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import maskllm4v
+from maskllm4v import (
+    LearnableMaskedLinear,
+    MaskedLinear,
+    UserError,
+    apply_masks_,
+    current_masks,
+    fold_,
+    make_learnable,
+    replace_linear_with_,
+)
+from maskllm4v.errors import ConfigError, PatternError
+from maskllm4v.layers import Draw
+from maskllm4v.patterns import NMPattern
+from maskllm4v.randomness import generator
+from maskllm4v.surgery import as_dense, learnable_layers, masked_layers, prunable_linears, set_draw
+
+BLOCK = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+BODY = [f"blocks.{i}.{name}" for i in range(2) for name in BLOCK]
+IMAGES = (4, 1, 8, 8)
+
+
+class Twice(nn.Module):
+    """One linear layer under two names, in two places of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleDict({"fc": nn.Linear(8, 8)})
+        self.second = nn.ModuleDict({"fc": self.first["fc"]})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second["fc"](torch.relu(self.first["fc"](x)))
+
+
+def magnitude_masks(model: nn.Module, names: list[str], pattern: str = "2:4") -> dict[str, Tensor]:
+    return {name: NMPattern(pattern).topn_mask(model.get_submodule(name).weight.detach().abs()) for name in names}
+
+
+def types(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+# Finding layers
+
+
+def test_finds_all_linears_in_order(tiny_vit: nn.Module) -> None:
+    found = prunable_linears(tiny_vit)
+    assert list(found) == [*BODY, "head"]
+    assert all(found[name] is tiny_vit.get_submodule(name) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        (lambda m: [m.head], BODY),
+        (lambda m: ["head"], BODY),
+        (lambda m: [m.blocks[0]], [*BODY[4:], "head"]),
+        (lambda m: ["blocks.0"], [*BODY[4:], "head"]),
+        (lambda m: ["blocks.0.*"], [*BODY[4:], "head"]),
+        (lambda m: ["*.mlp.fc[12]", "head"], [n for n in BODY if ".attn." in n]),
+        (lambda m: ["*.mlp", m.head], [n for n in BODY if ".attn." in n]),
+        (lambda m: [m.blocks[1].attn.qkv], [n for n in [*BODY, "head"] if n != "blocks.1.attn.qkv"]),
+        (lambda m: ["blocks"], ["head"]),
+        (lambda m: [m], []),
+        (lambda m: (n for n in ["head"]), BODY),
+    ],
+    ids=["module", "name", "parent", "parent-name", "glob", "set", "mixed", "deep", "container", "all", "generator"],
+)
+def test_exclude(tiny_vit: nn.Module, exclude: Callable[[nn.Module], list], left: list[str]) -> None:
+    assert list(prunable_linears(tiny_vit, exclude=exclude(tiny_vit))) == left
+
+
+def test_name_does_not_exclude_its_prefixes() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "fc1": nn.Linear(4, 4)})
+    assert list(prunable_linears(model, exclude=["fc"])) == ["fc1"]
+
+
+@pytest.mark.parametrize("exclude", ["classifier", "blocks.7.*", "HEAD", nn.Linear(4, 4)], ids=str)
+def test_exclusion_that_matches_nothing(tiny_vit: nn.Module, exclude: object) -> None:
+    with pytest.raises(ConfigError, match="matches no layer"):
+        prunable_linears(tiny_vit, exclude=[exclude])
+
+
+@pytest.mark.parametrize("exclude", ["head", nn.Linear(4, 4)], ids=["str", "module"])
+def test_exclude_is_a_list(tiny_vit: nn.Module, exclude: object) -> None:
+    with pytest.raises(ConfigError, match="exclude is a list"):
+        prunable_linears(tiny_vit, exclude=exclude)
+
+
+@pytest.mark.parametrize("exclude", [["second"], ["second.fc"], ["first"], ["first.fc"]], ids=lambda e: e[0])
+def test_any_name_of_a_shared_layer_excludes_it(exclude: list[str]) -> None:
+    assert not prunable_linears(Twice(), exclude=exclude)
+
+
+def test_misfit_is_an_error_that_names_the_layer() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    with pytest.raises(PatternError, match=r"layer '1': its 6 input features"):
+        prunable_linears(model, NMPattern("2:4"))
+    assert list(prunable_linears(model, NMPattern("1:2"))) == ["0", "1"]
+
+
+def test_misfit_can_be_skipped() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    assert list(prunable_linears(model, NMPattern("2:4"), on_misfit="skip")) == ["0"]
+
+
+def test_misfit_can_be_excluded() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    assert list(prunable_linears(model, NMPattern("2:4"), exclude=["1"])) == ["0"]
+
+
+def test_unknown_on_misfit() -> None:
+    with pytest.raises(ConfigError, match="on_misfit is 'warn'"):
+        prunable_linears(nn.Sequential(nn.Linear(4, 4)), on_misfit="warn")
+
+
+def test_multihead_attention_is_warned_about_and_left() -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, batch_first=True), "fc": nn.Linear(8, 8)})
+    with pytest.warns(UserWarning, match=r"'attn\.out_proj'.*left dense"):
+        replace_linear_with_(model, LearnableMaskedLinear)
+    assert list(masked_layers(model)) == ["fc"]
+    x = torch.randn(2, 3, 8)
+    assert model["attn"](x, x, x)[0].shape == (2, 3, 8)
+
+
+def test_excluded_attention_is_not_warned_about() -> None:
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)})
+    assert list(prunable_linears(model, exclude=["attn"])) == ["fc"]
+
+
+# Replacing
+
+
+def test_quick_start(tiny_vit: nn.Module) -> None:
+    model = tiny_vit
+    weights = {name: model.get_submodule(name).weight for name in BODY}
+    result = replace_linear_with_(model, LearnableMaskedLinear, exclude=[model.head], N=2, M=4, hard=False)
+    assert result is model
+    assert list(learnable_layers(model)) == BODY
+    assert type(model.head) is nn.Linear
+    for name, layer in learnable_layers(model).items():
+        assert layer.weight is weights[name]
+        assert layer.pattern == NMPattern("2:4")
+        assert layer.name == name
+        assert not layer.hard
+    assert model(torch.randn(IMAGES)).shape == (4, 10)
+
+
+def test_arguments_reach_nested_layers(tiny_vit: nn.Module) -> None:
+    how = {"hard": True, "tau": 3.0, "scaling": 7.0, "gate_std": 0.0, "seed": 5}
+    replace_linear_with_(tiny_vit, LearnableMaskedLinear, exclude=[tiny_vit.head], N=1, M=4, **how)
+    layers = learnable_layers(tiny_vit)
+    assert list(layers) == BODY
+    for layer in layers.values():
+        assert layer.pattern == NMPattern("1:4")
+        assert layer.logits.shape[0] == 4
+        assert (layer.hard, layer.tau, layer.scaling, layer.draw.seed) == (True, 3.0, 7.0, 5)
+        assert not layer.logits.any()
+
+
+def test_replaces_with_fixed_masks(tiny_vit: nn.Module) -> None:
+    replace_linear_with_(tiny_vit, MaskedLinear, N=1, M=2)
+    assert list(masked_layers(tiny_vit)) == [*BODY, "head"]
+    assert all(type(layer) is MaskedLinear for layer in masked_layers(tiny_vit).values())
+    with pytest.raises(PatternError, match="no mask"):
+        tiny_vit(torch.randn(IMAGES))
+
+
+def test_misfit_reaches_replacement() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    with pytest.raises(PatternError, match="layer '1'"):
+        replace_linear_with_(model, MaskedLinear)
+    assert type(model[0]) is nn.Linear
+    replace_linear_with_(model, MaskedLinear, on_misfit="skip")
+    assert [type(layer) for layer in model] == [MaskedLinear, nn.Linear]
+
+
+def test_shared_layer_stays_shared() -> None:
+    model = replace_linear_with_(Twice(), LearnableMaskedLinear)
+    assert type(model.first["fc"]) is LearnableMaskedLinear
+    assert model.first["fc"] is model.second["fc"]
+    x = torch.randn(2, 8)
+    expected = model.eval()(x)
+    fold_(model)
+    assert type(model.first["fc"]) is nn.Linear
+    assert model.first["fc"] is model.second["fc"]
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: replace_linear_with_(nn.Linear(8, 8), LearnableMaskedLinear),
+        lambda: make_learnable(nn.Linear(8, 8), None, pattern="2:4"),
+        lambda: apply_masks_(nn.Linear(8, 8), {"": torch.tensor([1, 1, 0, 0] * 2).repeat(8, 1)}, "2:4"),
+        lambda: maskllm4v.prune(nn.Linear(8, 8), "magnitude"),
+        lambda: fold_(LearnableMaskedLinear(8, 8)),
+    ],
+    ids=["replace_linear_with_", "make_learnable", "apply_masks_", "prune", "fold_"],
+)
+def test_a_bare_linear_is_not_passed_over_in_silence(use: Callable[[], object]) -> None:
+    # It cannot be replaced in place, and must not come back dense (or unfolded) without a word.
+    with pytest.raises(UserError):
+        use()
+
+
+def test_generator_of_torch_is_left_alone(tiny_vit: nn.Module) -> None:
+    before = torch.get_rng_state()
+    replace_linear_with_(tiny_vit, LearnableMaskedLinear)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Masks in and out
+
+
+def test_apply_masks(tiny_vit: nn.Module) -> None:
+    masks = magnitude_masks(tiny_vit, BODY[1:3])
+    dense = copy.deepcopy(tiny_vit)
+    assert apply_masks_(tiny_vit, masks, "2:4") is tiny_vit
+    assert current_masks(tiny_vit).keys() == masks.keys()
+    for name, mask in masks.items():
+        assert torch.equal(current_masks(tiny_vit)[name], mask)
+        dense.get_submodule(name).weight.data.mul_(mask)
+    x = torch.randn(IMAGES)
+    assert torch.equal(tiny_vit(x), dense(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda masks: {}, ConfigError, "no masks"),
+        (lambda masks: {"blocks.9.fc": masks["head"]}, ConfigError, r"no linear layer.*'blocks\.9\.fc'"),
+        (lambda masks: {"norm": masks["head"]}, ConfigError, "no linear layer.*'norm'"),
+        (lambda masks: {"blocks.0.mlp.fc1": masks["head"]}, PatternError, r"'blocks\.0\.mlp\.fc1'.*\(10, 32\)"),
+        (lambda masks: {**masks, "head": torch.ones(10, 32).bool()}, PatternError, "'head': group 0 of row 0"),
+        (lambda masks: {"head": NMPattern("1:4").topn_mask(torch.randn(10, 32))}, PatternError, "'head'.*keeps 1"),
+    ],
+    ids=["none", "name", "not-linear", "shape", "dense", "pattern"],
+)
+@pytest.mark.parametrize(
+    "use",
+    [lambda model, masks: apply_masks_(model, masks, "2:4"), lambda m, masks: make_learnable(m, masks, pattern="2:4")],
+    ids=["apply_masks_", "make_learnable"],
+)
+def test_bad_masks(tiny_vit: nn.Module, use: Callable, change: Callable, error: type[Exception], message: str) -> None:
+    before = types(tiny_vit)
+    with pytest.raises(error, match=message):
+        use(tiny_vit, change(magnitude_masks(tiny_vit, ["head"])))
+    assert types(tiny_vit) == before
+
+
+@pytest.mark.parametrize("layer_class", [MaskedLinear, LearnableMaskedLinear])
+def test_fold_gives_plain_layers_with_the_same_outputs(tiny_vit: nn.Module, layer_class: type[nn.Linear]) -> None:
+    if layer_class is MaskedLinear:
+        apply_masks_(tiny_vit, magnitude_masks(tiny_vit, BODY), "2:4")
+    else:
+        replace_linear_with_(tiny_vit, LearnableMaskedLinear, exclude=["head"])
+    masks, x = current_masks(tiny_vit), torch.randn(IMAGES)
+    expected = tiny_vit.eval()(x)
+    assert fold_(tiny_vit) is tiny_vit
+    assert not masked_layers(tiny_vit)
+    assert list(prunable_linears(tiny_vit)) == [*BODY, "head"]
+    for name, mask in masks.items():
+        layer = tiny_vit.get_submodule(name)
+        assert type(layer) is nn.Linear
+        assert not layer.weight[~mask].any()
+    assert torch.equal(tiny_vit(x), expected)
+
+
+# Learnable masks
+
+
+def test_make_learnable_trains_logits_only(tiny_vit: nn.Module) -> None:
+    before = {name: p.detach().clone() for name, p in tiny_vit.named_parameters()}
+    model = make_learnable(tiny_vit, magnitude_masks(tiny_vit, BODY), pattern="2:4")
+    assert model is tiny_vit
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{name}.logits" for name in BODY}
+    for name, parameter in before.items():
+        assert torch.equal(model.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "2:8"])
+@pytest.mark.parametrize("strength", [3.0, 0.7])
+def test_prior_shifts_the_logits(tiny_vit: nn.Module, pattern: str, strength: float) -> None:
+    how = {"pattern": pattern, "gate_std": 0.2, "seed": 4}
+    masks = magnitude_masks(tiny_vit, BODY, pattern)
+    without = make_learnable(copy.deepcopy(tiny_vit), masks, prior_strength=0.0, **how)
+    model = make_learnable(tiny_vit, masks, prior_strength=strength, **how)
+    n, m = (int(part) for part in pattern.split(":"))
+    candidates = NMPattern(pattern).candidates(dtype=torch.float64)
+    for name, layer in learnable_layers(model).items():
+        noise = learnable_layers(without)[name].logits.detach().double()
+        overlap = (candidates[:, None, :] * masks[name].reshape(1, -1, m)).sum(-1)  # ⟨P, S_k⟩
+        expected = noise + strength * noise.std() * (overlap - n * n / m)
+        torch.testing.assert_close(layer.logits.detach().double(), expected, rtol=0, atol=1e-6)
+
+
+def test_logits_start_from_seed_and_name(tiny_vit: nn.Module) -> None:
+    model = make_learnable(tiny_vit, None, pattern="2:4", gate_std=0.3, seed=9, exclude=["head"])
+    assert list(learnable_layers(model)) == BODY
+    for name, layer in learnable_layers(model).items():
+        noise = torch.from_numpy(generator(9, "logits", name).standard_normal(layer.logits.shape, dtype="float32"))
+        assert torch.equal(layer.logits.detach(), noise * 0.3)
+        assert layer.draw.seed == 9
+        assert layer.name == name
+
+
+def test_hard_reaches_every_layer(tiny_vit: nn.Module) -> None:
+    make_learnable(tiny_vit, None, pattern="1:4", hard=True)
+    assert all(layer.hard and layer.pattern.n == 1 for layer in learnable_layers(tiny_vit).values())
+
+
+def test_share_of_masks_off_their_prior() -> None:
+    model = nn.Sequential(nn.Linear(512, 256))  # 32,768 groups
+    masks = magnitude_masks(model, ["0"])
+    make_learnable(model, masks, pattern="2:4", prior_strength=3.0, gate_std=0.2)
+    changed = (current_masks(model)["0"] != masks["0"]).reshape(-1, 4).any(1).float().mean()
+    assert 0.04 < float(changed) < 0.07
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "2:8"])
+def test_magnitude_start_is_the_magnitude_mask(pattern: str) -> None:
+    model = nn.Sequential(nn.Linear(512, 256))
+    make_learnable(model, None, pattern=pattern, init="magnitude")
+    assert torch.equal(current_masks(model)["0"], magnitude_masks(model, ["0"], pattern)["0"])
+
+
+@pytest.mark.parametrize(
+    "group",
+    [[1.0, 1e-5, 2e-5, 3e-5], [1e-25, 2e-25, 4e-25, 3e-25], [1.0, 1.0, 1.0, 1.0]],
+    ids=["wide", "tiny", "equal"],
+)
+def test_magnitude_start_survives_rounding(group: list[float]) -> None:
+    model = nn.Sequential(nn.Linear(4, 1))
+    model[0].weight.data = torch.tensor([group])
+    make_learnable(model, None, pattern="2:4", init="magnitude")
+    assert learnable_layers(model)["0"].logits.isfinite().all()
+    assert torch.equal(current_masks(model)["0"], magnitude_masks(model, ["0"])["0"])
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_magnitude_logits_are_half_the_kept_energy(pattern: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 3))
+    weight = model[0].weight.detach().double()
+    make_learnable(model, None, pattern=pattern, init="magnitude")
+    parts = NMPattern(pattern)
+    groups = weight.reshape(-1, parts.m)
+    kept = torch.stack([(groups * candidate).square().sum(1) for candidate in parts.candidates()])
+    expected = 0.5 * kept / groups.square().sum(1)
+    torch.testing.assert_close(learnable_layers(model)["0"].logits.detach().double(), expected, rtol=0, atol=1e-6)
+
+
+def test_magnitude_start_of_zero_groups() -> None:
+    model = nn.Sequential(nn.Linear(8, 3))
+    model[0].weight.data[1, 4:] = 0  # group 3
+    make_learnable(model, None, pattern="2:4", init="magnitude")
+    logits = learnable_layers(model)["0"].logits.detach()
+    assert torch.equal(logits[:, 3], logits[:1, 3].expand(6))
+    assert current_masks(model)["0"][1, 4:].tolist() == [True, True, False, False]
+
+
+def test_magnitude_start_draws_nothing(tiny_vit: nn.Module) -> None:
+    first = make_learnable(copy.deepcopy(tiny_vit), None, pattern="2:4", init="magnitude", seed=1)
+    second = make_learnable(tiny_vit, None, pattern="2:4", init="magnitude", seed=2)
+    for name, layer in learnable_layers(first).items():
+        assert torch.equal(layer.logits, learnable_layers(second)[name].logits)
+
+
+def test_unknown_init(tiny_vit: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="init is 'zeros'; allowed: 'prior', 'magnitude'"):
+        make_learnable(tiny_vit, None, pattern="2:4", init="zeros")
+
+
+def test_fixed_masks_become_learnable(tiny_vit: nn.Module) -> None:
+    weights = {name: tiny_vit.get_submodule(name).weight.detach().clone() for name in BODY}
+    masks = magnitude_masks(tiny_vit, BODY)
+    apply_masks_(tiny_vit, masks, "2:4")
+    make_learnable(tiny_vit, masks, pattern="2:4", gate_std=1e-3, prior_strength=50.0)
+    for name, layer in learnable_layers(tiny_vit).items():
+        assert torch.equal(layer.weight, weights[name])
+        assert torch.equal(layer.current_mask(), masks[name])
+
+
+# Dense for a while
+
+
+@pytest.fixture
+def learnable_vit(tiny_vit: nn.Module) -> Iterator[nn.Module]:
+    return make_learnable(tiny_vit, None, pattern="2:4", exclude=["head"]).train()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_as_dense(tiny_vit: nn.Module, training: bool) -> None:
+    x = torch.randn(IMAGES)
+    expected = tiny_vit(x)
+    model = make_learnable(tiny_vit, None, pattern="2:4", exclude=["head"]).train(training)
+    set_draw(model, Draw())
+    masked = model(x)
+    with as_dense(model):
+        assert torch.equal(model(x), expected)
+    assert not torch.allclose(masked, expected)
+    assert torch.equal(model(x), masked)
+
+
+def test_as_dense_ends_with_an_exception(learnable_vit: nn.Module) -> None:
+    x = torch.randn(IMAGES)
+    masked = learnable_vit.eval()(x)
+    with pytest.raises(KeyError), as_dense(learnable_vit):
+        raise KeyError
+    assert torch.equal(learnable_vit(x), masked)
+
+
+def test_as_dense_may_be_nested(learnable_vit: nn.Module) -> None:
+    x = torch.randn(IMAGES)
+    with as_dense(learnable_vit.eval()):
+        dense = learnable_vit(x)
+        with as_dense(learnable_vit):
+            pass
+        assert torch.equal(learnable_vit(x), dense)
+
+
+def test_dense_forward_takes_no_draw(learnable_vit: nn.Module) -> None:
+    with as_dense(learnable_vit):
+        learnable_vit(torch.randn(IMAGES))
+    assert all(layer.draw == Draw() for layer in learnable_layers(learnable_vit).values())
+
+
+# Learning
+
+
+def test_set_draw_reaches_every_layer(learnable_vit: nn.Module) -> None:
+    set_draw(learnable_vit, Draw(step=7))
+    x = torch.randn(IMAGES)
+    assert torch.equal(learnable_vit(x), learnable_vit(x))
+    assert all(layer.draw == Draw(step=7) for layer in learnable_layers(learnable_vit).values())
+
+
+def test_layers_of_one_shape_get_different_noise(learnable_vit: nn.Module) -> None:
+    first, second = (learnable_vit.blocks[i].mlp.fc1 for i in range(2))
+    second.weight.data.copy_(first.weight)
+    second.logits.data.copy_(first.logits)
+    assert not torch.equal(first.masked_weight()[0], second.masked_weight()[0])
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_optimising_logits_reduces_the_loss(tiny_vit: nn.Module, hard: bool) -> None:
+    x = torch.randn(16, 1, 8, 8)
+    with torch.no_grad():
+        target = tiny_vit(x)
+    model = make_learnable(tiny_vit, None, pattern="2:4", exclude=["head"], hard=hard)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+
+    def loss_at_inference() -> float:
+        with torch.no_grad():
+            return float(F.mse_loss(model.eval()(x), target))
+
+    before = loss_at_inference()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    model.train()
+    for step in range(20):
+        set_draw(model, Draw(step=step))
+        optimizer.zero_grad()
+        F.mse_loss(model(x), target).backward()
+        optimizer.step()
+    assert loss_at_inference() < 0.8 * before
+    for name, parameter in frozen.items():
+        assert torch.equal(model.get_parameter(name), parameter)
