@@ -1,0 +1,64 @@
+"""The command line, for single steps without the pipeline: ``python -m maskllm4v --help``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from maskllm4v.config import PARAMS, load_experiment
+from maskllm4v.errors import ConfigError, UserError
+from maskllm4v.files import write_text
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Render tables, figures and the README from the committed records, or check them."""
+    from maskllm4v.reporting.report import check_report, write_report
+
+    if arguments.check:
+        check_report(Path())
+        print("README and tables agree with the records")
+        return
+    for path in write_report(Path()):
+        print(path)
+
+
+def publish(_: argparse.Namespace) -> None:
+    """Send the committed records of all tables to MLflow (MLFLOW_TRACKING_URI, or ./mlflow.db)."""
+    from maskllm4v.reporting.report import experiments
+    from maskllm4v.tracking import publish
+
+    for table, experiment in experiments(Path()).items():
+        print(f"{table}: {len(publish(Path(), experiment))} runs")
+
+
+def use(arguments: argparse.Namespace) -> None:
+    """Switch params.yaml to one of experiments/*.yaml."""
+    source = Path("experiments") / f"{arguments.experiment}.yaml"
+    if not source.exists():
+        names = ", ".join(sorted(path.stem for path in Path("experiments").glob("*.yaml")))
+        raise ConfigError(f"no experiment {arguments.experiment!r}; allowed: {names}")
+    load_experiment(source)
+    write_text(PARAMS, source.read_text(encoding="utf-8"))
+    print(f"params.yaml is now {source}; run `dvc repro`")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m maskllm4v", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for command in (report, publish, use):
+        sub = commands.add_parser(command.__name__, help=command.__doc__)
+        sub.set_defaults(command=command)
+        if command is report:
+            sub.add_argument("--check", action="store_true", help="only say whether README and records agree")
+        if command is use:
+            sub.add_argument("experiment", help="name of a file in experiments/, without .yaml")
+    arguments = parser.parse_args()
+    try:
+        arguments.command(arguments)
+    except UserError as error:
+        sys.exit(f"{arguments.command.__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()
