@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -106,16 +106,17 @@ def stream_statistics(
     if not batches:
         raise DataError("calibration: no batches given")
     with _evaluating(model):
-        units = _units(layers, _find_chain(model, layers, batches[0], forward))
-        first_block = next((unit.block for unit in units if unit.block is not None), None)
-        outside = {n: layer for unit in units if unit.block is None for n, layer in unit.layers.items()}
+        order, chain = _probe(model, layers, batches[0], forward)
+        units = _units({name: layers[name] for name in order}, chain)
+        blocks = iter(chain.values())
         seen: dict[str, Any] = {}  # dense statistics of what lies outside the chain, before anything changes
         stream: list[tuple[Any, ...]] | None = None  # the arguments of the chain's next block, a batch each
         if propagate == "dense":
+            outside = {n: layer for unit in units if unit.block is None for n, layer in unit.layers.items()}
             if outside:
                 seen = _observe(outside, statistic, lambda batch: forward(model, batch), batches)
-            if first_block is not None:
-                stream = [_inputs_of(first_block, model, batch, forward) for batch in batches]
+            if chain:
+                stream = _inputs_of(next(iter(chain.values())), model, batches, forward)
         for unit in units:
             if unit.block is None:
                 if propagate == "dense":
@@ -124,23 +125,29 @@ def stream_statistics(
                     yield _observe(unit.layers, statistic, lambda batch: forward(model, batch), batches)
                 continue
             if stream is None:
-                stream = [_inputs_of(unit.block, model, batch, forward) for batch in batches]
+                stream = _inputs_of(next(iter(chain.values())), model, batches, forward)
+            for block in blocks:
+                if block is unit.block:
+                    break
+                stream = [_step(block, args) for args in stream]  # a block without layers of interest
             outputs: list[tuple[Any, ...]] = []
 
             def run(args: tuple[Any, ...], block: nn.Module = unit.block, into: list[Any] = outputs) -> None:
-                into.append((block(*args), *args[1:]))
+                into.append(_step(block, args))
 
-            found = _observe(unit.layers, statistic, run, stream)
-            yield found
+            yield _observe(unit.layers, statistic, run, stream)
             if propagate == "pruned":
-                outputs.clear()
-                for args in stream:
-                    run(args)
+                outputs = [_step(unit.block, args) for args in stream]
             stream = outputs
 
 
+def _step(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of the next block."""
+    return (block(*args), *args[1:])
+
+
 def _units(layers: Mapping[str, nn.Linear], chain: Mapping[str, nn.Module]) -> list[Unit]:
-    """Neighbouring layers of one block make a unit; layers outside the chain keep their place."""
+    """Layers of one block that follow one another make a unit; layers outside the chain keep their place."""
     return [
         Unit({name: layers[name] for name in names}, chain.get(group))
         for group, names in itertools.groupby(layers, key=_group)
@@ -158,7 +165,8 @@ class _ReachedError(Exception):
     """Ends a forward pass as soon as a block's input is known."""
 
 
-def _inputs_of(block: nn.Module, model: nn.Module, batch: Any, forward: Forward) -> tuple[Any, ...]:
+def _inputs_of(block: nn.Module, model: nn.Module, batches: Iterable[Any], forward: Forward) -> list[tuple[Any, ...]]:
+    """The arguments that a block is called with, for each batch."""
     caught: list[tuple[Any, ...]] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -167,70 +175,93 @@ def _inputs_of(block: nn.Module, model: nn.Module, batch: Any, forward: Forward)
 
     handle = block.register_forward_pre_hook(stop)
     try:
-        forward(model, batch)
-    except _ReachedError:
-        pass
+        for batch in batches:
+            with suppress(_ReachedError):
+                forward(model, batch)
     finally:
         handle.remove()
-    return caught[0]
+    return caught
 
 
-def _find_chain(
+class _Chain:
+    """Watches whether the children of a container feed one another, one tensor held at a time.
+
+    They do if each runs once, in order, the one's output being the next one's first argument (the very same
+    tensor, not changed in place meanwhile) and all other arguments staying the same.
+    """
+
+    def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
+        self.blocks, self.ahead = blocks, list(blocks.values())
+        self.unbroken = True
+        self._entered: tuple[int, ...] = ()
+        self._fed: tuple[Any, ...] | None = None
+        self._versions: tuple[int, ...] = ()
+
+    def enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        in_order = bool(self.ahead) and block is self.ahead.pop(0)
+        self.unbroken &= in_order and not kwargs and bool(args)
+        if self._fed is not None:
+            same = len(args) == len(self._fed) and all(a is b for a, b in zip(args, self._fed, strict=True))
+            self.unbroken &= same and _versions(args) == self._versions
+        self._entered = _versions(args)
+
+    def leave(self, args: tuple[Any, ...], output: Any) -> None:
+        self.unbroken &= isinstance(output, Tensor) and _versions(args) == self._entered
+        self._fed = (output, *args[1:])
+        self._versions = _versions(self._fed)
+
+
+def _versions(values: tuple[Any, ...]) -> tuple[int, ...]:
+    """How often each tensor was changed in place."""
+    return tuple(value._version for value in values if isinstance(value, Tensor))
+
+
+def _probe(
     model: nn.Module, layers: Mapping[str, nn.Linear], batch: Any, forward: Forward
-) -> dict[str, nn.Module]:
-    """The blocks that feed one another and hold most of the layers, by name; empty where there are none.
+) -> tuple[list[str], dict[str, nn.Module]]:
+    """Run one batch: the layers in order of their first call, and the chain of blocks that holds most of them.
 
-    A chain is a ``ModuleList`` or ``Sequential`` whose children each ran once, in order, the one's output
-    being the next one's first argument (the very same tensor), all other arguments unchanged.
+    Where no container of the layers' blocks is a chain (:class:`_Chain`), the second is empty.
     """
     groups = {_group(name) for name in layers}
-    containers = [
-        {f"{name}.{child}".lstrip("."): block for child, block in module.named_children()}
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-    ]
-    # A container of whole stages would be streamed too coarsely: its children must be the layers' blocks.
-    containers = [c for c in containers if groups & c.keys()]
-    calls: dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any], Any]]] = {}
+    linears = {id(layer) for layer in layers.values()}
+    chains = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            blocks = {f"{name}.{child}".lstrip("."): block for child, block in module.named_children()}
+            # A container of whole stages would be streamed too coarsely: its children must be the layers' blocks.
+            if groups & blocks.keys() and not any(id(block) in linears for block in blocks.values()):
+                chains.append(_Chain(blocks))
+    calls: dict[str, int] = {}
+    handles = []
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.setdefault(module, []).append((args, kwargs, output))
+    def count(name: str) -> Callable[..., None]:
+        return lambda *_: calls.__setitem__(name, calls.get(name, 0) + 1)
 
-    blocks = {block for container in containers for block in container.values()}
-    handles = [block.register_forward_hook(record, with_kwargs=True) for block in blocks]
+    def leave(chain: _Chain) -> Callable[..., None]:
+        return lambda _, args, output: chain.leave(args, output)
+
+    for name, layer in layers.items():
+        handles.append(layer.register_forward_pre_hook(count(name)))
+    for chain in chains:
+        for block in chain.blocks.values():
+            handles.append(block.register_forward_pre_hook(chain.enter, with_kwargs=True))
+            handles.append(block.register_forward_hook(leave(chain)))
     try:
-        forward(model, _one_sample(batch) if forward is default_forward else batch)
+        forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
+    if missing := [name for name in layers if name not in calls]:
+        raise DataError(f"calibration: layer {missing[0]!r} was never reached; exclude it")
 
-    def is_chain(container: Mapping[str, nn.Module]) -> bool:
-        fed: tuple[Any, ...] | None = None  # what the next block has to be called with
-        for block in container.values():
-            if len(calls.get(block, ())) != 1:
-                return False
-            args, kwargs, output = calls[block][0]
-            if kwargs or not args or not isinstance(output, Tensor):
-                return False
-            if fed is not None and (len(args) != len(fed) or any(a is not b for a, b in zip(args, fed, strict=True))):
-                return False
-            fed = (output, *args[1:])
-        return True
+    def held(chain: _Chain) -> int:
+        return sum(_group(name) in chain.blocks for name in layers)
 
-    def held(container: Mapping[str, nn.Module]) -> int:
-        return sum(_group(name) in container for name in layers)
-
-    chains = [c for c in containers if 2 * held(c) > len(layers) and is_chain(c)]
-    return max(chains, key=held, default={})
-
-
-def _one_sample(batch: Any) -> Any:
-    """The first sample of a batch of tensors: enough to see what feeds what."""
-    if isinstance(batch, Tensor):
-        return batch[:1]
-    if isinstance(batch, Mapping):
-        return {key: _one_sample(value) for key, value in batch.items()}
-    return type(batch)(_one_sample(value) for value in batch) if isinstance(batch, tuple | list) else batch
+    whole = [c for c in chains if c.unbroken and not c.ahead and 2 * held(c) > len(layers)]
+    if not whole or max(calls.values()) > 1:  # a layer shared between blocks needs the whole model
+        return list(calls), {}
+    return list(calls), dict(max(whole, key=held).blocks)
 
 
 def _observe(
@@ -241,11 +272,9 @@ def _observe(
 ) -> dict[str, Any]:
     """Run something on all batches and sum a statistic over the inputs of some layers."""
     found = {name: statistic(layer.in_features, layer.weight.device) for name, layer in layers.items()}
-    reached: set[str] = set()
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def take(_: nn.Module, args: tuple[Any, ...]) -> None:
-            reached.add(name)
             with torch.autocast(args[0].device.type, enabled=False):
                 found[name].update(args[0].detach().float().reshape(-1, args[0].shape[-1]))
 
@@ -258,8 +287,6 @@ def _observe(
     finally:
         for handle in handles:
             handle.remove()
-    if missing := [name for name in layers if name not in reached]:
-        raise DataError(f"calibration: layer {missing[0]!r} was never reached; exclude it")
     return found
 
 

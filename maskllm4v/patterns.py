@@ -48,6 +48,9 @@ class NMPattern:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("NMPattern is immutable")
 
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError("NMPattern is immutable")
+
     def __reduce__(self) -> tuple[type[NMPattern], tuple[int, int]]:
         return (NMPattern, (self.n, self.m))
 
@@ -75,7 +78,7 @@ class NMPattern:
 
     def candidates(self, device: torch.device | str | None = None, dtype: torch.dtype = torch.bool) -> Tensor:
         """All candidate masks of one group, ``[K, M]``, in lexicographic order."""
-        return _candidates(self.n, self.m).to(device=device, dtype=dtype)
+        return _candidates(self.n, self.m).to(device=device, dtype=dtype, copy=True)
 
     def fits(self, in_features: int) -> bool:
         return in_features % self.m == 0
@@ -178,10 +181,10 @@ class NMPattern:
         self.check_fits(in_features, layer)
         groups = out_features * in_features // self.m
         expected = -(-groups * self.bits // 8)
-        if packed.dtype is not torch.uint8 or packed.numel() != expected:
+        if packed.dtype is not torch.uint8 or packed.shape != (expected,):
             raise PatternError(
                 f"layer {layer!r}: a packed {self} mask of shape {out_features}x{in_features} takes {expected} bytes, "
-                f"found {packed.numel()} of {packed.dtype}"
+                f"found {tuple(packed.shape)} of {packed.dtype}"
             )
         stream = (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).reshape(-1)
         bits = stream[: groups * self.bits].reshape(groups, self.bits)
@@ -210,7 +213,7 @@ def _parse(pattern: object, m: object) -> tuple[int, int]:
 
 @cache
 def _candidates(n: int, m: int) -> Tensor:
-    masks = torch.zeros(math.comb(m, n), m, dtype=torch.bool)
+    masks = torch.zeros(math.comb(m, n), m, dtype=torch.bool, device="cpu")
     for row, kept in enumerate(itertools.combinations(range(m), n)):
         masks[row, list(kept)] = True
     return masks

@@ -43,11 +43,13 @@ def prunable_linears(
     """
     if on_misfit not in ("error", "skip"):
         raise ConfigError(f"on_misfit is {on_misfit!r}; allowed: 'error', 'skip'")
-    excluded = _excluded_names(model, exclude)
+    excluded = _excluded(model, exclude)
     found: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or _is_below(name, excluded):
+        if not isinstance(module, nn.Linear) or module in excluded:
             continue
+        if not name:
+            raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
         if type(module) not in (nn.Linear, MaskedLinear, LearnableMaskedLinear):
             # E.g. the output projection of nn.MultiheadAttention, whose forward is never called: a mask
             # put there would be ignored without a word.
@@ -116,9 +118,11 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
     Raises:
         ConfigError: there is none.
     """
-    found = dict(model.named_modules()).get(name)
+    found = dict(model.named_modules(remove_duplicate=False)).get(name)
     if not isinstance(found, nn.Linear):
         raise ConfigError(f"the model has no linear layer {name!r}")
+    if found is model:
+        raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
     return found
 
 
@@ -148,7 +152,10 @@ def apply_masks_(model: Model, masks: Mapping[str, Tensor], pattern: NMPattern |
 
 def fold_(model: Model) -> Model:
     """Replace every masked layer by a plain ``nn.Linear`` whose pruned weights are zero, in place."""
-    replace_(model, masked_layers(model), lambda _, layer: layer.fold())  # type: ignore[operator]
+    layers = masked_layers(model)
+    if "" in layers:
+        raise ConfigError("the model is a single masked layer, which cannot be replaced in place; call its fold()")
+    replace_(model, layers, lambda _, layer: layer.fold())  # type: ignore[operator]
     return model
 
 
@@ -219,10 +226,16 @@ def make_learnable(
 
 def magnitude_logits(weight: Tensor, pattern: NMPattern) -> Tensor:
     """½ · the share of each group's Σw² that a candidate keeps, ``[K, groups]``; zero groups get equal logits."""
-    energy = weight.detach().reshape(-1, pattern.m).square()
-    total = energy.sum(1, keepdim=True)
-    share = energy / torch.where(total > 0, total, 1.0)
-    return 0.5 * (pattern.candidates(weight.device, weight.dtype) @ share.t())
+    groups = weight.detach().reshape(-1, pattern.m).double()
+    largest = groups.abs().amax(1, keepdim=True)
+    energy = (groups / torch.where(largest > 0, largest, 1.0)).square()  # tiny weights do not underflow
+    share = energy / energy.sum(1, keepdim=True).clamp_min(1.0)
+    logits = 0.5 * (pattern.candidates(weight.device, torch.float64) @ share.t()).to(weight.dtype)
+    # Rounding may tie candidates, or put the magnitude mask just behind another one: it stays ahead.
+    best = pattern.to_index(pattern.topn_mask(weight.detach().abs())).long()[None]
+    ahead = torch.nextafter(logits.amax(0, keepdim=True), torch.full_like(logits[:1], torch.inf))
+    behind = logits.argmax(0, keepdim=True) != best
+    return logits.scatter(0, best, torch.where(behind, ahead, logits.gather(0, best)))
 
 
 def set_draw(model: nn.Module, draw: Draw) -> None:
@@ -234,34 +247,31 @@ def set_draw(model: nn.Module, draw: Draw) -> None:
 @contextmanager
 def as_dense(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes with its dense weights: the teacher of a self-distillation."""
-    layers = learnable_layers(model).values()
-    for layer in layers:
+    before = {layer: layer.bypassed for layer in learnable_layers(model).values()}
+    for layer in before:
         layer.bypassed = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer.bypassed = False
+        for layer, bypassed in before.items():
+            layer.bypassed = bypassed
 
 
-def _excluded_names(model: nn.Module, exclude: Exclude) -> set[str]:
+def _excluded(model: nn.Module, exclude: Exclude) -> set[nn.Module]:
+    """The excluded modules and all below them, by whichever of their names they were meant."""
     if isinstance(exclude, str | nn.Module):
         raise ConfigError("exclude is a list of modules or name patterns, not a single one")
-    names: set[str] = set()
+    modules = list(model.named_modules(remove_duplicate=False))
+    found: set[nn.Module] = set()
     for item in exclude:
         if isinstance(item, str):
-            hits = {n for n, _ in model.named_modules() if n and fnmatchcase(n, item)}
+            hits = [module for name, module in modules if name and fnmatchcase(name, item)]
         else:
-            hits = {n for n, m in model.named_modules(remove_duplicate=False) if m is item}
+            hits = [module for _, module in modules if module is item]
         if not hits:
             raise ConfigError(f"exclude: {item if isinstance(item, str) else type(item).__name__!r} matches no layer")
-        names |= hits
-    return names
-
-
-def _is_below(name: str, ancestors: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:i]) in ancestors for i in range(len(parts) + 1))
+        found.update(below for module in hits for below in module.modules())
+    return found
 
 
 def _check_names(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

@@ -142,6 +142,7 @@ def prune(
     layers = prunable_linears(model, pattern, exclude=exclude, on_misfit=on_misfit)
     if not layers:
         raise ConfigError("nothing to prune: the model has no linear layer that is not excluded")
+    training = {name: linear.training for name, linear in layers.items()}
     masks: dict[str, Tensor] = {}
 
     def prune_layer(name: str, statistic: Any) -> None:
@@ -173,4 +174,6 @@ def prune(
     for unit in statistics:
         for name in unit:
             prune_layer(name, unit[name])
+    for name, mode in training.items():  # the new layers were made while the model was in evaluation mode
+        model.get_submodule(name).training = mode
     return masks
