@@ -54,7 +54,9 @@ def test_reports_need_no_torch(module: str) -> None:
 
 
 def test_no_cycles() -> None:
-    doors = {m: {other for other in imports(m) if not m.startswith(f"{other}.")} for m in ALL}  # not to one's own package
+    doors = {
+        m: {other for other in imports(m) if not m.startswith(f"{other}.")} for m in ALL
+    }  # not to one's own package
     while doors:
         leaves = {m for m, ahead in doors.items() if not ahead & doors.keys()}
         assert leaves, f"a cycle among {sorted(doors)}"

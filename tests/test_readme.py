@@ -58,7 +58,9 @@ def test_splice_replaces_between_markers_only() -> None:
     assert splice(text, {"t": r"\1 \g<0>"}) == "a\n<!-- t -->\n\\1 \\g<0>\n<!-- /t -->\nz\n"
 
 
-@pytest.mark.parametrize("text", ["<!-- t -->", "<!-- /t -->", "<!-- /t --> <!-- t -->", "<!-- t --><!-- t --><!-- /t -->"])
+@pytest.mark.parametrize(
+    "text", ["<!-- t -->", "<!-- /t -->", "<!-- /t --> <!-- t -->", "<!-- t --><!-- t --><!-- /t -->"]
+)
 def test_splice_refuses_broken_markers(text: str) -> None:
     with pytest.raises(UserError, match="README"):
         splice(text, {"t": "new"})

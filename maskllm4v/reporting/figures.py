@@ -71,7 +71,6 @@ def _accuracy(experiment: Experiment, table: pd.DataFrame) -> Figure | None:
     axes.set_xlim(max(0.0, low - 5), 100)
     axes.set_xlabel("top-1 accuracy (%), bars start off zero" if low > 5 else "top-1 accuracy (%)")
     axes.grid(visible=False, axis="y")
-    axes.set_title(experiment.title, fontsize=9, loc="left")
     return figure
 
 

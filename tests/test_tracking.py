@@ -1,0 +1,176 @@
+"""Records in MLflow: one run a row, whatever happened before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from import_graph import ROOT
+
+from maskllm4v.config import Experiment, load_experiment
+from maskllm4v.files import read_json, value_digest, write_json
+from maskllm4v.layout import record_file
+from maskllm4v.tracking import flatten, publish
+
+ROWS = ("digits-dense", "digits-magnitude", "digits-maskllm-short-magnitude")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of three committed rows, without the tensors behind them."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for row in ROWS:
+        shutil.copytree(ROOT / "reports/digits/runs" / row, tmp_path / "reports/digits/runs" / row)
+    return tmp_path
+
+
+@pytest.fixture
+def experiment() -> Experiment:
+    return load_experiment(ROOT / "params.yaml")
+
+
+@pytest.fixture(autouse=True)
+def their_warnings() -> Iterator[None]:
+    """MLflow and its database layers warn about themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def runs(root: Path) -> list[Any]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    found = client.get_experiment_by_name("digits")
+    return client.search_runs([found.experiment_id], max_results=1000)
+
+
+def by_row(root: Path) -> dict[str, Any]:
+    return {run.data.tags["row"]: run for run in runs(root)}
+
+
+def test_one_run_a_row_however_often(root: Path, experiment: Experiment) -> None:
+    published = publish(root, experiment)
+    assert sorted(published) == sorted(ROWS)
+    first = {run.info.run_id for run in runs(root)}
+    assert publish(root, experiment) == published
+    assert {run.info.run_id for run in runs(root)} == first
+    assert len(first) == 3
+
+
+def test_run_says_what_the_record_says(root: Path, experiment: Experiment) -> None:
+    publish(root, experiment)
+    run = by_row(root)["digits-maskllm-short-magnitude"]
+    record = read_json(record_file("digits", run.data.tags["row"], root / "reports"))
+    accuracies = [metrics["top1"] for metrics in record["metrics"].values()]
+    assert run.data.metrics["top1"] == pytest.approx(sum(accuracies) / 3)
+    assert run.data.metrics["top1/seed2"] == accuracies[2]
+    assert run.data.params["learning.steps"] == "200"
+    assert run.data.params["prior.method"] == "magnitude"
+    assert run.data.tags["method"] == "maskllm"
+    assert run.data.tags["prior"] == "digits-magnitude"
+    assert run.data.tags["current"] == "true"
+    assert run.info.status == "FINISHED"
+    (data,) = run.inputs.dataset_inputs
+    assert record["inputs"]["manifest"].startswith(data.dataset.digest)
+
+
+def test_curves_and_artifacts(root: Path, experiment: Experiment) -> None:
+    from mlflow.tracking import MlflowClient
+
+    (root / "artifacts/digits-magnitude").mkdir(parents=True)
+    (root / "artifacts/digits-magnitude/seed0.safetensors").write_bytes(b"masks")
+    publish(root, experiment)
+    client, found = MlflowClient(f"sqlite:///{root / 'mlflow.db'}"), by_row(root)
+    learned = found["digits-maskllm-short-magnitude"].info.run_id
+    history = client.get_metric_history(learned, "train/loss")
+    assert [point.step for point in history] == [*range(0, 200, 10), 199]
+    assert [point.timestamp for point in history] == [point.step for point in history]
+    assert {file.path for file in client.list_artifacts(learned)} >= {"record.json", "layers.csv", "curves"}
+    assert {file.path for file in client.list_artifacts(learned, "curves")} == {f"curves/seed{k}.csv" for k in range(3)}
+    pruned = found["digits-magnitude"].info.run_id
+    assert [file.path for file in client.list_artifacts(pruned, "masks")] == ["masks/seed0.safetensors"]
+
+
+def test_deleted_store_is_rebuilt(root: Path, experiment: Experiment) -> None:
+    publish(root, experiment)
+    (root / "mlflow.db").unlink()
+    publish(root, experiment)
+    assert len(runs(root)) == 3
+
+
+def test_run_cut_short_is_replaced(root: Path, experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("maskllm4v.tracking._artifact_files", fail)
+        with pytest.raises(KeyboardInterrupt):
+            publish(root, experiment)
+    assert len(runs(root)) == 1
+    publish(root, experiment)
+    assert len(runs(root)) == 3
+    assert all(run.data.tags["current"] == "true" for run in runs(root))
+
+
+def variant_of(experiment: Experiment, row: str, root: Path, lr: float) -> Experiment:
+    """The experiment with another learning rate for one row, and a record of it."""
+    raw = experiment.model_dump()
+    raw["learned"] = {key: dict(value) for key, value in raw["learned"].items()}
+    raw["learned"][row]["lr"] = lr
+    changed = Experiment.model_validate(raw)
+    path = record_file("digits", row, root / "reports")
+    settings = changed.row_settings(row)
+    write_json(path, {**read_json(path), "settings": settings, "settings_digest": value_digest(settings)})
+    return changed
+
+
+def test_variants_stand_beside_and_current_moves(root: Path, experiment: Experiment) -> None:
+    row = "digits-maskllm-short-magnitude"
+    original = record_file("digits", row, root / "reports").read_bytes()
+    publish(root, experiment)
+    publish(root, variant_of(experiment, row, root, 0.02))
+    found = {
+        run.data.params["learning.lr"]: run.data.tags["current"] for run in runs(root) if run.data.tags["row"] == row
+    }
+    assert found == {"0.01": "false", "0.02": "true"}
+    record_file("digits", row, root / "reports").write_bytes(original)
+    publish(root, experiment)
+    found = {
+        run.data.params["learning.lr"]: run.data.tags["current"] for run in runs(root) if run.data.tags["row"] == row
+    }
+    assert found == {"0.01": "true", "0.02": "false"}
+
+
+def test_new_result_of_the_same_settings_replaces_the_old(root: Path, experiment: Experiment) -> None:
+    publish(root, experiment)
+    path = record_file("digits", "digits-magnitude", root / "reports")
+    record = read_json(path)
+    record["metrics"]["0"]["top1"] = 1.0
+    write_json(path, record)
+    publish(root, experiment)
+    assert len(runs(root)) == 3
+    assert by_row(root)["digits-magnitude"].data.metrics["top1/seed0"] == 1.0
+
+
+def test_stale_record_is_not_published(root: Path, experiment: Experiment) -> None:
+    variant_of(experiment, "digits-maskllm-short-magnitude", root, 0.5)
+    assert sorted(publish(root, experiment)) == ["digits-dense", "digits-magnitude"]
+
+
+def test_tracking_uri_is_honoured(root: Path, experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'elsewhere.db'}")
+    monkeypatch.chdir(root)
+    publish(root, experiment)
+    assert (root / "elsewhere.db").exists()
+    assert not (root / "mlflow.db").exists()
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}
+    assert json.dumps(flatten({}))
