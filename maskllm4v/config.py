@@ -7,6 +7,7 @@ The file describes one experiment, which makes one table. Its sections, in the o
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -223,6 +224,31 @@ class Experiment(Settings):
         return {k: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for k, v in found.items()}
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads plain scalars as YAML 1.2 does, and so as DVC does: ``2:4`` is text, ``1e-3`` a number.
+
+    PyYAML follows YAML 1.1, where ``2:4`` is 124 (base 60). `dvc exp run -S` writes it without quotes.
+    """
+
+
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _SCALARS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind in ("bool", "int", "float"):  # the first that matches wins
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_SCALARS[_kind][0]})$"), list(_SCALARS[_kind][1])
+    )
+
+
 def load_experiment(path: Path = PARAMS) -> Experiment:
     """Read and validate a params file.
 
@@ -230,7 +256,7 @@ def load_experiment(path: Path = PARAMS) -> Experiment:
         ConfigError: the file is missing, no YAML, or a key is wrong; all faults are listed, a line each.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -267,10 +293,7 @@ def _explain(fault: Any, raw: Any) -> str:
         return f"{key}: {fault['ctx']['error']}"
     if not key:
         return f"holds {type(raw).__name__}, not a mapping of keys"
-    hint = ""
-    if fault["type"] == "float_type" and isinstance(found, str) and _is_number(found):
-        hint = " (YAML reads a number like 1e-3 as text: write 1.0e-3)"
-    return f"{key} is {found!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}{hint}"
+    return f"{key} is {found!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
 def _allowed_keys(location: tuple[str, ...]) -> list[str]:
@@ -280,11 +303,3 @@ def _allowed_keys(location: tuple[str, ...]) -> list[str]:
         is_rows = get_origin(section) is dict
         section = get_args(section)[1] if is_rows else section.model_fields[part].annotation
     return list(section.model_fields)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

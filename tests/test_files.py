@@ -1,0 +1,158 @@
+"""Files are written whole or not at all, and the same value gives the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskllm4v.errors import UserError
+from maskllm4v.files import (
+    file_digest,
+    read_json,
+    replacing,
+    value_digest,
+    write_csv,
+    write_json,
+    write_text,
+)
+
+
+def full_disk(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_new_file_appears_with_its_folders(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "c.txt"
+    with replacing(path) as temporary:
+        assert temporary.parent == path.parent
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, ValueError])
+def test_failure_midway_leaves_the_old_file(error: type[BaseException], tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(error), replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_full_disk_while_writing_is_a_user_error(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(UserError, match="No space left on device") as caught, replacing(path):
+        full_disk()
+    assert str(path) in str(caught.value)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["mkdir", "replace", "chmod"])
+def test_failing_system_call_is_a_user_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    monkeypatch.setattr(Path, name, full_disk)
+    with pytest.raises(UserError, match="cannot write .*file: No space"):
+        write_text(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_read_only_folder_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    with pytest.raises(UserError, match="Permission denied"):
+        write_text(tmp_path / "file", "new")
+
+
+def test_path_below_a_file_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(UserError, match="cannot write"):
+        write_json(tmp_path / "file" / "below", {})
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_folder_in_the_way_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        write_text(tmp_path / "taken", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "file", "")
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_text_is_utf8_with_its_own_line_ends(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "8×8\nß\r\n")
+    assert (tmp_path / "file").read_bytes() == b"8\xc3\x978\n\xc3\x9f\r\n"
+
+
+def test_json_bytes(tmp_path: Path) -> None:
+    write_json(tmp_path / "a", {"b": [1, 2.5], "a": {"ü": None, "n": True}})
+    expected = '{\n  "a": {\n    "n": true,\n    "ü": null\n  },\n  "b": [\n    1,\n    2.5\n  ]\n}\n'
+    assert (tmp_path / "a").read_bytes() == expected.encode()
+    write_json(tmp_path / "b", {"a": {"n": True, "ü": None}, "b": (1, 2.5)})
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+    assert read_json(tmp_path / "a") == {"b": [1, 2.5], "a": {"ü": None, "n": True}}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_json_takes_no_nan(value: float, tmp_path: Path) -> None:
+    write_json(tmp_path / "file", 1)
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "file", {"nll": value})
+    assert (tmp_path / "file").read_bytes() == b"1\n"
+
+
+def test_csv_bytes(tmp_path: Path) -> None:
+    write_csv(tmp_path / "file", ("a", "b"), [(1, "x,y"), ("", 'q"'), (0.1, "é")])
+    assert (tmp_path / "file").read_bytes() == 'a,b\n1,"x,y"\n,"q"""\n0.1,é\n'.encode()
+
+
+def test_csv_rows_that_fail_leave_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        write_csv(tmp_path / "file", ("a",), ((1 / n,) for n in (1, 0)))
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe", b"{'a': 1}"])
+def test_unreadable_json_is_a_user_error(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_json(path)
+    assert str(path) in str(caught.value)
+
+
+def test_file_digest_is_sha256(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    assert file_digest(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_value_digest_is_of_the_canonical_form() -> None:
+    expected = hashlib.sha256(b'{"a":[1,2.5],"b":"\\u00fc"}').hexdigest()
+    assert value_digest({"b": "ü", "a": [1, 2.5]}) == expected
+    assert value_digest({"a": (1, 2.5), "b": "ü"}) == expected
+    assert value_digest({"a": [1, 2], "b": "ü"}) != expected
