@@ -13,6 +13,7 @@ export PATH := $(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
+unexport PYTHONPATH
 
 .PHONY: repro test proof ui publish use lint
 
@@ -21,7 +22,7 @@ repro: $(READY)
 	dvc repro
 
 test: lint
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	ruff format --check .
@@ -31,7 +32,7 @@ lint: $(READY)
 proof: $(READY)
 	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	git clone -q . "$$folder/clone"; cd "$$folder/clone"; \
-	dvc repro -f; \
+	env -u MLFLOW_TRACKING_URI dvc repro -f; \
 	git diff --exit-code; \
 	test -z "$$(git status --porcelain)" || { git status --short; exit 1; }; \
 	python -m maskllm4v report --check; \

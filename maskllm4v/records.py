@@ -105,6 +105,7 @@ def read_records(reports: Path, table: str) -> dict[str, dict[str, Any]]:
     return {record["row"]: record for record in map(read_record, paths)}
 
 
-def record_digest(path: Path) -> str:
-    """SHA-256 of a record's bytes, in hex: the identity of a result."""
-    return file_digest(path)
+def run_digest(folder: Path) -> str:
+    """SHA-256 over all committed files of a row (record, diagnostics, curves), in hex."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return value_digest({path.relative_to(folder).as_posix(): file_digest(path) for path in files})

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
-from maskllm4v.layout import ARTIFACTS, record_file, run_folder
+from maskllm4v.layout import ARTIFACTS, run_folder
 from maskllm4v.progress import bar
-from maskllm4v.records import record_digest
+from maskllm4v.records import run_digest
 from maskllm4v.reporting.aggregate import METRICS, aggregate, current_records, seed_metrics
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def publish(root: Path, experiment: Experiment) -> dict[str, str]:
         experiment: whose records to publish; stale records are passed over.
 
     Returns:
-        Digest of each published record, by row.
+        Digest of each published run's files, by row.
     """
     records = current_records(experiment, root / "reports")
     lines = {str(line["row"]): line for _, line in aggregate(experiment, records).iterrows()}
@@ -54,7 +54,7 @@ def publish(root: Path, experiment: Experiment) -> dict[str, str]:
     with _client(root) as client:
         experiment_id = _experiment_id(client, experiment)
         for row in bar(records, f"publishing {experiment.table}"):
-            digest = record_digest(record_file(experiment.table, row, root / "reports"))
+            digest = run_digest(run_folder(experiment.table, row, root / "reports"))
             _publish_row(client, experiment_id, root, experiment, records[row], lines[row], digest)
             published[row] = digest
     return published

@@ -24,6 +24,7 @@ from maskllm4v.calibration import (
 from maskllm4v.errors import ConfigError
 from maskllm4v.layers import MaskedLinear
 from maskllm4v.patterns import NMPattern
+from maskllm4v.progress import bar
 from maskllm4v.pruners.magnitude import prune_magnitude
 from maskllm4v.pruners.random import prune_random
 from maskllm4v.pruners.result import Pruned
@@ -171,7 +172,7 @@ def prune(
         propagate=propagate or chosen.propagate,
         forward=forward or default_forward,
     )
-    for unit in statistics:
+    for unit in bar(statistics, method):
         for name in unit:
             prune_layer(name, unit[name])
     for name, mode in training.items():  # the new layers were made while the model was in evaluation mode

@@ -16,6 +16,7 @@ from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, step_loader
 from maskllm4v.devices import pick_device
 from maskllm4v.models import build_model, image_settings
+from maskllm4v.progress import bar
 
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W], labels [B]
 
@@ -82,7 +83,7 @@ class Classification:
         model.eval()
         count, hits1, hits5, nll = 0, 0, 0, 0.0
         indices = np.arange(len(self.data.manifest.splits["test"]))
-        for batch in self._plain("test", indices, self.settings.eval_batch_size):
+        for batch in bar(self._plain("test", indices, self.settings.eval_batch_size), "evaluating"):
             logits, labels = self.forward(model, batch).float(), batch[1]
             ranked = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
             hits1 += int(ranked[:, 0].sum())
