@@ -206,14 +206,15 @@ class _Chain:
         self._entered = _versions(args)
 
     def leave(self, args: tuple[Any, ...], output: Any) -> None:
-        self.unbroken &= isinstance(output, Tensor) and _versions(args) == self._entered
+        traceable = isinstance(output, Tensor) and not output.is_inference()  # those count no changes
+        self.unbroken &= traceable and _versions(args) == self._entered
         self._fed = (output, *args[1:])
         self._versions = _versions(self._fed)
 
 
 def _versions(values: tuple[Any, ...]) -> tuple[int, ...]:
     """How often each tensor was changed in place."""
-    return tuple(value._version for value in values if isinstance(value, Tensor))
+    return tuple(value._version for value in values if isinstance(value, Tensor) and not value.is_inference())
 
 
 def _probe(

@@ -173,8 +173,8 @@ class LearnableMaskedLinear(nn.Linear):
 
     @tau.setter
     def tau(self, value: float) -> None:
-        if not value > 0:
-            raise ValueError(f"tau is {value}; a temperature is > 0")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"tau is {value}; a temperature is > 0 and finite")
         self._tau = float(value)
 
     @property
@@ -183,8 +183,8 @@ class LearnableMaskedLinear(nn.Linear):
 
     @scaling.setter
     def scaling(self, value: float) -> None:
-        if not value > 0:
-            raise ValueError(f"scaling is {value}; it has to be > 0")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"scaling is {value}; it has to be > 0 and finite")
         self._scaling = float(value)
 
     def masked_weight(self, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:

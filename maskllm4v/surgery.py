@@ -139,7 +139,7 @@ def current_masks(model: nn.Module) -> dict[str, Tensor]:
 def apply_masks_(model: Model, masks: Mapping[str, Tensor], pattern: NMPattern | str) -> Model:
     """Turn the named linear layers into :class:`MaskedLinear` with the masks given, in place."""
     pattern = NMPattern(pattern)
-    _check_names(model, masks)
+    _check_masks(model, masks, pattern)
 
     def new(name: str, linear: nn.Linear) -> MaskedLinear:
         layer = MaskedLinear.from_linear(linear, N=pattern.n, M=pattern.m)
@@ -196,7 +196,7 @@ def make_learnable(
     if init not in ("prior", "magnitude"):
         raise ConfigError(f"init is {init!r}; allowed: 'prior', 'magnitude'")
     if prior_masks is not None:
-        _check_names(model, prior_masks)
+        _check_masks(model, prior_masks, pattern)
     names = list(prunable_linears(model, pattern, exclude=exclude) if prior_masks is None else prior_masks)
     model.requires_grad_(False)
 
@@ -206,16 +206,10 @@ def make_learnable(
             linear, N=pattern.n, M=pattern.m, hard=hard, gate_std=std, name=name, seed=seed
         )
         with torch.no_grad():
-            if prior_masks is not None and prior_masks[name].shape != linear.weight.shape:
-                raise PatternError(
-                    f"layer {name!r}: prior mask {tuple(prior_masks[name].shape)} "
-                    f"for a weight {tuple(linear.weight.shape)}"
-                )
             if init == "magnitude":
                 layer.logits.copy_(magnitude_logits(linear.weight, pattern))
             elif prior_masks is not None:
                 mask = prior_masks[name].to(linear.weight.device)
-                pattern.validate(mask, name)
                 shift = pattern.similarity(mask) - pattern.n**2 / pattern.m
                 layer.logits.add_(shift.to(layer.logits), alpha=prior_strength * float(layer.logits.std()))
         return layer
@@ -274,8 +268,12 @@ def _excluded(model: nn.Module, exclude: Exclude) -> set[nn.Module]:
     return found
 
 
-def _check_names(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+def _check_masks(model: nn.Module, masks: Mapping[str, Tensor], pattern: NMPattern) -> None:
+    """All at once, before anything is changed."""
     if not masks:
         raise ConfigError("no masks given")
-    for name in masks:
-        linear(model, name)
+    for name, mask in masks.items():
+        shape = linear(model, name).weight.shape
+        if mask.shape != shape:
+            raise PatternError(f"layer {name!r}: mask {tuple(mask.shape)} for a weight {tuple(shape)}")
+        pattern.validate(mask, name)

@@ -385,6 +385,17 @@ def test_own_forward(tiny_vit: nn.Module, propagate: str) -> None:
 
 
 @both_ways
+@pytest.mark.parametrize("kind", ["plain", "sequential", "in place"])
+@pytest.mark.parametrize("everything", [False, True], ids=["batches", "everything"])
+def test_inference_mode(kind: str, propagate: str, everything: bool) -> None:
+    model = AWKWARD[kind]().eval()
+    with torch.inference_mode():
+        batches = [torch.randn(n, 8) for n in (3, 2)]
+    with torch.inference_mode(everything):
+        check_stream(model, batches, propagate)
+
+
+@both_ways
 @pytest.mark.parametrize("batches", [[], iter(())], ids=["list", "iterator"])
 def test_no_batches(tiny_vit: nn.Module, propagate: str, batches: Iterable[Any]) -> None:
     with pytest.raises(DataError, match="no batches"):
