@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maskllm4v.errors import CheckpointError
-from maskllm4v.files import replacing
+from maskllm4v.files import replacing, value_digest
 from maskllm4v.patterns import NMPattern
 
 METADATA_KEY = "maskllm4v"
@@ -133,9 +133,14 @@ def load_masks(path: Path, *, pattern: NMPattern | str | None = None, base: str 
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> str:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        shared = any(own.data_ptr() == other.data_ptr() for other in plain.values())
+        plain[name] = own.clone() if shared else own  # tied weights are written twice
     digest = tensors_digest(plain)
-    text = json.dumps({**about, "format": FORMAT, "digest": digest}, sort_keys=True)
+    about = {**about, "format": FORMAT, "digest": digest}
+    text = json.dumps({**about, "seal": value_digest(about)}, sort_keys=True)
     with replacing(path) as temporary:
         try:
             save_file(plain, temporary, metadata={METADATA_KEY: text})
@@ -158,8 +163,11 @@ def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = _open(path)
     try:
         about = json.loads(metadata[METADATA_KEY])
-    except (KeyError, ValueError) as error:
+        seal = about.pop("seal")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} was not written by maskllm4v") from error
+    if value_digest(about) != seal:
+        raise CheckpointError(f"{path} is damaged: its header does not have the digest it was written with")
     if about.get("kind") != kind or about.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} holds {about.get('kind')} in format {about.get('format')}, not {kind} in {FORMAT}"

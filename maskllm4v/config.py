@@ -247,6 +247,7 @@ for _kind in ("bool", "int", "float"):  # the first that matches wins
     _Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_SCALARS[_kind][0]})$"), list(_SCALARS[_kind][1])
     )
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # 010 is ten
 
 
 def load_experiment(path: Path = PARAMS) -> Experiment:
@@ -259,7 +260,7 @@ def load_experiment(path: Path = PARAMS) -> Experiment:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, an impossible date
         raise ConfigError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
     return parse_experiment(raw, str(path))
 
@@ -277,7 +278,8 @@ def _explain(fault: Any, raw: Any) -> str:
     location = tuple(str(part) for part in fault["loc"] if part != "[key]")
     key = ".".join(location)
     if location[:1] == ("learned",) and len(location) > 2:
-        inherited = location[2] in LearningSettings.model_fields and location[2] not in raw["learned"][location[1]]
+        own = next(row for name, row in raw["learned"].items() if str(name) == location[1])
+        inherited = location[2] in LearningSettings.model_fields and location[2] not in own
         key = ".".join(("learning", *location[2:])) if inherited else key
     if fault["type"] == "extra_forbidden":
         allowed = _allowed_keys(location[:-1])

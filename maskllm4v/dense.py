@@ -9,7 +9,8 @@ from torch import nn
 
 from maskllm4v.checkpoints import load_plain_state, load_state
 from maskllm4v.config import DenseSettings, Experiment
-from maskllm4v.errors import ConfigError, TrainingError
+from maskllm4v.errors import ConfigError
+from maskllm4v.finite import FiniteLoss
 from maskllm4v.models import build_model
 from maskllm4v.progress import bar
 from maskllm4v.schedule import cosine, warm_up
@@ -49,16 +50,16 @@ def train_dense(model: nn.Module, task: Task, settings: DenseSettings, *, seed: 
     )
     warmup_steps = round(settings.warmup * settings.steps)
     batches = task.train_batches(seed=seed, batch_size=settings.batch_size, steps=settings.steps)
+    finite = FiniteLoss(next(model.parameters()).device)
     model.train()
     for step, batch in enumerate(bar(batches, f"dense, seed {seed}", total=settings.steps, position=position)):
         lr = cosine(settings.lr, 0.0, step / settings.steps) * warm_up(step, warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = task.loss(task.forward(model, batch), batch)
+        finite.watch(step, loss)
         if step % 50 == 0 or step == settings.steps - 1:
-            value = float(loss.detach())
-            if not value < float("inf"):
-                raise TrainingError(f"{settings.row}, seed {seed}: the loss is {value} at step {step}")
+            finite.check(settings.row, seed)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if settings.clip_grad:

@@ -19,12 +19,12 @@ def progress(step: int, steps: int, steps_per_epoch: int, anneal: Literal["step"
 
 def linear(first: float, last: float, share: float) -> float:
     """From ``first`` to ``last`` in a straight line."""
-    return first + (last - first) * share
+    return first * (1 - share) + last * share  # exact at both ends
 
 
 def cosine(first: float, last: float, share: float) -> float:
     """From ``first`` to ``last`` along half a cosine (Loshchilov & Hutter 2017)."""
-    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
+    return linear(last, first, 0.5 * (1 + math.cos(math.pi * share)))
 
 
 def warm_up(step: int, steps: int) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from maskllm4v.config import LearningSettings
 from maskllm4v.errors import TrainingError
+from maskllm4v.finite import FiniteLoss
 from maskllm4v.layers import Draw, LearnableMaskedLinear
 from maskllm4v.progress import bar
 from maskllm4v.schedule import cosine, linear, progress
@@ -76,7 +77,7 @@ def learn_masks(
     optimizer = torch.optim.AdamW(
         logits, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
-    curve = _Curve(layers, prior)
+    curve, finite = _Curve(layers, prior), FiniteLoss(logits[0].device)
     steps_per_epoch = task.steps_per_epoch(settings.batch_size)
     batches = task.train_batches(seed=seed, batch_size=settings.batch_size, steps=settings.steps)
     _train_mode(model)
@@ -98,10 +99,10 @@ def learn_masks(
         optimizer.step()
         if average:
             torch._foreach_lerp_(average, [tensor.detach() for tensor in logits], 1 - _ema_decay(settings.ema, step))
-        curve.watch(step, loss.detach())
+        finite.watch(step, loss)
         if step % settings.log_every == 0 or step == settings.steps - 1:
             curve.take(step, loss.detach(), lr, tau, scaling, norm.detach(), energy.detach())
-            curve.check(row, seed)
+            finite.check(row, seed)
             if on_point is not None:
                 on_point(step)
     with torch.no_grad():
@@ -163,20 +164,8 @@ class _Curve:
             }
         self.groups = sum(layer.logits.shape[1] for layer in layers.values())
         self.dense_energy = sum(float(layer.weight.detach().square().sum()) for layer in layers.values())
-        device = next(iter(layers.values())).logits.device
-        self.first_bad = torch.full((), -1, device=device)  # first step whose loss was not finite
         self.scalars: list[tuple[float, ...]] = []
         self.measured: list[Tensor] = []
-
-    def watch(self, step: int, loss: Tensor) -> None:
-        """Remember the first step that went wrong, without waiting for the device."""
-        bad = ~torch.isfinite(loss) & (self.first_bad < 0)
-        self.first_bad = torch.where(bad, step, self.first_bad)
-
-    def check(self, row: str, seed: int) -> None:
-        step = int(self.first_bad)
-        if step >= 0:
-            raise TrainingError(f"{row}, seed {seed}: the loss is not finite at step {step}")
 
     @torch.no_grad()
     def take(
