@@ -13,6 +13,7 @@ from maskllm4v.errors import ConfigError
 from maskllm4v.finite import FiniteLoss
 from maskllm4v.models import build_model
 from maskllm4v.progress import bar
+from maskllm4v.randomness import seeded_steps
 from maskllm4v.schedule import cosine, warm_up
 from maskllm4v.tasks import Task
 
@@ -52,17 +53,18 @@ def train_dense(model: nn.Module, task: Task, settings: DenseSettings, *, seed: 
     batches = task.train_batches(seed=seed, batch_size=settings.batch_size, steps=settings.steps)
     finite = FiniteLoss(next(model.parameters()).device)
     model.train()
-    for step, batch in enumerate(bar(batches, f"dense, seed {seed}", total=settings.steps, position=position)):
-        lr = cosine(settings.lr, 0.0, step / settings.steps) * warm_up(step, warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = task.loss(task.forward(model, batch), batch)
-        finite.watch(step, loss)
-        if step % 50 == 0 or step == settings.steps - 1:
-            finite.check(settings.row, seed)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if settings.clip_grad:
-            nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
-        optimizer.step()
+    with seeded_steps(next(model.parameters()).device, seed) as seed_step:
+        for step, batch in enumerate(bar(batches, f"dense, seed {seed}", total=settings.steps, position=position)):
+            seed_step(step)
+            lr = cosine(settings.lr, 0.0, step / settings.steps) * warm_up(step, warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = task.loss(task.forward(model, batch), batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad or float("inf"))
+            optimizer.step()
+            finite.watch(step, loss, norm)
+            if step % 50 == 0 or step == settings.steps - 1:
+                finite.check(settings.row, seed)
     model.eval()

@@ -33,6 +33,7 @@ def layer_diagnostics(
         task: runs the model.
         batches: calibration batches.
     """
+    in_order = {name: checkpoint.masks[name] for name, _ in dense.named_modules() if name in checkpoint.masks}
     errors = {name: torch.zeros(2, dtype=torch.float64) for name in checkpoint.masks}  # Σ error², Σ output²
     handles = []
     for name, mask in checkpoint.masks.items():
@@ -47,7 +48,7 @@ def layer_diagnostics(
             handle.remove()
     return [
         (name, _agreement(checkpoint, name), f"{_kept_energy(dense, name, mask):.6g}", f"{_relative(errors[name]):.6g}")
-        for name, mask in checkpoint.masks.items()
+        for name, mask in in_order.items()
     ]
 
 

@@ -11,7 +11,7 @@ from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks
 from maskllm4v.config import Experiment
 from maskllm4v.diagnostics import layer_diagnostics
 from maskllm4v.errors import CheckpointError
-from maskllm4v.surgery import apply_masks_, fold_
+from maskllm4v.surgery import apply_masks_, fold_, linear
 from maskllm4v.tasks import Task
 
 
@@ -63,10 +63,12 @@ def install(model: nn.Module, checkpoint: MaskCheckpoint, origin: str) -> None:
     Raises:
         CheckpointError: a layer is missing or has another shape.
     """
+    modules = dict(model.named_modules())
     for name, mask in checkpoint.masks.items():
-        layer = dict(model.named_modules()).get(name)
-        if not isinstance(layer, nn.Linear) or layer.weight.shape != mask.shape:
+        layer = modules.get(name)
+        shapes = {mask.shape, checkpoint.weights[name].shape if name in checkpoint.weights else mask.shape}
+        if not isinstance(layer, nn.Linear) or shapes != {layer.weight.shape}:
             raise CheckpointError(f"{origin}: layer {name!r} does not fit the model")
-        if name in checkpoint.weights:
-            layer.weight.data.copy_(checkpoint.weights[name])
+    for name, weight in checkpoint.weights.items():
+        linear(model, name).weight.data.copy_(weight)
     apply_masks_(model, checkpoint.masks, checkpoint.pattern)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -32,6 +34,20 @@ def generator(seed: int, *purpose: int | str) -> np.random.Generator:
 def torch_seed(seed: int, *purpose: int | str) -> int:
     """A 63-bit seed for code that draws from torch's own generator."""
     return int(philox_key(seed, *purpose)[0] >> np.uint64(1))
+
+
+@contextmanager
+def seeded_steps(device: torch.device, seed: int) -> Iterator[Callable[[int], None]]:
+    """For layers that draw from torch's own generators, such as dropout and drop-path.
+
+    Gives a function that seeds them for one step; afterwards they are as they were before.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+
+        def seed_step(step: int) -> None:
+            torch.manual_seed(torch_seed(seed, "layers", step))
+
+        yield seed_step
 
 
 def uniforms(key: np.ndarray, chunk: int, candidates: int, groups: int) -> Tensor:

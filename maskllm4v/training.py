@@ -17,6 +17,7 @@ from maskllm4v.errors import TrainingError
 from maskllm4v.finite import FiniteLoss
 from maskllm4v.layers import Draw, LearnableMaskedLinear
 from maskllm4v.progress import bar
+from maskllm4v.randomness import seeded_steps
 from maskllm4v.schedule import cosine, linear, progress
 from maskllm4v.surgery import as_dense, current_masks, learnable_layers, set_draw
 from maskllm4v.tasks import Task
@@ -81,30 +82,34 @@ def learn_masks(
     steps_per_epoch = task.steps_per_epoch(settings.batch_size)
     batches = task.train_batches(seed=seed, batch_size=settings.batch_size, steps=settings.steps)
     _train_mode(model)
-    for step, batch in enumerate(bar(batches, f"{row}, seed {seed}", total=settings.steps, position=position)):
-        share = progress(step, settings.steps, steps_per_epoch, settings.anneal)
-        lr = cosine(settings.lr, settings.min_lr, share)
-        tau, scaling = linear(*settings.tau, share), linear(*settings.scaling, share)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for layer in layers.values():
-            layer.tau, layer.scaling = tau, scaling
-        set_draw(model, Draw(seed, step))
+    with seeded_steps(logits[0].device, seed) as seed_step:
+        for step, batch in enumerate(bar(batches, f"{row}, seed {seed}", total=settings.steps, position=position)):
+            seed_step(step)
+            share = progress(step, settings.steps, steps_per_epoch, settings.anneal)
+            lr = cosine(settings.lr, settings.min_lr, share)
+            tau, scaling = linear(*settings.tau, share), linear(*settings.scaling, share)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for layer in layers.values():
+                layer.tau, layer.scaling = tau, scaling
+            set_draw(model, Draw(seed, step))
 
-        loss, energy = _loss(model, task, batch, settings, layers)
-        optimizer.zero_grad(set_to_none=True)
-        (loss - settings.regularisation * energy).backward()
-        limit = settings.clip_grad or float("inf")
-        norm = nn.utils.clip_grad_norm_(logits, limit)
-        optimizer.step()
-        if average:
-            torch._foreach_lerp_(average, [tensor.detach() for tensor in logits], 1 - _ema_decay(settings.ema, step))
-        finite.watch(step, loss)
-        if step % settings.log_every == 0 or step == settings.steps - 1:
-            curve.take(step, loss.detach(), lr, tau, scaling, norm.detach(), energy.detach())
-            finite.check(row, seed)
-            if on_point is not None:
-                on_point(step)
+            loss, energy = _loss(model, task, batch, settings, layers)
+            optimizer.zero_grad(set_to_none=True)
+            (loss - settings.regularisation * energy).backward()
+            limit = settings.clip_grad or float("inf")
+            norm = nn.utils.clip_grad_norm_(logits, limit)
+            finite.watch(step, loss, norm)
+            optimizer.step()
+            if average:
+                torch._foreach_lerp_(
+                    average, [tensor.detach() for tensor in logits], 1 - _ema_decay(settings.ema, step)
+                )
+            if step % settings.log_every == 0 or step == settings.steps - 1:
+                curve.take(step, loss.detach(), lr, tau, scaling, norm.detach(), energy.detach())
+                finite.check(row, seed)
+                if on_point is not None:
+                    on_point(step)
     with torch.no_grad():
         for tensor, mean in zip(logits, average, strict=bool(average)):
             tensor.copy_(mean)
@@ -156,7 +161,7 @@ class _Curve:
         self.layers = layers
         self.last = {name: layer.logits.detach().argmax(0) for name, layer in layers.items()}
         if prior is None:
-            self.prior = self.last
+            self.prior = dict(self.last)
         else:
             self.prior = {
                 name: layer.pattern.to_index(prior[name], name).to(layer.logits.device)

@@ -22,7 +22,7 @@ ROOMS = {  # module: all of ours that it may import, next to LOWEST
     "maskllm4v.calibration": set(),
     "maskllm4v.config": set(),
     "maskllm4v.checkpoints": {"files", "patterns"},
-    "maskllm4v.training": {"config", "finite", "layers", "progress", "schedule", "surgery", "tasks"},
+    "maskllm4v.training": {"config", "finite", "layers", "progress", "randomness", "schedule", "surgery", "tasks"},
 }
 ALL = sorted(modules())
 

@@ -110,7 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     except DataError:
         raise
-    except (UserError, KeyError, TypeError, ValueError) as error:
+    except (UserError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is no manifest: {error}; run the prepare stage again") from error
 
 
