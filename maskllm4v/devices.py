@@ -22,8 +22,10 @@ def pick_device(wanted: str) -> torch.device:
         device = torch.device(wanted)
     except RuntimeError as error:
         raise ConfigError(f"runtime.device is {wanted!r}; allowed: auto, cpu, cuda, cuda:0, mps, ...") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"runtime.device is {wanted!r}, but torch finds no CUDA device here")
+    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type in available and (device.index or 0) >= available[device.type]:
+        found = f"{available[device.type] or 'no'} {device.type.upper()} device"
+        raise ConfigError(f"runtime.device is {wanted!r}, but torch finds {found} here")
     return device
 
 

@@ -46,6 +46,7 @@ def measure(experiment: Experiment, task: Task, seed: int, dense: Path, masks: P
         counts = {"dense": total, "kept": total, "logits": 0}
         return Measured(task.evaluate(model), [], counts, base, None)
     found = load_masks(masks, pattern=experiment.pattern, base=base)
+    _check_fits(model, found, str(masks))
     batches = task.calibration_batches(experiment.task.eval_batch_size)
     layers = layer_diagnostics(model, found, task, batches)
     install(model, found, str(masks))
@@ -63,12 +64,16 @@ def install(model: nn.Module, checkpoint: MaskCheckpoint, origin: str) -> None:
     Raises:
         CheckpointError: a layer is missing or has another shape.
     """
+    _check_fits(model, checkpoint, origin)
+    for name, weight in checkpoint.weights.items():
+        linear(model, name).weight.data.copy_(weight)
+    apply_masks_(model, checkpoint.masks, checkpoint.pattern)
+
+
+def _check_fits(model: nn.Module, checkpoint: MaskCheckpoint, origin: str) -> None:
     modules = dict(model.named_modules())
     for name, mask in checkpoint.masks.items():
         layer = modules.get(name)
         shapes = {mask.shape, checkpoint.weights[name].shape if name in checkpoint.weights else mask.shape}
         if not isinstance(layer, nn.Linear) or shapes != {layer.weight.shape}:
             raise CheckpointError(f"{origin}: layer {name!r} does not fit the model")
-    for name, weight in checkpoint.weights.items():
-        linear(model, name).weight.data.copy_(weight)
-    apply_masks_(model, checkpoint.masks, checkpoint.pattern)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import timm
@@ -31,7 +32,7 @@ def build_model(settings: ModelSettings, seed: int, *, pretrained: bool) -> nn.M
         if pretrained:
             raise ConfigError(f"model.name is {PLAIN_VIT!r}, which has no pretrained weights; name a timm model")
     elif not timm.is_model(settings.name):
-        close = timm.list_models(f"*{settings.name.split('.')[0][:8]}*")[:5]
+        close = difflib.get_close_matches(settings.name.split(".")[0], timm.list_models(), 5)
         raise ConfigError(
             f"model.name is {settings.name!r}, which timm does not know; close: {', '.join(close) or 'none'}"
         )
@@ -39,12 +40,11 @@ def build_model(settings: ModelSettings, seed: int, *, pretrained: bool) -> nn.M
         torch.manual_seed(torch_seed(seed, "weights"))
         try:
             model = _create(settings, pretrained)
-        except (TypeError, ValueError, AssertionError) as error:
-            raise ConfigError(f"model.args do not fit {settings.name!r}: {error}") from error
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"no pretrained weights for {settings.name!r}: {str(error).splitlines()[0]}"
-            ) from error
+        except (ArithmeticError, AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            if pretrained and isinstance(error, OSError | RuntimeError):
+                raise CheckpointError(f"no pretrained weights for {settings.name!r}: {said}") from error
+            raise ConfigError(f"model.args do not fit {settings.name!r}: {said}") from error
     if not settings.fused_attention:
         for module in model.modules():
             if hasattr(module, "fused_attn"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import struct
@@ -9,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,7 +28,7 @@ from maskllm4v.checkpoints import (
     save_masks,
     tensors_digest,
 )
-from maskllm4v.errors import CheckpointError
+from maskllm4v.errors import CheckpointError, UserError
 from maskllm4v.patterns import NMPattern
 
 BASE = "ab" * 32
@@ -279,35 +282,121 @@ def test_every_flipped_byte_of_the_payload_is_found(tmp_path: Path) -> None:
     assert load_masks(path).masks
 
 
-def test_no_flipped_byte_of_the_header_changes_a_mask(tmp_path: Path) -> None:
-    """A damaged header is a CheckpointError, or leaves everything that was stored as it was."""
-    path = tmp_path / "masks"
-    wanted = checkpoint(prior=True)
-    save_masks(path, wanted)
+@pytest.mark.parametrize("bit", [1, 4, 64])
+def test_flipped_byte_of_the_masks_header_is_found_or_harmless(bit: int, tmp_path: Path) -> None:
+    """Harmless: whatever is read is what was written, down to the method's name."""
+    path, wanted = tmp_path / "masks", checkpoint(prior=True, weights=True)
+    digest = save_masks(path, wanted)
+
+    def read() -> bool:
+        found = load_masks(path)
+        facts = (found.pattern, found.base, found.method, found.digest)
+        tensors = ((found.masks, wanted.masks), (found.prior, wanted.prior), (found.weights, wanted.weights))
+        return facts == (wanted.pattern, BASE, "wanda", digest) and all(same(a, b) for a, b in tensors)
+
+    check_header(path, read, bit)
+
+
+@pytest.mark.parametrize("bit", [1, 4, 64])
+def test_flipped_byte_of_the_dense_header_is_found_or_harmless(bit: int, tmp_path: Path) -> None:
+    path, first, second = tmp_path / "dense", model(), model()
+    digest = save_dense(path, first, "mlp")
+
+    def read() -> bool:
+        with torch.no_grad():
+            second[0].weight.zero_()
+        return load_dense(path, second, "mlp") == digest and same(first.state_dict(), second.state_dict())
+
+    check_header(path, read, bit)
+
+
+def check_header(path: Path, read: Callable[[], bool], bit: int) -> None:
+    """Flip every byte of a file's header in turn; ``read`` says whether all was read as written."""
     content = path.read_bytes()
     (header,) = struct.unpack("<Q", content[:8])
+    assert read()
     wrong = {}
     for position in range(8 + header):
-        flip(path, position)
+        path.write_bytes(content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :])
         try:
-            found = load_masks(path)
-        except CheckpointError:
-            pass
+            if not read():
+                wrong[position] = "read as something else"
+        except CheckpointError as error:
+            if str(path) not in str(error) or "\n" in str(error):
+                wrong[position] = f"unclear: {error}"
         except Exception as error:
             wrong[position] = f"{type(error).__name__}: {error}"
-        else:
-            if not (same(found.masks, wanted.masks) and same(found.prior, wanted.prior)):
-                wrong[position] = "other masks"
-        flip(path, position)
-    assert not wrong, f"{len(wrong)} of {8 + header}: {dict(itertools.islice(wrong.items(), 5))}"
+    by_fault: dict[str, int] = {}
+    for text in wrong.values():
+        by_fault[text] = by_fault.get(text, 0) + 1
+    assert not wrong, f"{len(wrong)} of {8 + header} bytes: {dict(itertools.islice(by_fault.items(), 8))}"
+
+
+@pytest.mark.parametrize("kind", ["dense", "masks"])
+def test_file_cut_short_anywhere_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / kind
+    save_dense(path, model(), "mlp") if kind == "dense" else save_masks(path, checkpoint(prior=True))
+    content = path.read_bytes()
+    for length in range(0, len(content), 7):
+        path.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=f"{kind} is damaged"):
+            load_dense(path, model(), "mlp") if kind == "dense" else load_masks(path)
+
+
+def rewrite(path: Path, edit: Callable[[dict[str, Tensor], dict[str, Any]], object], *, seal: bool = True) -> None:
+    """Edit a masks file; with ``seal``, as one who can compute its digests."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(file.metadata()["maskllm4v"])
+    edit(tensors, about)
+    if seal:
+        about["digest"] = tensors_digest(tensors)
+        rest = {key: value for key, value in about.items() if key != "seal"}
+        canonical = json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
+        about["seal"] = hashlib.sha256(canonical).hexdigest()
+    save_file(tensors, path, metadata={"maskllm4v": json.dumps(about, sort_keys=True)})
+
+
+def test_rewritten_file_without_edit_is_read(tmp_path: Path) -> None:
+    save_masks(tmp_path / "a", checkpoint())
+    rewrite(tmp_path / "a", lambda *_: None)
+    assert same(load_masks(tmp_path / "a").masks, checkpoint().masks)
+
+
+def test_missing_mask_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "masks"
+    save_masks(path, checkpoint(weights=True, prior=True))
+    rewrite(path, lambda tensors, _: tensors.pop("head.mask"))
+    with pytest.raises(CheckpointError, match=r"masks.*head.*missing") as caught:
+        load_masks(path)
+    assert "blocks.0.fc" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["kind", "format", "digest", "base", "method", "pattern", "shapes", "seal"])
+def test_missing_or_edited_fact_is_found(key: str, tmp_path: Path) -> None:
+    for edit in (lambda _, about: about.pop(key), lambda _, about: about.update({key: "2:8"})):
+        path = tmp_path / "some.masks"
+        save_masks(path, checkpoint())
+        rewrite(path, edit, seal=False)
+        with pytest.raises(CheckpointError, match=r"some\.masks"):
+            load_masks(path)
+
+
+@pytest.mark.parametrize("packed", [torch.full((9,), 255, dtype=torch.uint8), torch.zeros(8, dtype=torch.uint8)])
+def test_mask_that_cannot_be_unpacked_names_its_layer(packed: Tensor, tmp_path: Path) -> None:
+    """Six of eight codes of three bits name a 2:4 candidate; 7 does not."""
+    save_masks(tmp_path / "a", checkpoint())
+    rewrite(tmp_path / "a", lambda tensors, _: tensors.update({"blocks.0.fc.mask": packed}))
+    with pytest.raises(UserError, match=r"blocks\.0\.fc"):
+        load_masks(tmp_path / "a")
 
 
 def test_dense_and_masks_are_told_apart(tmp_path: Path) -> None:
     save_dense(tmp_path / "dense", model(), "mlp")
     save_masks(tmp_path / "masks", checkpoint())
-    with pytest.raises(CheckpointError, match="dense holds dense .* not masks"):
+    with pytest.raises(CheckpointError, match=r"dense holds dense .* not masks"):
         load_masks(tmp_path / "dense")
-    with pytest.raises(CheckpointError, match="masks holds masks .* not dense"):
+    with pytest.raises(CheckpointError, match=r"masks holds masks .* not dense"):
         load_dense(tmp_path / "masks", model(), "mlp")
 
 
@@ -330,6 +419,14 @@ def test_state_is_loaded_strictly(change: str) -> None:
     state.pop("0.bias") if change == "missing" else state.update(odd=torch.ones(1))
     with pytest.raises(CheckpointError, match=r"here does not fit the model: .*(0\.bias|odd)"):
         load_state(model(), state, "here")
+
+
+def test_state_of_a_large_other_model_is_refused_in_one_short_line() -> None:
+    big = nn.Sequential(*(nn.Linear(3, 3) for _ in range(200)))
+    with pytest.raises(CheckpointError, match=r"^here does not fit the model: .") as caught:
+        load_state(big, model().state_dict(), "here")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 def test_masks_of_another_pattern_are_refused(tmp_path: Path) -> None:
@@ -355,7 +452,7 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("maskllm4v.checkpoints.save_file", half)
-    with pytest.raises(ValueError, match="cannot write .*a: No space left on device"):
+    with pytest.raises(ValueError, match=r"cannot write .*a: No space left on device"):
         save_dense(path, model(), "mlp")
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -16,21 +16,64 @@ from maskllm4v.config import Experiment, load_experiment, parse_experiment
 from maskllm4v.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
-LEARNING = (
-    "steps batch_size lr min_lr betas weight_decay clip_grad tau scaling anneal regularisation init "
-    "prior_strength gate_std hard ema distillation distillation_temperature log_every"
-).split()
+LEARNING = [
+    "steps",
+    "batch_size",
+    "lr",
+    "min_lr",
+    "betas",
+    "weight_decay",
+    "clip_grad",
+    "tau",
+    "scaling",
+    "anneal",
+    "regularisation",
+    "init",
+    "prior_strength",
+    "gate_std",
+    "hard",
+    "ema",
+    "distillation",
+    "distillation_temperature",
+    "log_every",
+]
 # Every key of the format, written down a second time.
 SECTIONS = {
-    "": "table title exact seeds pattern data task model dense priors learning learned rows runtime".split(),
-    "data": "name source root train test hash_files test_fraction split_seed calibration calibration_seed".split(),
-    "task": "name label_smoothing shift shift_probability eval_batch_size".split(),
-    "model": "name args exclude on_misfit fused_attention".split(),
-    "dense": "row init checkpoint steps batch_size lr betas weight_decay warmup clip_grad".split(),
-    "priors.one": "method update_weights propagate batch_size".split(),
+    "": [
+        "table",
+        "title",
+        "exact",
+        "seeds",
+        "pattern",
+        "data",
+        "task",
+        "model",
+        "dense",
+        "priors",
+        "learning",
+        "learned",
+        "rows",
+        "runtime",
+    ],
+    "data": [
+        "name",
+        "source",
+        "root",
+        "train",
+        "test",
+        "hash_files",
+        "test_fraction",
+        "split_seed",
+        "calibration",
+        "calibration_seed",
+    ],
+    "task": ["name", "label_smoothing", "shift", "shift_probability", "eval_batch_size"],
+    "model": ["name", "args", "exclude", "on_misfit", "fused_attention"],
+    "dense": ["row", "init", "checkpoint", "steps", "batch_size", "lr", "betas", "weight_decay", "warmup", "clip_grad"],
+    "priors.one": ["method", "update_weights", "propagate", "batch_size"],
     "learning": LEARNING,
     "learned.own": [*LEARNING, "prior"],
-    "runtime": "device loader_workers seed_processes".split(),
+    "runtime": ["device", "loader_workers", "seed_processes"],
 }
 
 
@@ -80,6 +123,10 @@ def test_params_are_the_digits_experiment() -> None:
     assert found.table == "digits"
     assert found.exact
     assert found.dense.betas == (0.9, 0.99)
+
+
+def test_params_are_the_digits_file_to_the_byte() -> None:
+    assert (ROOT / "params.yaml").read_bytes() == (ROOT / "experiments" / "digits.yaml").read_bytes()
 
 
 def test_file_says_what_the_object_says() -> None:
@@ -474,6 +521,37 @@ def test_row_settings_change_with_what_a_row_depends_on(path: str, value: Any, r
     assert before != after
     moved = {row for row in before.rows if before.row_settings(row) != after.row_settings(row)}
     assert moved == set(rows.split())
+
+
+OTHER = {float: 0.25, int: 11, bool: True, str: "x", tuple: [0.125, 0.5]}
+OTHER_CHOICE = {"init": "magnitude", "anneal": "epoch", "propagate": "pruned"}
+
+
+@pytest.mark.parametrize("key", LEARNING)
+def test_no_setting_of_a_learned_row_reaches_another(key: str) -> None:
+    before = parse_experiment(params())
+    now = getattr(before.learned["own"], key)
+    after = parse_experiment(changed(f"learned.own.{key}", not now if key == "hard" else other_value(key, now)))
+    moved = {row for row in before.rows if before.row_settings(row) != after.row_settings(row)}
+    assert moved == {"own"}
+
+
+@pytest.mark.parametrize("key", SECTIONS["priors.one"])
+def test_no_setting_of_a_prior_reaches_rows_without_it(key: str) -> None:
+    raw = params()
+    raw["priors"]["two"], raw["rows"]["two"] = {"method": "wanda"}, "Two"
+    raw["learned"]["own"]["prior"] = "two"
+    before = parse_experiment(raw)
+    raw["priors"]["two"][key] = other_value(key, getattr(before.priors["two"], key))
+    after = parse_experiment(raw)
+    moved = {row for row in before.rows if before.row_settings(row) != after.row_settings(row)}
+    assert moved == {"two", "own"}
+
+
+def other_value(key: str, now: Any) -> Any:
+    other = OTHER_CHOICE[key] if key in OTHER_CHOICE else OTHER[type(now)]
+    assert other != now
+    return other
 
 
 def test_row_settings_of_an_unknown_row_are_refused() -> None:

@@ -40,9 +40,14 @@ def test_new_file_appears_with_its_folders(tmp_path: Path) -> None:
 def test_failure_midway_leaves_the_old_file(error: type[BaseException], tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(error), replacing(path) as temporary:
-        temporary.write_text("half of the n")
-        raise error
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half of the n")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -62,7 +67,7 @@ def test_failing_system_call_is_a_user_error(name: str, tmp_path: Path, monkeypa
     path = tmp_path / "file"
     path.write_text("old")
     monkeypatch.setattr(Path, name, full_disk)
-    with pytest.raises(UserError, match="cannot write .*file: No space"):
+    with pytest.raises(UserError, match=r"cannot write .*file: No space"):
         write_text(path, "new")
     monkeypatch.undo()
     assert path.read_text() == "old"

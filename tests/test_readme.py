@@ -33,7 +33,8 @@ def test_params_are_a_published_experiment() -> None:
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"^(?:\$ )?make (\w+)", README, re.MULTILINE)) | set(re.findall(r"`make (\w+)", README))
-    assert named and named <= targets
+    assert named
+    assert named <= targets
 
 
 def test_linked_files_exist() -> None:
