@@ -54,13 +54,18 @@ def build_model(settings: ModelSettings, seed: int, *, pretrained: bool) -> nn.M
 
 def image_settings(settings: ModelSettings) -> dict[str, Any]:
     """Size, mean, std, crop and interpolation that a timm model was made for."""
-    from timm.data import resolve_data_config
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
     config = {} if settings.name == PLAIN_VIT else dict(timm.get_pretrained_cfg(settings.name).to_dict())
-    size = settings.args.get("img_size")
-    if size is not None:
-        channels = settings.args.get("in_chans", 3)
-        config["input_size"] = (channels, size, size) if isinstance(size, int) else (channels, *size)
+    channels, *size = config.get("input_size", (3, 224, 224))
+    if wanted := settings.args.get("img_size"):
+        size = [wanted, wanted] if isinstance(wanted, int) else list(wanted)
+    if settings.args.get("in_chans", channels) != channels:  # grey images: the colours' average statistics
+        channels = settings.args["in_chans"]
+        for key, standard in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+            values = config.get(key, standard)
+            config[key] = (sum(values) / len(values),) * channels
+    config["input_size"] = (channels, *size)
     resolved: dict[str, Any] = resolve_data_config({}, pretrained_cfg=config)
     return resolved
 

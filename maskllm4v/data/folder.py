@@ -108,6 +108,10 @@ class ImageFolder:
         path = self.root / entry.path
         try:
             with Image.open(path) as image:
+                if image.mode.startswith("I"):  # converting would clip nearly all of it to white
+                    raise DataError(f"{path} has more than 8 bits a channel; convert it first")
+                if "transparency" in image.info:
+                    return image.convert("RGBA").convert(self._mode)
                 return image.convert(self._mode)
         except (OSError, SyntaxError) as error:
             raise DataError(f"{path} cannot be read as an image: {error}") from error
