@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from maskllm4v.distributed import sum_
 from maskllm4v.errors import DataError
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -30,6 +31,9 @@ class Statistic(Protocol):
     def update(self, rows: Tensor) -> None:
         """Take in float32 rows ``[tokens, in]``."""
 
+    def combine(self) -> None:
+        """Add up what all processes have taken in."""
+
 
 class InputNorm:
     """‖x_j‖² of each input feature, ``[in]``, float32 (Wanda)."""
@@ -42,6 +46,11 @@ class InputNorm:
         self.sum_of_squares += rows.square().sum(0)
         self.rows += rows.shape[0]
 
+    def combine(self) -> None:
+        rows = torch.tensor(self.rows, device=self.sum_of_squares.device)
+        sum_(self.sum_of_squares, rows)
+        self.rows = int(rows)
+
 
 class Hessian:
     """Σ x xᵀ over all input rows, ``[in, in]``, float32 (SparseGPT; half the Hessian of the layer's error)."""
@@ -53,6 +62,11 @@ class Hessian:
     def update(self, rows: Tensor) -> None:
         self.sum_of_products.addmm_(rows.t(), rows)
         self.rows += rows.shape[0]
+
+    def combine(self) -> None:
+        rows = torch.tensor(self.rows, device=self.sum_of_products.device)
+        sum_(self.sum_of_products, rows)
+        self.rows = int(rows)
 
     @property
     def mean(self) -> Tensor:
@@ -288,6 +302,8 @@ def _observe(
     finally:
         for handle in handles:
             handle.remove()
+    for one in found.values():
+        one.combine()
     return found
 
 

@@ -23,7 +23,7 @@ from maskllm4v.files import replacing, value_digest
 from maskllm4v.patterns import NMPattern
 
 METADATA_KEY = "maskllm4v"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,17 @@ class MaskCheckpoint:
     """The masks of one row and seed.
 
     Attributes:
-        pattern: their N:M pattern.
-        masks: boolean ``[out, in]`` by layer name.
-        weights: updated weights by layer name; empty if weights stayed as they were.
+        pattern: their N:M pattern; None if there are no masks.
+        masks: boolean ``[out, in]`` by layer name; empty for a dense model that was trained on.
+        weights: what replaces the dense model's own tensors, by name in its state dict; empty if all
+            weights stayed as they were.
         prior: the masks that learning started from; empty for one-shot rows.
         base: digest of the dense model's tensors.
         method: e.g. ``"wanda"`` or ``"maskllm"``.
         digest: of the file's tensors, once it has been read.
     """
 
-    pattern: NMPattern
+    pattern: NMPattern | None
     masks: Mapping[str, Tensor]
     base: str
     method: str
@@ -94,11 +95,15 @@ def load_plain_state(path: Path) -> dict[str, Tensor]:
 def save_masks(path: Path, checkpoint: MaskCheckpoint) -> str:
     """Write packed masks and updated weights; returns the digest of the file's tensors."""
     c = checkpoint
-    tensors = {f"{name}.mask": c.pattern.pack(mask, name) for name, mask in c.masks.items()}
-    tensors |= {f"{name}.prior": c.pattern.pack(mask, name) for name, mask in c.prior.items()}
-    tensors |= {f"{name}.weight": weight for name, weight in c.weights.items()}
+    tensors = {f"weights.{name}": weight for name, weight in c.weights.items()}
+    for kind, masks in (("mask", c.masks), ("prior", c.prior)):
+        if masks and c.pattern is None:
+            raise CheckpointError(f"{path}: masks without a pattern")
+        if c.pattern is not None:
+            tensors |= {f"{kind}.{name}": c.pattern.pack(mask, name) for name, mask in masks.items()}
     shapes = {name: list(mask.shape) for name, mask in c.masks.items()}
-    about = {"kind": "masks", "pattern": str(c.pattern), "method": c.method, "base": c.base, "shapes": shapes}
+    pattern = None if c.pattern is None else str(c.pattern)
+    about = {"kind": "masks", "pattern": pattern, "method": c.method, "base": c.base, "shapes": shapes}
     return _save(path, tensors, about)
 
 
@@ -114,7 +119,7 @@ def load_masks(path: Path, *, pattern: NMPattern | str | None = None, base: str 
         CheckpointError: missing, damaged, of another pattern or of another dense model.
     """
     tensors, about = _load(path, "masks")
-    found = NMPattern(about["pattern"])
+    found = None if about["pattern"] is None else NMPattern(about["pattern"])
     if pattern is not None and found != NMPattern(pattern):
         raise CheckpointError(f"{path} holds {found} masks, not {pattern} ones")
     if base is not None and about["base"] != base:
@@ -122,10 +127,12 @@ def load_masks(path: Path, *, pattern: NMPattern | str | None = None, base: str 
     shapes = about["shapes"]
 
     def unpack(kind: str) -> dict[str, Tensor]:
-        names = {name: tensors[f"{name}.{kind}"] for name in shapes if f"{name}.{kind}" in tensors}
+        if found is None:
+            return {}
+        names = {name: tensors[f"{kind}.{name}"] for name in shapes if f"{kind}.{name}" in tensors}
         return {name: found.unpack(packed, tuple(shapes[name]), name) for name, packed in names.items()}
 
-    weights = {name: tensors[f"{name}.weight"] for name in shapes if f"{name}.weight" in tensors}
+    weights = {name[len("weights.") :]: t for name, t in tensors.items() if name.startswith("weights.")}
     masks = unpack("mask")
     if masks.keys() != shapes.keys():
         raise CheckpointError(f"{path}: the masks of {sorted(shapes.keys() - masks.keys())} are missing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -17,7 +18,9 @@ def pick_device(wanted: str) -> torch.device:
         ConfigError: the name is unknown, or there is no such device.
     """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes: a GPU each
+        wanted = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(wanted)
     except RuntimeError as error:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints import MaskCheckpoint
+from maskllm4v.distributed import sum_
 from maskllm4v.surgery import linear
 from maskllm4v.tasks import Task
 
@@ -38,7 +39,7 @@ def layer_diagnostics(
     handles = []
     for name, mask in checkpoint.masks.items():
         layer = linear(dense, name)
-        weight = checkpoint.weights.get(name, layer.weight).to(layer.weight) * mask.to(layer.weight.device)
+        weight = checkpoint.weights.get(f"{name}.weight", layer.weight).to(layer.weight) * mask.to(layer.weight.device)
         handles.append(layer.register_forward_hook(_measure(weight, layer, errors[name])))
     try:
         for batch in batches:
@@ -46,6 +47,7 @@ def layer_diagnostics(
     finally:
         for handle in handles:
             handle.remove()
+    sum_(*errors.values())
     return [
         (name, _agreement(checkpoint, name), f"{_kept_energy(dense, name, mask):.6g}", f"{_relative(errors[name]):.6g}")
         for name, mask in in_order.items()
@@ -76,6 +78,6 @@ def _agreement(checkpoint: MaskCheckpoint, name: str) -> str:
     priors: Mapping[str, Tensor] = checkpoint.prior
     if name not in priors:
         return ""
-    m = checkpoint.pattern.m
-    same = (checkpoint.masks[name] == priors[name]).reshape(-1, m).all(1)
+    assert checkpoint.pattern is not None  # there are masks
+    same = (checkpoint.masks[name] == priors[name]).reshape(-1, checkpoint.pattern.m).all(1)
     return f"{float(same.double().mean()):.6g}"

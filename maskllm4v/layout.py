@@ -7,6 +7,7 @@ from pathlib import Path
 ARTIFACTS = Path("artifacts")
 REPORTS = Path("reports")
 TIMINGS = Path(".cache/timings")  # git-ignored; nothing hashes them
+RESUME = Path(".cache/resume")
 
 
 def data_folder(name: str) -> Path:
@@ -18,9 +19,14 @@ def checkpoint(row: str, seed: int) -> Path:
     return ARTIFACTS / row / f"seed{seed}.safetensors"
 
 
-def settings_file(row: str) -> Path:
-    """The settings that a row's artifacts were made with."""
-    return ARTIFACTS / row / "settings.json"
+def origin_file(row: str) -> Path:
+    """How a row's artifacts were made: settings, hardware, processes."""
+    return ARTIFACTS / row / "made.json"
+
+
+def resume_folder(row: str) -> Path:
+    """States of interrupted trainings, undeclared to DVC."""
+    return RESUME / row
 
 
 def run_folder(table: str, row: str, reports: Path = REPORTS) -> Path:

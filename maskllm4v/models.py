@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from functools import partial
 from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
 
 from maskllm4v.config import ModelSettings
@@ -40,6 +42,8 @@ def build_model(settings: ModelSettings, seed: int, *, pretrained: bool) -> nn.M
         torch.manual_seed(torch_seed(seed, "weights"))
         try:
             model = _create(settings, pretrained)
+        except ConfigError:
+            raise
         except (ArithmeticError, AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
             said = " ".join(str(error).split()) or type(error).__name__
             if pretrained and isinstance(error, OSError | RuntimeError):
@@ -53,7 +57,7 @@ def build_model(settings: ModelSettings, seed: int, *, pretrained: bool) -> nn.M
 
 
 def image_settings(settings: ModelSettings) -> dict[str, Any]:
-    """Size, mean, std, crop and interpolation that a timm model was made for."""
+    """Size, mean, std, crop and interpolation that a timm model was made for, or that ``model.input`` says."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
     config = {} if settings.name == PLAIN_VIT else dict(timm.get_pretrained_cfg(settings.name).to_dict())
@@ -66,12 +70,30 @@ def image_settings(settings: ModelSettings) -> dict[str, Any]:
             values = config.get(key, standard)
             config[key] = (sum(values) / len(values),) * channels
     config["input_size"] = (channels, *size)
-    resolved: dict[str, Any] = resolve_data_config({}, pretrained_cfg=config)
+    overruled = settings.input.model_dump(exclude_none=True)
+    resolved: dict[str, Any] = resolve_data_config(overruled, pretrained_cfg=config)
     return resolved
+
+
+def num_classes(settings: ModelSettings) -> int:
+    """How many classes a model tells apart."""
+    known = {} if settings.name == PLAIN_VIT else timm.get_pretrained_cfg(settings.name).to_dict()
+    return int(settings.args.get("num_classes", known.get("num_classes", 1000)))
 
 
 def _create(settings: ModelSettings, pretrained: bool) -> nn.Module:
     if settings.name == PLAIN_VIT:
-        return timm.models.VisionTransformer(**settings.args)
+        return timm.models.VisionTransformer(**settings.args, **_stem(settings))
+    if settings.stem is not None:
+        raise ConfigError(f"model.stem is for {PLAIN_VIT!r} only, not for {settings.name!r}")
     model: nn.Module = timm.create_model(settings.name, pretrained=pretrained, **settings.args)
     return model
+
+
+def _stem(settings: ModelSettings) -> dict[str, Any]:
+    """Convolutions as the patch embedding: timm's ``ConvStem`` in its ``HybridEmbed``, without a projection."""
+    if settings.stem is None:
+        return {}
+    channels, strides = tuple(settings.stem.channels), tuple(settings.stem.strides)
+    backbone = ConvStem(settings.args.get("in_chans", 3), depth=len(channels), channels=channels, stride=strides)
+    return {"embed_layer": partial(HybridEmbed, backbone=backbone, proj=False), "patch_size": 1}

@@ -2,49 +2,71 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
 from maskllm4v.config import Experiment
+from maskllm4v.devices import pick_device
+from maskllm4v.distributed import world_size
+from maskllm4v.errors import ConfigError
 
 T = TypeVar("T")
 
 
-def map_seeds(experiment: Experiment, function: Callable[[int, int], T]) -> list[T]:
-    """``[function(seed, position), ...]`` for all seeds of an experiment.
+def map_seeds(experiment: Experiment, seeds: list[int], function: Callable[[int, int], T]) -> list[T]:
+    """``[function(seed, position), ...]`` for some seeds of an experiment.
 
     Under the exact pin every process computes on one thread, so the seeds run in forked processes, all
     at once unless ``runtime.seed_processes`` says otherwise. More processes than cores are no loss: three
-    seeds on two cores share them evenly. Anything else runs one seed after the other.
+    seeds on two cores share them evenly. Anything else runs one seed after the other, unless
+    ``runtime.seed_processes`` asks for more on a CPU, whose cores they then divide.
     """
-    seeds, positions = experiment.seeds, range(len(experiment.seeds))
-    processes = seed_processes(experiment)
-    if processes == 1:
+    processes = min(len(seeds), seed_processes(experiment))
+    if processes <= 1:
         return [function(seed, 0) for seed in seeds]
     # Forked, so that torch is imported once and the function need not be picklable; nothing has started
     # a thread by then.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, initializer=_remember, initargs=(function,)) as pool:
-        return list(pool.map(_call, seeds, positions))
+    threads = None if experiment.exact else max(1, (os.cpu_count() or 1) // processes)
+    with ProcessPoolExecutor(processes, context, initializer=_prepare, initargs=(function, threads)) as pool:
+        return list(pool.map(_call, seeds, range(len(seeds))))
 
 
 def seed_processes(experiment: Experiment) -> int:
-    """How many processes :func:`map_seeds` uses."""
-    seeds = len(experiment.seeds)
-    if not experiment.exact or "fork" not in multiprocessing.get_all_start_methods():
+    """How many processes :func:`map_seeds` uses at most."""
+    runtime = experiment.runtime
+    if world_size() > 1 or "fork" not in multiprocessing.get_all_start_methods():
         return 1
-    return min(seeds, experiment.runtime.seed_processes or 2 * (os.cpu_count() or 1))
+    if experiment.exact:
+        return runtime.seed_processes or 2 * (os.cpu_count() or 1)
+    if runtime.seed_processes > 1 and pick_device(runtime.device).type != "cpu":
+        raise ConfigError("runtime.seed_processes is for CPUs; on a GPU seeds run one after the other")
+    return runtime.seed_processes or 1
 
 
 _function: Callable[[int, int], Any] | None = None  # of a forked process
 
 
-def _remember(function: Callable[[int, int], Any]) -> None:
+def _prepare(function: Callable[[int, int], Any], threads: int | None) -> None:
     global _function
     _function = function
+    _end_with_parent()
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent dies, however it dies: no orphan goes on training."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _call(seed: int, position: int) -> Any:

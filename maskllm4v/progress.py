@@ -7,16 +7,31 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from maskllm4v.distributed import is_main
+
 T = TypeVar("T")
 
 
-def bar(items: Iterable[T], description: str, *, total: int | None = None, position: int = 0) -> Iterable[T]:
+def bar(
+    items: Iterable[T], description: str, *, total: int | None = None, initial: int = 0, position: int = 0
+) -> Iterable[T]:
     """Iterate with a bar on standard error if that is a terminal.
 
     Args:
         items: what to iterate over.
         description: shown before the bar.
         total: length, where ``items`` has none.
+        initial: how many are done already.
         position: line of the bar, for runs side by side.
     """
-    return tqdm(items, description, total=total, position=position, disable=None, leave=False, dynamic_ncols=True)
+    hidden = None if is_main() else True  # None: hidden where standard error is no terminal
+    return tqdm(
+        items,
+        description,
+        total=total,
+        initial=initial,
+        position=position,
+        disable=hidden,
+        leave=False,
+        dynamic_ncols=True,
+    )

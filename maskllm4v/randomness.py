@@ -37,15 +37,15 @@ def torch_seed(seed: int, *purpose: int | str) -> int:
 
 
 @contextmanager
-def seeded_steps(device: torch.device, seed: int) -> Iterator[Callable[[int], None]]:
+def seeded_steps(device: torch.device, seed: int) -> Iterator[Callable[[int, int, int], None]]:
     """For layers that draw from torch's own generators, such as dropout and drop-path.
 
-    Gives a function that seeds them for one step; afterwards they are as they were before.
+    Gives a function that seeds them for (step, micro-step, rank); afterwards they are as they were before.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
 
-        def seed_step(step: int) -> None:
-            torch.manual_seed(torch_seed(seed, "layers", step))
+        def seed_step(step: int, micro_step: int = 0, rank: int = 0) -> None:
+            torch.manual_seed(torch_seed(seed, "layers", step, micro_step, rank))
 
         yield seed_step
 

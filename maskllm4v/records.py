@@ -14,24 +14,23 @@ from typing import Any
 from maskllm4v.errors import UserError
 from maskllm4v.files import file_digest, read_json, value_digest, write_json
 
-FORMAT = 1
+FORMAT = 2
 DIGITS = 6
-PINNED = "any x86-64 CPU with AVX2 (pinned, one thread)"
-PACKAGES = ("numpy", "scikit-learn", "timm", "torch", "torchvision")
+PACKAGES = ("accelerate", "numpy", "scikit-learn", "timm", "torch", "torchvision")
 REQUIRED = (
     "format",
     "row",
     "table",
     "kind",
     "exact",
-    "hardware",
+    "made",
+    "evaluated",
     "metrics",
     "seeds",
     "settings",
     "settings_digest",
     "inputs",
     "versions",
-    "world_size",
 )
 
 
@@ -41,10 +40,11 @@ def build_record(
     kind: str,
     settings: Mapping[str, Any],
     metrics: Mapping[int, Mapping[str, float]],
+    summaries: Mapping[int, Mapping[str, Any]],
     inputs: Mapping[str, Any],
     parameters: Mapping[str, int],
-    hardware: str,
-    world_size: int = 1,
+    made: Mapping[str, Any],
+    evaluated: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Put a record together.
 
@@ -53,10 +53,10 @@ def build_record(
         kind: ``"dense"``, ``"oneshot"`` or ``"learned"``.
         settings: everything the result depends on, as plain values.
         metrics: by seed, then by name.
+        summaries: by seed: the original's JSON object.
         inputs: digests of what was evaluated.
         parameters: counts: of the dense model, kept after pruning, of logits.
-        hardware: where it ran; for exact runs, where it may run.
-        world_size: processes that computed together.
+        made, evaluated: hardware and number of processes (for exact runs, where they may run).
     """
     return {
         "format": FORMAT,
@@ -64,10 +64,11 @@ def build_record(
         "table": settings["table"],
         "kind": kind,
         "exact": settings["exact"],
-        "hardware": hardware,
-        "world_size": world_size,
+        "made": dict(made),
+        "evaluated": dict(evaluated),
         "seeds": list(metrics),
         "metrics": {str(seed): {k: round(v, DIGITS) for k, v in values.items()} for seed, values in metrics.items()},
+        "summaries": {str(seed): dict(summary) for seed, summary in summaries.items()},
         "parameters": dict(parameters),
         "settings": dict(settings),
         "settings_digest": value_digest(settings),

@@ -168,7 +168,7 @@ def _tags(root: Path, experiment: Experiment, record: Mapping[str, Any]) -> dict
         "pattern": settings.get("pattern", "dense"),
         "model": settings["model"]["name"],
         "exact": str(record["exact"]).lower(),
-        "hardware": record["hardware"],
+        "hardware": record["made"]["hardware"],
         "git_commit": _git_commit(root),
         "mlflow.note.content": experiment.rows[row],
     }

@@ -1,24 +1,25 @@
-"""The mask-learning loop: frozen weights, trained logits (MaskLLM, arXiv 2409.17481).
+"""Learning masks: frozen weights, trained logits (MaskLLM, arXiv 2409.17481).
 
 It knows no images and no labels: a :class:`~maskllm4v.tasks.Task` runs the model and gives the loss.
-Nothing in a step waits for the device; curves are kept there and fetched at the end.
+Curves are kept on the device and fetched at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from maskllm4v.averaging import Average
 from maskllm4v.config import LearningSettings
 from maskllm4v.errors import TrainingError
-from maskllm4v.finite import FiniteLoss
 from maskllm4v.layers import Draw, LearnableMaskedLinear
-from maskllm4v.progress import bar
-from maskllm4v.randomness import seeded_steps
-from maskllm4v.schedule import cosine, linear, progress
+from maskllm4v.loop import Cost, Learner, optimizer_for, run
+from maskllm4v.resume import Resume
+from maskllm4v.schedule import linear
 from maskllm4v.surgery import as_dense, current_masks, learnable_layers, set_draw
 from maskllm4v.tasks import Task
 
@@ -38,10 +39,11 @@ CURVE_COLUMNS = (
 
 @dataclass(frozen=True)
 class Learned:
-    """What learning gives: masks by layer name, and a curve of :data:`CURVE_COLUMNS`."""
+    """What learning gives: masks by layer name, a curve of :data:`CURVE_COLUMNS`, and what it cost."""
 
     masks: dict[str, Tensor]
     curve: list[tuple[float, ...]]
+    cost: Cost
 
 
 def learn_masks(
@@ -53,6 +55,7 @@ def learn_masks(
     prior: Mapping[str, Tensor] | None = None,
     row: str = "masks",
     position: int = 0,
+    resume: Resume | None = None,
     on_point: Callable[[int], None] | None = None,
 ) -> Learned:
     """Learn the masks of a model whose layers :func:`maskllm4v.make_learnable` has made learnable.
@@ -60,98 +63,127 @@ def learn_masks(
     Args:
         model: left in evaluation mode, its logits trained (their average if ``settings.ema`` is on).
         task: gives batches and loss.
-        settings: steps, optimiser, annealing, regularisation, distillation.
+        settings: budget, optimiser, annealing, regularisation, distillation.
         seed: of order, augmentation and Gumbel noise.
         prior: masks to measure ``off_prior`` against; by default the initial arg-max masks.
         row: name in messages and on the progress bar.
         position: line of the progress bar.
+        resume: where the state of an interrupted run is kept; None: nowhere.
         on_point: called with the step whenever a point of the curve has been taken.
 
     Raises:
         TrainingError: nothing is learnable, or the loss stopped being finite; names row, seed and step.
     """
-    layers = learnable_layers(model)
-    if not layers:
-        raise TrainingError(f"{row}: the model has no learnable mask; call make_learnable first")
-    logits = [layer.logits for layer in layers.values()]
-    average = [tensor.detach().clone() for tensor in logits] if settings.ema else []
-    optimizer = torch.optim.AdamW(
-        logits, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
-    curve, finite = _Curve(layers, prior), FiniteLoss(logits[0].device)
-    steps_per_epoch = task.steps_per_epoch(settings.batch_size)
-    batches = task.train_batches(seed=seed, batch_size=settings.batch_size, steps=settings.steps)
-    _train_mode(model)
-    with seeded_steps(logits[0].device, seed) as seed_step:
-        for step, batch in enumerate(bar(batches, f"{row}, seed {seed}", total=settings.steps, position=position)):
-            seed_step(step)
-            share = progress(step, settings.steps, steps_per_epoch, settings.anneal)
-            lr = cosine(settings.lr, settings.min_lr, share)
-            tau, scaling = linear(*settings.tau, share), linear(*settings.scaling, share)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            for layer in layers.values():
-                layer.tau, layer.scaling = tau, scaling
-            set_draw(model, Draw(seed, step))
-
-            loss, energy = _loss(model, task, batch, settings, layers)
-            optimizer.zero_grad(set_to_none=True)
-            (loss - settings.regularisation * energy).backward()
-            limit = settings.clip_grad or float("inf")
-            norm = nn.utils.clip_grad_norm_(logits, limit)
-            finite.watch(step, loss, norm)
-            optimizer.step()
-            if average:
-                torch._foreach_lerp_(
-                    average, [tensor.detach() for tensor in logits], 1 - _ema_decay(settings.ema, step)
-                )
-            if step % settings.log_every == 0 or step == settings.steps - 1:
-                curve.take(step, loss.detach(), lr, tau, scaling, norm.detach(), energy.detach())
-                finite.check(row, seed)
-                if on_point is not None:
-                    on_point(step)
-    with torch.no_grad():
-        for tensor, mean in zip(logits, average, strict=bool(average)):
-            tensor.copy_(mean)
-    model.eval()
-    return Learned(current_masks(model), curve.points())
+    learner = MaskLearner(model, task, settings, prior=prior, row=row, on_point=on_point)
+    cost = run(learner, task, settings, seed=seed, position=position, resume=resume)
+    learner.finish()
+    return Learned(current_masks(model), learner.curve.points(), cost)
 
 
-def _loss(
-    model: nn.Module,
-    task: Task,
-    batch: object,
-    settings: LearningSettings,
-    layers: Mapping[str, LearnableMaskedLinear],
-) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and Σ(masked weight)² over all layers."""
-    outputs = task.forward(model, batch)
-    energy = torch.stack([layer.kept_energy for layer in layers.values() if layer.kept_energy is not None]).sum()
-    share = settings.distillation
-    loss = (1 - share) * task.loss(outputs, batch) if share < 1 else torch.zeros_like(energy)
-    if share > 0:
-        # The teacher is the very same model with its masks off: no second copy of the weights.
+class MaskLearner(Learner):
+    """Trains the logits of all learnable layers of a model; see :func:`learn_masks`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        settings: LearningSettings,
+        *,
+        prior: Mapping[str, Tensor] | None,
+        row: str,
+        on_point: Callable[[int], None] | None,
+    ) -> None:
+        self.layers = learnable_layers(model)
+        if not self.layers:
+            raise TrainingError(f"{row}: the model has no learnable mask; call make_learnable first")
+        self.row, self.model, self.task, self.settings = row, model, task, settings
+        self.tensors = [layer.logits for layer in self.layers.values()]
+        self.optimizer = optimizer_for(self.tensors, settings, model)
+        self.average = Average(self.tensors, settings.ema)
+        self.curve = _Curve(self.layers, prior)
+        self.on_point = on_point
+        self.energy = torch.zeros((), device=self.tensors[0].device)
+        self.best_score, self.best_tensors = float("-inf"), list[Tensor]()
+        self.tau, self.scaling = settings.tau[0], settings.scaling[0]
+
+    def train_mode(self) -> None:
+        """Training mode, but for layers with running statistics: those belong to the frozen dense model."""
+        self.model.train()
+        freeze_statistics(self.model)
+
+    def begin_step(self, step: int, share: float, lr: float) -> None:
+        self.tau, self.scaling = linear(*self.settings.tau, share), linear(*self.settings.scaling, share)
+        for layer in self.layers.values():
+            layer.tau, layer.scaling = self.tau, self.scaling
+        self.energy = torch.zeros_like(self.energy)
+
+    def begin_micro_step(self, draw: Draw) -> None:
+        set_draw(self.model, draw)
+
+    def loss(self, model: nn.Module, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
+        outputs = task.forward(model, batch)
+        energies = [layer.kept_energy for layer in self.layers.values() if layer.kept_energy is not None]
+        energy = torch.stack(energies).sum()  # Σ(masked weight)² over all layers
+        share = self.settings.distillation
+        loss = (1 - share) * task.loss(outputs, batch) if share < 1 else torch.zeros_like(energy)
+        if share > 0:
+            teacher = self._teacher(model, task, batch)
+            temperature = self.settings.distillation_temperature
+            loss = loss + share * task.distillation_loss(outputs, teacher, temperature)
+        self.energy += energy.detach() / self.settings.accumulate
+        return loss - self.settings.regularisation * energy, loss
+
+    def _teacher(self, model: nn.Module, task: Task, batch: Any) -> Tensor:
+        """The dense model's outputs: the very same model with its masks off, no second copy of the weights."""
         training = [module for module in model.modules() if module.training]
         model.eval()
-        with torch.no_grad(), as_dense(model):
-            teacher = task.forward(model, batch)
+        with torch.no_grad(), as_dense(self.model):
+            outputs = task.forward(model, batch)
         for module in training:
             module.training = True
-        loss = loss + share * task.distillation_loss(outputs, teacher, settings.distillation_temperature)
-    return loss, energy
+        return outputs
+
+    def end_step(self, step: int) -> None:
+        self.average.update(step)
+
+    def log(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
+        self.curve.take((step, lr, self.tau, self.scaling), loss, grad_norm, self.energy)
+        if self.on_point is not None:
+            self.on_point(step)
+
+    def end_epoch(self, step: int) -> None:
+        """Remember the logits (averaged, if they are) that do best on the held-out slice."""
+        if self.settings.select == "last":
+            return
+        self.average.swap()
+        score = self.task.evaluate(self.model, split="holdout")["top1"]
+        if score > self.best_score:
+            self.best_score, self.best_tensors = score, [tensor.detach().clone() for tensor in self.tensors]
+        self.average.swap()
+        self.train_mode()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Leave the logits in the model that its masks are made from."""
+        chosen = self.best_tensors if self.settings.select == "best" else self.average.values
+        for tensor, value in zip(self.tensors, chosen, strict=bool(chosen)):
+            tensor.copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        best = {"score": self.best_score, "tensors": self.best_tensors}
+        return {"average": self.average.values, "best": best, "curve": self.curve.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.average.values = state["average"]
+        self.best_score, self.best_tensors = state["best"]["score"], state["best"]["tensors"]
+        self.curve.load_state(state["curve"])
 
 
-def _train_mode(model: nn.Module) -> None:
-    """Training mode, but for layers with running statistics: those belong to the frozen dense model."""
-    model.train()
+def freeze_statistics(model: nn.Module) -> None:
+    """Put layers with running statistics (batch norm) into evaluation mode."""
     for module in model.modules():
         if getattr(module, "running_mean", None) is not None:
             module.eval()
-
-
-def _ema_decay(decay: float, step: int) -> float:
-    """A warm-up for short runs: the average follows closely at first (as in TensorFlow's and timm's)."""
-    return min(decay, (1 + step) / (10 + step))
 
 
 class _Curve:
@@ -173,11 +205,9 @@ class _Curve:
         self.measured: list[Tensor] = []
 
     @torch.no_grad()
-    def take(
-        self, step: int, loss: Tensor, lr: float, tau: float, scaling: float, norm: Tensor, energy: Tensor
-    ) -> None:
-        top = torch.zeros_like(loss)
-        off, flipped = torch.zeros_like(loss), torch.zeros_like(loss)
+    def take(self, scalars: tuple[float, ...], loss: Tensor, norm: Tensor, energy: Tensor) -> None:
+        """Add a point; ``scalars`` are step, lr, tau and scaling."""
+        top, off, flipped = (torch.zeros_like(loss) for _ in range(3))
         for name, layer in self.layers.items():
             scaled = layer.logits * layer.scaling
             # max softmax = 1 / Σ exp(z − max z)
@@ -186,7 +216,7 @@ class _Curve:
             off += (index != self.prior[name]).sum()
             flipped += (index != self.last[name]).sum()
             self.last[name] = index
-        self.scalars.append((float(step), lr, tau, scaling))
+        self.scalars.append(tuple(map(float, scalars)))
         groups, dense_energy = self.groups, self.dense_energy or 1.0
         shares = (loss, top / groups, off / groups, flipped / groups, norm, energy / dense_energy)
         self.measured.append(torch.stack([value.float() for value in shares]))
@@ -198,3 +228,10 @@ class _Curve:
             (step, loss, lr, tau, scaling, *rest)
             for (step, lr, tau, scaling), (loss, *rest) in zip(self.scalars, measured, strict=True)
         ]
+
+    def state(self) -> dict[str, Any]:
+        return {"scalars": self.scalars, "measured": self.measured, "last": self.last}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.scalars = [tuple(point) for point in state["scalars"]]
+        self.measured, self.last = state["measured"], state["last"]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, data_folder, settings_file
+from maskllm4v.layout import checkpoint, data_folder
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints import save_dense
     from maskllm4v.dense import obtain_dense
-    from maskllm4v.files import write_json
+    from maskllm4v.distributed import is_main
+    from maskllm4v.origin import write_origin
     from maskllm4v.parallel import map_seeds
+    from maskllm4v.resume import forget, resume_of
     from maskllm4v.tasks import open_task
 
     if experiment.kind(row) != "dense":
@@ -20,11 +22,14 @@ def main(experiment: Experiment, row: str) -> None:
     task = open_task(experiment, data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
-        model = obtain_dense(experiment, task, seed, position)
-        save_dense(checkpoint(row, seed), model, experiment.model.name)
+        resume = resume_of(experiment, row, seed, manifest=task.data_digest)
+        model = obtain_dense(experiment, task, seed, position, resume)
+        if is_main():
+            save_dense(checkpoint(row, seed), model, experiment.model.name)
 
-    map_seeds(experiment, one)
-    write_json(settings_file(row), experiment.row_settings(row))
+    map_seeds(experiment, experiment.row_seeds(row), one)
+    write_origin(experiment, row)
+    forget(row)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""How every stage starts and ends: the pin before numpy and torch, errors in a line, timings aside."""
+"""How every stage starts and ends: processes, the pin before numpy and torch, errors in a line, timings aside."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
 
-from maskllm4v import exact
+from maskllm4v import distributed, exact
 from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.errors import UserError
 from maskllm4v.files import write_json
 from maskllm4v.layout import TIMINGS
+
+LAUNCHER = "MASKLLM4V_LAUNCHER"  # e.g. "srun torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d ..."
 
 
 def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | None = "row", torch: bool = True) -> None:
@@ -21,7 +25,7 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
         stage: its name.
         main: its work.
         takes: what its one argument is called, or None.
-        torch: whether it computes with torch, which the exact pin then covers.
+        torch: whether it computes with torch: on several processes if asked to, and under the exact pin.
     """
     parser = argparse.ArgumentParser(prog=f"python -m stages.{stage}")
     if takes is not None:
@@ -30,12 +34,31 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
     begin = time.perf_counter()
     try:
         experiment = load_experiment()
+        if torch and "LOCAL_RANK" not in os.environ and (launcher := _launcher(experiment)):
+            sys.stdout.flush()
+            os.execvp(launcher[0], [*launcher, "-m", f"stages.{stage}", key])
         if experiment.exact:
             exact.pin()
             if torch:
                 exact.pin_torch()
         main(experiment, key)
-        seconds = round(time.perf_counter() - begin, 3)
-        write_json(TIMINGS / f"{stage}@{key or experiment.table}.json", {"seconds": seconds})
+        distributed.leave()
+        if distributed.is_main():
+            seconds = round(time.perf_counter() - begin, 3)
+            write_json(TIMINGS / f"{stage}@{key or experiment.table}.json", {"seconds": seconds})
     except UserError as error:
         sys.exit(f"{stage}{f' {key}' if key else ''}: {error}")
+
+
+def _launcher(experiment: Experiment) -> list[str]:
+    """What starts several processes; empty for one. The number is no part of a stage's command."""
+    if LAUNCHER in os.environ:
+        return shlex.split(os.environ[LAUNCHER])
+    runtime, count = experiment.runtime, experiment.runtime.processes
+    if not count and not experiment.exact and runtime.device in ("auto", "cuda"):
+        import torch
+
+        count = torch.cuda.device_count()
+    if count < 2:
+        return []
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]

@@ -3,46 +3,54 @@
 from __future__ import annotations
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import CheckpointError
-from maskllm4v.layout import checkpoint, data_folder, layers_file, record_file, settings_file
+from maskllm4v.layout import checkpoint, data_folder, layers_file, record_file
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
-    from maskllm4v.devices import hardware, pick_device
+    import json
+
     from maskllm4v.diagnostics import COLUMNS
+    from maskllm4v.distributed import is_main
     from maskllm4v.evaluation import Measured, measure
-    from maskllm4v.files import read_json, write_csv
+    from maskllm4v.files import write_csv
+    from maskllm4v.origin import read_origin, where
     from maskllm4v.parallel import map_seeds
-    from maskllm4v.records import PINNED, build_record, write_record
+    from maskllm4v.records import build_record, write_record
     from maskllm4v.tasks import open_task
 
-    kind, settings = experiment.kind(row), experiment.row_settings(row)
-    if read_json(settings_file(row)) != settings:
-        raise CheckpointError(f"{settings_file(row)}: these artifacts were made with other settings; make them again")
+    kind, seeds = experiment.kind(row), experiment.row_seeds(row)
+    made = read_origin(experiment, row)
     task = open_task(experiment, data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> Measured:
-        dense = checkpoint(experiment.dense.row, seed)
-        return measure(experiment, task, seed, dense, None if kind == "dense" else checkpoint(row, seed))
+        dense = checkpoint(experiment.dense.row, experiment.dense_seed(seed))
+        masks = None if kind == "dense" else checkpoint(row, seed)
+        return measure(experiment, task, seed, dense, masks, experiment.pattern_of(row))
 
-    measured = dict(zip(experiment.seeds, map_seeds(experiment, one), strict=True))
+    measured = dict(zip(seeds, map_seeds(experiment, seeds, one), strict=True))
+    if not is_main():
+        return
     lines = ((seed, *line) for seed, found in measured.items() for line in found.layers)
     write_csv(layers_file(experiment.table, row), ("seed", *COLUMNS), lines)
     record = build_record(
         row=row,
         kind=kind,
-        settings=settings,
+        settings=experiment.row_settings(row),
         metrics={seed: found.metrics for seed, found in measured.items()},
+        summaries={seed: found.summary for seed, found in measured.items()},
         inputs={
             "manifest": task.data_digest,
             "dense": [found.dense for found in measured.values()],
             "masks": [found.masks for found in measured.values() if found.masks is not None],
         },
-        parameters=measured[experiment.seeds[0]].parameters,
-        hardware=PINNED if experiment.exact else hardware(pick_device(experiment.runtime.device)),
+        parameters=measured[seeds[0]].parameters,
+        made=made,
+        evaluated=where(experiment),
     )
     write_record(record_file(experiment.table, row), record)
+    for found in measured.values():
+        print(json.dumps(found.summary, indent=4))
     print(f"{row}: {record['metrics']}")
 
 

@@ -15,7 +15,7 @@ def main(experiment: Experiment, name: str) -> None:
         raise ConfigError(f"no data source {name!r} in this experiment; allowed: {experiment.data.name}")
     manifest = prepare(experiment.data, data_folder(name))
     counts = ", ".join(f"{len(entries)} {split}" for split, entries in manifest.splits.items())
-    print(f"{name}: {len(manifest.classes)} classes, {counts} images, {len(manifest.calibration)} calibrate")
+    print(f"{name}: {len(manifest.classes)} classes, {counts} images, {sum(map(len, manifest.calibration))} calibrate")
 
 
 if __name__ == "__main__":

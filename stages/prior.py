@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, data_folder, settings_file
+from maskllm4v.layout import checkpoint, data_folder
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints import MaskCheckpoint, load_dense, save_masks
-    from maskllm4v.files import write_json
+    from maskllm4v.distributed import is_main
+    from maskllm4v.origin import write_origin
     from maskllm4v.parallel import map_seeds
     from maskllm4v.patterns import NMPattern
     from maskllm4v.pruners import prune
@@ -19,17 +20,17 @@ def main(experiment: Experiment, row: str) -> None:
 
     if experiment.kind(row) != "oneshot":
         raise ConfigError(f"{row!r} is no one-shot row; allowed: {', '.join(experiment.priors)}")
-    settings, pattern = experiment.priors[row], NMPattern(experiment.pattern)
+    settings, pattern = experiment.priors[row], NMPattern(experiment.pattern_of(row) or "")
     task = open_task(experiment, data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
-        model = task.build_model(seed)
-        base = load_dense(checkpoint(experiment.dense.row, seed), model, experiment.model.name)
+        model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))
+        base = load_dense(dense, model, experiment.model.name)
         masks = prune(
             model,
             settings.method,
             pattern=pattern,
-            calibration=task.calibration_batches(settings.batch_size),
+            calibration=task.calibration_batches(settings.batch_size, seed),
             exclude=experiment.model.exclude,
             update_weights=settings.update_weights,
             propagate=settings.propagate,
@@ -37,12 +38,12 @@ def main(experiment: Experiment, row: str) -> None:
             on_misfit=experiment.model.on_misfit,
             seed=seed,
         )
-        weights = {name: linear(model, name).weight for name in masks if settings.update_weights}
-        found = MaskCheckpoint(pattern, masks, base, settings.method, weights, prior={})
-        save_masks(checkpoint(row, seed), found)
+        weights = {f"{name}.weight": linear(model, name).weight for name in masks if settings.update_weights}
+        if is_main():
+            save_masks(checkpoint(row, seed), MaskCheckpoint(pattern, masks, base, settings.method, weights, prior={}))
 
-    map_seeds(experiment, one)
-    write_json(settings_file(row), experiment.row_settings(row))
+    map_seeds(experiment, experiment.row_seeds(row), one)
+    write_origin(experiment, row)
 
 
 if __name__ == "__main__":

@@ -4,46 +4,54 @@ from __future__ import annotations
 
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, curve_file, data_folder, settings_file
+from maskllm4v.layout import checkpoint, curve_file, data_folder
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_masks
-    from maskllm4v.files import write_csv, write_json
+    from maskllm4v.curves import write_curve
+    from maskllm4v.distributed import is_main
+    from maskllm4v.origin import write_origin
     from maskllm4v.parallel import map_seeds
+    from maskllm4v.resume import forget, resume_of
     from maskllm4v.surgery import make_learnable
     from maskllm4v.tasks import open_task
     from maskllm4v.training import CURVE_COLUMNS, learn_masks
 
     if experiment.kind(row) != "learned":
         raise ConfigError(f"{row!r} is no learned row; allowed: {', '.join(experiment.learned)}")
-    settings = experiment.learned[row]
+    settings, pattern = experiment.learned[row], experiment.pattern_of(row)
     task = open_task(experiment, data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
-        model = task.build_model(seed)
-        base = load_dense(checkpoint(experiment.dense.row, seed), model, experiment.model.name)
+        model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))
+        base = load_dense(dense, model, experiment.model.name)
         # Only the prior's masks: weights stay the dense model's own.
-        prior = load_masks(checkpoint(settings.prior, seed), pattern=experiment.pattern, base=base)
+        prior = load_masks(checkpoint(settings.prior, seed), pattern=pattern, base=base)
         make_learnable(
             model,
             prior.masks,
-            pattern=prior.pattern,
+            pattern=pattern or "",
             prior_strength=settings.prior_strength,
             gate_std=settings.gate_std,
             init=settings.init,
             hard=settings.hard,
             seed=seed,
         )
-        learned = learn_masks(model, task, settings, seed=seed, prior=prior.masks, row=row, position=position)
-        found = MaskCheckpoint(prior.pattern, learned.masks, base, "maskllm", {}, prior.masks)
-        save_masks(checkpoint(row, seed), found)
-        points = ((int(point[0]), *(f"{value:.6g}" for value in point[1:])) for point in learned.curve)
-        write_csv(curve_file(experiment.table, row, seed), CURVE_COLUMNS, points)
+        resume = resume_of(experiment, row, seed, manifest=task.data_digest, dense=base, prior=prior.digest)
+        learned = learn_masks(
+            model, task, settings, seed=seed, prior=prior.masks, row=row, position=position, resume=resume
+        )
+        if is_main():
+            found = MaskCheckpoint(prior.pattern, learned.masks, base, "maskllm", {}, prior.masks)
+            save_masks(checkpoint(row, seed), found)
+            write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, learned.curve)
+            print(f"{row}, seed {seed}: {learned.cost}")
 
-    map_seeds(experiment, one)
-    write_json(settings_file(row), experiment.row_settings(row))
+    map_seeds(experiment, experiment.row_seeds(row), one)
+    write_origin(experiment, row)
+    forget(row)
 
 
 if __name__ == "__main__":

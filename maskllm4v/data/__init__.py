@@ -6,13 +6,14 @@ subset) and one CSV a split (a line an image). No image is copied.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from maskllm4v.config import DataSettings
+from maskllm4v.config import DataSettings, TaskSettings
 from maskllm4v.data.manifest import Manifest, read_manifest
 from maskllm4v.errors import DataError
 
@@ -20,15 +21,21 @@ __all__ = ["ImageData", "Manifest", "open_data", "prepare", "read_manifest"]
 
 
 class ImageData(Protocol):
-    """Images and labels of a source, by split (``"train"``, ``"test"``) and index."""
+    """Images and labels of a source, by split (``"train"``, ``"test"``, ``"holdout"``) and index."""
 
     manifest: Manifest
 
     def labels(self, split: str) -> Tensor:
         """All labels of a split, int64 ``[count]``."""
 
-    def images(self, split: str, indices: np.ndarray, augment: np.random.Generator | None) -> Tensor:
-        """Normalised images, float32 ``[len(indices), C, H, W]``, augmented if a generator is given."""
+    def images(self, split: str, indices: np.ndarray, augment: np.random.Generator | None, part: slice = ...) -> Tensor:
+        """Normalised images of ``indices[part]``, float32 ``[B, C, H, W]``, augmented if a generator is given.
+
+        An image's augmentation depends on its place in ``indices``, not on which part is asked for.
+        """
+
+    def resized(self, size: int) -> ImageData:
+        """The same images at another size, in pixels."""
 
 
 def prepare(settings: DataSettings, folder: Path) -> Manifest:
@@ -41,24 +48,41 @@ def prepare(settings: DataSettings, folder: Path) -> Manifest:
         from maskllm4v.data.digits import prepare_digits
 
         return prepare_digits(settings, folder)
+    if settings.source == "timm":
+        from maskllm4v.data.timm_datasets import prepare_timm
+
+        return prepare_timm(settings, folder)
     from maskllm4v.data.folder import prepare_folder
 
     return prepare_folder(settings, folder)
 
 
-def open_data(folder: Path, **options: Any) -> ImageData:
-    """The images behind a prepared manifest; ``options`` go to the source.
+def open_data(folder: Path, data: DataSettings, task: TaskSettings, transform: Mapping[str, Any]) -> ImageData:
+    """The images behind a prepared manifest.
+
+    Args:
+        folder: of the manifest.
+        data: how images are kept.
+        task: how they are augmented.
+        transform: size, mean, std, crop and interpolation (:func:`maskllm4v.models.image_settings`).
 
     Raises:
-        DataError: the manifest is missing or damaged, or the source is not what it says.
+        DataError: the manifest is missing, damaged or of another source, or the source is not what it says.
     """
     manifest = read_manifest(folder)
-    if manifest.source == "digits":
-        from maskllm4v.data.digits import Digits
+    if manifest.source != data.source:
+        raise DataError(f"{folder} is a manifest of source {manifest.source!r}, not {data.source!r}; run prepare again")
+    if data.source == "digits":
+        from maskllm4v.data.digits import open_digits
 
-        return Digits(manifest, **options)
-    if manifest.source == "folder":
-        from maskllm4v.data.folder import ImageFolder
+        return open_digits(manifest, task)
+    from maskllm4v.data.decoded import DecodedImages, in_memory
 
-        return ImageFolder(manifest, **options)
-    raise DataError(f"{folder}: unknown source {manifest.source!r}; allowed: digits, folder")
+    if data.source == "timm":
+        from maskllm4v.data.timm_datasets import reader
+    else:
+        from maskllm4v.data.folder import reader
+    read = reader(manifest, data)
+    if data.in_memory:
+        return in_memory(manifest, read, task, transform, data.in_memory)
+    return DecodedImages(manifest, read, task, transform)

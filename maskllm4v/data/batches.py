@@ -11,44 +11,82 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maskllm4v.data import ImageData
-from maskllm4v.errors import DataError
+from maskllm4v.errors import ConfigError, DataError
 from maskllm4v.randomness import generator
+from maskllm4v.share import WHOLE, Share
 
 
 class StepBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Item ``step`` is the whole batch of that step: images ``[B, C, H, W]`` and labels ``[B]``.
+    """Item ``step * share.parts + i`` is the i-th part of a step's batch: images ``[B, C, H, W]``, labels ``[B]``.
 
     Every epoch is a new permutation of the training split, its incomplete last batch dropped. Order and
-    augmentation depend on (seed, epoch) and (seed, step) only, so neither the number of loader workers
-    nor the step a run was resumed at changes a single bit.
+    augmentation depend on (seed, epoch) and (seed, step) only, so neither the number of loader workers,
+    of processes and micro-batches, nor the step a run was resumed at changes a single image.
     """
 
-    def __init__(self, data: ImageData, *, seed: int, batch_size: int) -> None:
-        self.data, self.seed, self.batch_size = data, seed, batch_size
+    def __init__(self, data: ImageData, *, seed: int, batch_size: int, share: Share = WHOLE) -> None:
+        self.data, self.seed, self.batch_size, self.share = data, seed, batch_size, share
         self.labels = data.labels("train")
         self.steps_per_epoch = len(self.labels) // batch_size
         if not self.steps_per_epoch:
             raise DataError(f"batch_size is {batch_size}, but the training split has {len(self.labels)} images")
+        if batch_size % share.count:
+            raise ConfigError(
+                f"batch_size is {batch_size}, which {share.count} processes × micro-batches do not divide"
+            )
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        step, i = divmod(item, len(self.share.parts))
         epoch, position = divmod(step, self.steps_per_epoch)
         order = _order(self.seed, epoch, len(self.labels))
         indices = order[position * self.batch_size : (position + 1) * self.batch_size]
-        images = self.data.images("train", indices, generator(self.seed, "augment", step))
-        return images, self.labels[indices]
+        size = self.batch_size // self.share.count
+        first = self.share.parts[i] * size
+        part = slice(first, first + size)
+        images = self.data.images("train", indices, generator(self.seed, "augment", step), part)
+        return images, self.labels[indices[part]]
 
 
 def step_loader(
-    data: ImageData, *, seed: int, batch_size: int, steps: int, start: int = 0, workers: int = 0
+    data: ImageData,
+    *,
+    seed: int,
+    batch_size: int,
+    steps: int,
+    start: int = 0,
+    share: Share = WHOLE,
+    workers: int = 0,
+    pin_memory: bool = False,
 ) -> Iterator[Any]:
-    """Batches of the steps ``start`` to ``steps - 1``."""
-    batches = StepBatches(data, seed=seed, batch_size=batch_size)
-    loader = DataLoader(
-        batches, batch_size=None, sampler=range(start, steps), num_workers=workers, persistent_workers=False
-    )
-    yield from loader
+    """The parts of the batches of the steps ``start`` to ``steps - 1``, in order."""
+    batches = StepBatches(data, seed=seed, batch_size=batch_size, share=share)
+    items = range(start * len(share.parts), steps * len(share.parts))
+    yield from DataLoader(batches, batch_size=None, sampler=items, num_workers=workers, pin_memory=pin_memory)
 
 
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return generator(seed, "order", epoch).permutation(count)
+
+
+class PlainBatches(Dataset[tuple[Tensor, Tensor]]):
+    """Item ``i`` is the i-th batch of the given indices, without augmentation."""
+
+    def __init__(self, data: ImageData, split: str, indices: np.ndarray, batch_size: int) -> None:
+        self.data, self.split, self.indices, self.batch_size = data, split, indices, batch_size
+        self.labels = data.labels(split)
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        chosen = self.indices[item * self.batch_size : (item + 1) * self.batch_size]
+        return self.data.images(self.split, chosen, None), self.labels[chosen]
+
+
+def plain_loader(
+    data: ImageData, split: str, indices: np.ndarray, batch_size: int, workers: int = 0
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """All batches of the given indices, in order."""
+    batches = PlainBatches(data, split, indices, batch_size)
+    return DataLoader(batches, batch_size=None, sampler=range(len(batches)), num_workers=workers)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from maskllm4v.config import DataSettings
-from maskllm4v.data.manifest import Entry, Manifest, choose_calibration, write_manifest
+from maskllm4v.config import DataSettings, TaskSettings
+from maskllm4v.data.arrays import ArrayImages
+from maskllm4v.data.manifest import Entry, Manifest, write_manifest
 from maskllm4v.errors import DataError
 
 
@@ -31,55 +31,32 @@ def prepare_digits(settings: DataSettings, folder: Path) -> Manifest:
 
     return write_manifest(
         folder,
-        name=settings.name,
-        source="digits",
+        settings=settings,
         classes=[str(digit) for digit in range(10)],
         splits={"train": entries(train), "test": entries(test)},
-        calibration=choose_calibration(settings.calibration, len(train), settings.calibration_seed),
         # In float64, rounded: the same text on every machine.
         extra={"mean": round(float(images[train].mean()), 6), "std": round(float(images[train].std()), 6)},
     )
 
 
-class Digits:
-    """The images, kept in memory as float32 ``[count, 1, 8, 8]``.
+def open_digits(manifest: Manifest, task: TaskSettings) -> ArrayImages:
+    """The images, normalised float32 ``[count, 1, 8, 8]``.
 
-    Args:
-        manifest: from :func:`prepare_digits`.
-        shift: augmentation: shift by up to so many pixels along each axis.
-        shift_probability: share of the images that are shifted.
+    Raises:
+        DataError: scikit-learn's images are not the ones that the manifest describes.
     """
+    mean, std = manifest.extra["mean"], manifest.extra["std"]
+    images, _ = _load()
+    for entries in manifest.splits.values():
+        for entry in entries:
+            if _digest(images[int(entry.path)]) != entry.sha256:
+                raise DataError(f"digits: image {entry.path} is not the one the manifest describes; run prepare again")
 
-    def __init__(self, manifest: Manifest, *, shift: int = 0, shift_probability: float = 1.0) -> None:
-        self.manifest, self.shift, self.shift_probability = manifest, shift, shift_probability
-        images, _ = _load()
-        self._images: dict[str, Tensor] = {}
-        for split, entries in manifest.splits.items():
-            chosen = images[[int(entry.path) for entry in entries]]
-            wrong = [e.path for e, image in zip(entries, chosen, strict=True) if _digest(image) != e.sha256]
-            if wrong:
-                raise DataError(f"digits: image {wrong[0]} is not the one the manifest describes; run prepare again")
-            normalised = (chosen - manifest.extra["mean"]) / manifest.extra["std"]
-            self._images[split] = torch.from_numpy(normalised).float().unsqueeze(1)
-        self._background = float((0 - manifest.extra["mean"]) / manifest.extra["std"])
+    def load(split: str) -> Tensor:
+        chosen = images[[int(entry.path) for entry in manifest.splits[split]]]
+        return torch.from_numpy((chosen - mean) / std).float().unsqueeze(1)
 
-    def labels(self, split: str) -> Tensor:
-        return torch.from_numpy(self.manifest.labels(split))
-
-    def images(self, split: str, indices: np.ndarray, augment: np.random.Generator | None) -> Tensor:
-        images = self._images[split][torch.from_numpy(indices)]
-        if augment is None or not self.shift:
-            return images
-        # One draw for all, then a choice: the stream does not depend on the probability.
-        offsets = augment.integers(0, 2 * self.shift + 1, size=(2, len(indices)))
-        stays = augment.random(len(indices)) >= self.shift_probability
-        offsets[:, stays] = self.shift  # the middle of the padded image
-        dy, dx = torch.from_numpy(offsets)
-        height, width = images.shape[-2:]
-        padded = F.pad(images, (self.shift,) * 4, value=self._background)
-        rows = (dy[:, None] + torch.arange(height))[:, :, None]  # [B, H, 1]
-        columns = (dx[:, None] + torch.arange(width))[:, None, :]  # [B, 1, W]
-        return padded[torch.arange(len(indices))[:, None, None], :, rows, columns].permute(0, 3, 1, 2).contiguous()
+    return ArrayImages(manifest, load, task, background=float((0 - mean) / std))
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:

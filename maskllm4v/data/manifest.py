@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from maskllm4v.config import DataSettings
 from maskllm4v.errors import DataError, UserError
 from maskllm4v.files import file_digest, read_json, write_csv, write_json
 from maskllm4v.randomness import generator
@@ -34,8 +35,9 @@ class Manifest:
     Attributes:
         name, source: as in the settings.
         classes: their names, in the order of the labels.
-        splits: the entries of ``"train"`` and ``"test"``.
-        calibration: indices into the training split.
+        splits: the entries of ``"train"`` and ``"test"``, and of ``"holdout"`` if images were held out.
+        calibration: disjoint sets of indices into the split that :attr:`calibration_split` names.
+        calibration_split: ``"train"``, or ``"test"`` where calibration leaks on purpose.
         extra: what the source itself needs, e.g. its root and normalisation.
         digest: SHA-256 of ``manifest.json``, which holds the CSV files' digests.
     """
@@ -44,7 +46,8 @@ class Manifest:
     source: str
     classes: tuple[str, ...]
     splits: Mapping[str, Sequence[Entry]]
-    calibration: np.ndarray
+    calibration: Sequence[np.ndarray]
+    calibration_split: str
     extra: Mapping[str, Any]
     digest: str
 
@@ -52,40 +55,63 @@ class Manifest:
         return np.array([entry.label for entry in self.splits[split]], dtype=np.int64)
 
 
-def choose_calibration(count: int, available: int, seed: int) -> list[int]:
-    """Sorted indices of the calibration subset, drawn from the training split without repetition."""
-    if count > available:
-        raise DataError(f"data.calibration is {count}, but the training split has {available} images")
-    return sorted(int(i) for i in generator(seed, "calibration").permutation(available)[:count])
+def hold_out(splits: Mapping[str, Sequence[Entry]], settings: DataSettings) -> dict[str, Sequence[Entry]]:
+    """Move ``settings.holdout`` images from the training split to one of their own, the order kept."""
+    if not settings.holdout:
+        return dict(splits)
+    train = splits["train"]
+    if settings.holdout >= len(train):
+        raise DataError(f"data.holdout is {settings.holdout}, but the training split has {len(train)} images")
+    chosen = set(generator(settings.split_seed, "holdout").permutation(len(train))[: settings.holdout].tolist())
+    parts: tuple[list[Entry], list[Entry]] = ([], [])
+    for i, entry in enumerate(train):
+        parts[i in chosen].append(entry)
+    return {**splits, "train": parts[0], "holdout": parts[1]}
+
+
+def choose_calibration(settings: DataSettings, available: int) -> list[list[int]]:
+    """Disjoint sorted sets of indices, drawn from the calibration split without repetition."""
+    count, sets = settings.calibration, settings.calibration_sets
+    if count * sets > available:
+        times = f" times calibration_sets {sets}" if sets > 1 else ""
+        raise DataError(
+            f"data.calibration is {count}{times}, but the {settings.calibration_split} split has {available} images"
+        )
+    order = generator(settings.calibration_seed, "calibration").permutation(available)
+    return [sorted(int(i) for i in order[k * count : (k + 1) * count]) for k in range(sets)]
 
 
 def write_manifest(
     folder: Path,
     *,
-    name: str,
-    source: str,
+    settings: DataSettings,
     classes: Sequence[str],
     splits: Mapping[str, Sequence[Entry]],
-    calibration: Sequence[int],
     extra: Mapping[str, Any],
 ) -> Manifest:
-    """Write a manifest and read it back."""
+    """Hold out, choose calibration images, write it all down, and read it back.
+
+    Raises:
+        DataError: there are too few images, or not the number of classes that ``settings`` expects.
+    """
+    if settings.classes not in (None, len(classes)):
+        raise DataError(f"data.classes is {settings.classes}, but {settings.name} has {len(classes)} classes")
+    splits = hold_out(splits, settings)
     described = {}
     for split, entries in splits.items():
         path = folder / f"{split}.csv"
         write_csv(path, HEADER, ((e.path, e.label, e.bytes, e.sha256) for e in entries))
         described[split] = {"images": len(entries), "sha256": file_digest(path)}
-    write_json(
-        folder / "manifest.json",
-        {
-            "name": name,
-            "source": source,
-            "classes": list(classes),
-            "splits": described,
-            "calibration": list(calibration),
-            "extra": dict(extra),
-        },
-    )
+    about = {
+        "name": settings.name,
+        "source": settings.source,
+        "classes": list(classes),
+        "splits": described,
+        "calibration": choose_calibration(settings, len(splits[settings.calibration_split])),
+        "calibration_split": settings.calibration_split,
+        "extra": dict(extra),
+    }
+    write_json(folder / "manifest.json", about)
     return read_manifest(folder)
 
 
@@ -104,7 +130,8 @@ def read_manifest(folder: Path) -> Manifest:
             source=about["source"],
             classes=tuple(about["classes"]),
             splits=splits,
-            calibration=np.array(about["calibration"], dtype=np.int64),
+            calibration=[np.array(indices, dtype=np.int64) for indices in about["calibration"]],
+            calibration_split=about["calibration_split"],
             extra=about["extra"],
             digest=file_digest(path),
         )

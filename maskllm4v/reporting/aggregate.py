@@ -12,7 +12,7 @@ from maskllm4v.config import Experiment
 from maskllm4v.files import value_digest
 from maskllm4v.records import read_records
 
-METRICS = ("top1", "top5", "nll")
+METRICS = ("top1", "top5", "nll", "ece", "agreement")
 
 
 def current_records(experiment: Experiment, reports: Path) -> dict[str, dict[str, Any]]:
@@ -49,9 +49,12 @@ def aggregate(experiment: Experiment, records: Mapping[str, Mapping[str, Any]]) 
             measured = seed_metrics(records[row])
             line["seeds"] = len(measured)
             for name in METRICS:
-                line |= {f"{name}_mean": measured[name].mean(), f"{name}_std": measured[name].std()}
+                if name in measured:
+                    line |= {f"{name}_mean": measured[name].mean(), f"{name}_std": measured[name].std()}
             if dense is not None and row != experiment.dense.row:
-                difference = (measured["top1"] - seed_metrics(dense)["top1"]).dropna()
+                of_dense = seed_metrics(dense)["top1"]
+                paired = of_dense[[experiment.dense_seed(seed) for seed in measured.index]].to_numpy()
+                difference = measured["top1"] - paired
                 line |= {"delta_mean": difference.mean(), "delta_std": difference.std()}
         lines.append(line)
     columns = ["row", "label", "kind", "pattern", "update", "prior", "seeds"]
@@ -60,11 +63,7 @@ def aggregate(experiment: Experiment, records: Mapping[str, Mapping[str, Any]]) 
 
 
 def _describe(experiment: Experiment, row: str) -> dict[str, Any]:
-    kind = experiment.kind(row)
-    if kind == "dense":
-        return {"kind": kind, "pattern": "dense", "update": False, "prior": None}
-    if kind == "oneshot":
-        update = experiment.priors[row].update_weights
-        return {"kind": kind, "pattern": experiment.pattern, "update": update, "prior": None}
-    prior = experiment.rows[experiment.learned[row].prior]
-    return {"kind": kind, "pattern": experiment.pattern, "update": False, "prior": prior}
+    kind, start = experiment.kind(row), experiment.mask_row(row)
+    update = kind == "finetuned" or (kind == "oneshot" and experiment.priors[row].update_weights)
+    prior = experiment.rows[start] if start is not None and start != row else None
+    return {"kind": kind, "pattern": experiment.pattern_of(row) or "dense", "update": update, "prior": prior}

@@ -15,7 +15,7 @@ from maskllm4v.layout import curve_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"dense": "#4c4c4c", "oneshot": "#9db4c8", "learned": "#2a6f97"}
+COLOURS = {"dense": "#4c4c4c", "oneshot": "#9db4c8", "learned": "#2a6f97", "finetuned": "#c9a66b"}
 STYLE = {
     "svg.hashsalt": "maskllm4v",  # otherwise element ids are random
     "font.size": 9,

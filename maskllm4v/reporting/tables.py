@@ -60,7 +60,7 @@ def caption(experiment: Experiment, records: dict[str, dict[str, Any]]) -> str:
     if not records:
         return "Not measured yet.\n"
     first = next(iter(records.values()))
-    hardware = sorted({record["hardware"] for record in records.values()})
+    hardware = sorted({record[what]["hardware"] for record in records.values() for what in ("made", "evaluated")})
     versions = ", ".join(f"{name} {release}" for name, release in first["versions"].items())
     seeds = len(experiment.seeds)
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"

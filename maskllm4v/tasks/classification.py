@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +12,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskllm4v import distributed
 from maskllm4v.config import Experiment
 from maskllm4v.data import ImageData, open_data
-from maskllm4v.data.batches import StepBatches, step_loader
+from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
+from maskllm4v.data.decoded import seeded_globals
 from maskllm4v.devices import pick_device
-from maskllm4v.models import build_model, image_settings
+from maskllm4v.errors import ConfigError
+from maskllm4v.models import build_model, image_settings, num_classes
 from maskllm4v.progress import bar
+from maskllm4v.randomness import torch_seed
+from maskllm4v.share import WHOLE, Share
+from maskllm4v.tasks.accuracy import Tally
 
-Batch = tuple[Tensor, Tensor]  # images [B, C, H, W], labels [B]
+Batch = tuple[Tensor, Tensor]  # images [B, C, H, W]; labels [B], or their mixture [B, classes]
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Classification:
-    """Cross-entropy on labels; top-1 and top-5 accuracy and cross-entropy on the test split."""
+    """Cross-entropy on labels; accuracy, cross-entropy and calibration error on the reported split."""
 
     def __init__(self, experiment: Experiment, data_folder: Path) -> None:
         self.experiment = experiment
         self.settings = experiment.task
         self.device = pick_device(experiment.runtime.device)
         self._folder = data_folder
-        self._data: ImageData | None = None
 
-    @property
+    @cached_property
     def data(self) -> ImageData:
         """Opened when first needed."""
-        if self._data is None:
-            options: dict[str, Any] = {}
-            if self.experiment.data.source == "digits":
-                options = {"shift": self.settings.shift, "shift_probability": self.settings.shift_probability}
-            else:
-                options = {"transform": image_settings(self.experiment.model)}
-            self._data = open_data(self._folder, **options)
-        return self._data
+        e = self.experiment
+        return open_data(self._folder, e.data, e.task, image_settings(e.model))
 
     @property
     def data_digest(self) -> str:
@@ -50,18 +51,35 @@ class Classification:
     def build_model(self, seed: int) -> nn.Module:
         return build_model(self.experiment.model, seed, pretrained=False).to(self.device)
 
-    def train_batches(self, *, seed: int, batch_size: int, steps: int, start: int = 0) -> Iterator[Batch]:
-        workers = self.experiment.runtime.loader_workers
-        for batch in step_loader(
-            self.data, seed=seed, batch_size=batch_size, steps=steps, start=start, workers=workers
-        ):
-            yield self._on_device(batch)
+    def resized(self, size: int) -> Classification:
+        other = Classification(self.experiment, self._folder)
+        other.data = self.data.resized(size)
+        return other
+
+    def train_batches(
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: Share = WHOLE
+    ) -> Iterator[Batch]:
+        loader = step_loader(
+            self.data,
+            seed=seed,
+            batch_size=batch_size,
+            steps=steps,
+            start=start,
+            share=share,
+            workers=self.experiment.runtime.loader_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        keys = ((step, part) for step in range(start, steps) for part in share.parts)
+        for batch, (step, part) in zip(loader, keys, strict=True):
+            yield self._mixed(self._on_device(batch), torch_seed(seed, "mix", step, part) % 2**32)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         return StepBatches(self.data, seed=0, batch_size=batch_size).steps_per_epoch
 
-    def calibration_batches(self, batch_size: int) -> Iterator[Batch]:
-        return self._plain("train", self.data.manifest.calibration, batch_size)
+    def calibration_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        manifest = self.data.manifest
+        indices = manifest.calibration[self.experiment.calibration_set(seed)]
+        return self._plain(manifest.calibration_split, indices, batch_size)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits ``[B, classes]``."""
@@ -69,7 +87,8 @@ class Classification:
         return logits
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(outputs.float(), batch[1], label_smoothing=self.settings.label_smoothing)
+        smoothing = 0.0 if batch[1].is_floating_point() else self.settings.label_smoothing  # mixing has smoothed
+        return F.cross_entropy(outputs.float(), batch[1], label_smoothing=smoothing)
 
     def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """T²·KL(teacher ‖ student) at temperature T (Hinton et al. 2015)."""
@@ -78,25 +97,66 @@ class Classification:
         return temperature**2 * F.kl_div(student, target, log_target=True, reduction="batchmean")
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """``top1`` and ``top5`` in percent, ``nll`` in nats, over every test image once."""
+    def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
+        """``top1``, ``top5``, ``ece`` and ``agreement`` in percent, ``nll`` in nats; see :class:`Tally`."""
+        split = split or self.settings.eval_split
         model.eval()
-        count, hits1, hits5, nll = 0, 0, 0, 0.0
-        indices = np.arange(len(self.data.manifest.splits["test"]))
-        for batch in bar(self._plain("test", indices, self.settings.eval_batch_size), "evaluating"):
-            logits, labels = self.forward(model, batch).float(), batch[1]
-            ranked = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-            hits1 += int(ranked[:, 0].sum())
-            hits5 += int(ranked.any(1).sum())
-            nll += float(F.cross_entropy(logits, labels, reduction="sum"))
-            count += len(labels)
-        return {"top1": 100 * hits1 / count, "top5": 100 * hits5 / count, "nll": nll / count}
+        tally = Tally(self.device)
+        indices = np.arange(len(self.data.manifest.splits[split]))
+        amp = self.settings.eval_amp
+        with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no"):
+            for batch in bar(self._plain(split, indices, self.settings.eval_batch_size), "evaluating"):
+                reference = None if dense is None else self.forward(dense, batch)
+                tally.add(self.forward(model, batch), batch[1], reference)
+        return tally.metrics()
+
+    def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
+        """The original's JSON object; its ``param_count`` counts the logits of a learned mask too."""
+        settings = self.experiment.model
+        transform = image_settings(settings)
+        count = sum(parameter.numel() for parameter in model.parameters()) + extra_parameters
+        return {
+            "model": settings.name,
+            "top1": round(metrics["top1"], 4),
+            "top1_err": round(100 - metrics["top1"], 4),
+            "top5": round(metrics["top5"], 4),
+            "top5_err": round(100 - metrics["top5"], 4),
+            "param_count": round(count / 1e6, 2),
+            "img_size": transform["input_size"][-1],
+            "crop_pct": transform["crop_pct"],
+            "interpolation": transform["interpolation"],
+        }
+
+    @cached_property
+    def _mix(self) -> Any:
+        """timm's mixup and cutmix, or None."""
+        s = self.settings
+        if not s.mixup and not s.cutmix:
+            return None
+        from timm.data import Mixup
+
+        return Mixup(
+            mixup_alpha=s.mixup,
+            cutmix_alpha=s.cutmix,
+            prob=s.mix_probability,
+            label_smoothing=s.label_smoothing,
+            num_classes=num_classes(self.experiment.model),
+        )
+
+    def _mixed(self, batch: Batch, seed: int) -> Batch:
+        if self._mix is None:
+            return batch
+        if len(batch[0]) % 2:
+            raise ConfigError(f"task.mixup and cutmix pair images, but a process gets {len(batch[0])} at a time")
+        with seeded_globals(seed):
+            images, targets = self._mix(*batch)
+        return images, targets
 
     def _plain(self, split: str, indices: np.ndarray, batch_size: int) -> Iterator[Batch]:
-        labels = self.data.labels(split)
-        for first in range(0, len(indices), batch_size):
-            chosen = indices[first : first + batch_size]
-            yield self._on_device((self.data.images(split, chosen, None), labels[chosen]))
+        """This process's images of a split, decoded by the loader's workers."""
+        own = indices[distributed.rank() :: distributed.world_size()]
+        for batch in plain_loader(self.data, split, own, batch_size, self.experiment.runtime.loader_workers):
+            yield self._on_device(batch)
 
     def _on_device(self, batch: Batch) -> Batch:
         images, labels = batch

@@ -1,0 +1,38 @@
+"""``params.yaml`` as frozen, validated objects; an unknown or mistyped key is an error that names it.
+
+The file describes one experiment, which makes one table. Its sections, in the order of the pipeline:
+``data`` → ``model`` → ``dense`` → ``priors`` → ``learning``, ``learned`` and ``finetuned`` → ``rows`` (the table).
+"""
+
+from maskllm4v.config.experiment import Experiment, Kind
+from maskllm4v.config.reading import PARAMS, load_experiment, parse_experiment
+from maskllm4v.config.sections import (
+    DataSettings,
+    DenseSettings,
+    FinetunedSettings,
+    LearnedSettings,
+    LearningSettings,
+    ModelSettings,
+    PriorSettings,
+    RuntimeSettings,
+    TaskSettings,
+    TrainingSettings,
+)
+
+__all__ = [
+    "PARAMS",
+    "DataSettings",
+    "DenseSettings",
+    "Experiment",
+    "FinetunedSettings",
+    "Kind",
+    "LearnedSettings",
+    "LearningSettings",
+    "ModelSettings",
+    "PriorSettings",
+    "RuntimeSettings",
+    "TaskSettings",
+    "TrainingSettings",
+    "load_experiment",
+    "parse_experiment",
+]

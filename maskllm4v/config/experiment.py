@@ -1,0 +1,159 @@
+"""One params file: an experiment, which makes one table."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from maskllm4v.config.sections import (
+    DataSettings,
+    DenseSettings,
+    FinetunedSettings,
+    LearnedSettings,
+    LearningSettings,
+    ModelSettings,
+    Pattern,
+    PriorSettings,
+    RuntimeSettings,
+    Settings,
+    Slug,
+    TaskSettings,
+)
+from maskllm4v.errors import ConfigError
+
+Kind = Literal["dense", "oneshot", "learned", "finetuned"]
+
+
+class Experiment(Settings):
+    """One params file."""
+
+    table: Slug
+    title: str
+    exact: bool = False
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    pattern: Pattern = "2:4"
+    data: DataSettings
+    task: TaskSettings = TaskSettings()
+    model: ModelSettings
+    dense: DenseSettings
+    priors: dict[Slug, PriorSettings] = {}
+    learning: LearningSettings = LearningSettings()
+    learned: dict[Slug, LearnedSettings] = {}
+    finetuned: dict[Slug, FinetunedSettings] = {}
+    rows: dict[Slug, str]
+    runtime: RuntimeSettings = RuntimeSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _merge_learning_into_rows(cls, raw: Any) -> Any:
+        """``learning`` holds what trained rows share; a row's own keys go before it."""
+        if not isinstance(raw, dict):
+            return raw
+        common = raw.get("learning")
+        merged = {}
+        for section, settings in (("learned", LearnedSettings), ("finetuned", FinetunedSettings)):
+            if isinstance(raw.get(section), dict) and isinstance(common, dict):
+                known = {k: v for k, v in common.items() if k in settings.model_fields}
+                merged[section] = {key: _merged(known, row) for key, row in raw[section].items()}
+        return {**raw, **merged}
+
+    @model_validator(mode="after")
+    def _rows_agree(self) -> Experiment:
+        listed = [self.dense.row, *self.priors, *self.learned, *self.finetuned]
+        made = set(listed)
+        if len(made) != len(listed):
+            raise ValueError("dense.row, priors, learned and finetuned name the same row twice")
+        for row in made ^ set(self.rows):
+            if row in made:
+                raise ValueError(f"rows: {row!r} is made but not listed there; found {', '.join(self.rows)}")
+            raise ValueError(f"rows: {row!r} is listed but made nowhere; made are {', '.join(sorted(made))}")
+        for row, learned in self.learned.items():
+            if learned.prior not in self.priors:
+                raise ValueError(
+                    f"learned.{row}.prior is {learned.prior!r}; allowed: {', '.join(self.priors) or '(no priors)'}"
+                )
+            if learned.select == "best" and not self.data.holdout:
+                raise ValueError(f"learned.{row}.select is 'best', which needs data.holdout; never the reported split")
+        for row, finetuned in self.finetuned.items():
+            if finetuned.start != self.dense.row and finetuned.start not in self.priors:
+                allowed = ", ".join((self.dense.row, *self.priors))
+                raise ValueError(f"finetuned.{row}.start is {finetuned.start!r}; allowed: {allowed}")
+        for section, rows in (("learned", self.learned), ("finetuned", self.finetuned)):
+            for row, training in rows.items():
+                if training.steps is None and training.epochs is None:
+                    raise ValueError(f"{section}.{row} needs steps or epochs, there or in learning")
+        if self.task.eval_split == "holdout" and not self.data.holdout:
+            raise ValueError("task.eval_split is 'holdout', which needs data.holdout")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds: {self.seeds} holds one twice")
+        return self
+
+    def kind(self, row: str) -> Kind:
+        """What a row is.
+
+        Raises:
+            ConfigError: the table has no such row.
+        """
+        if row == self.dense.row:
+            return "dense"
+        if row in self.priors:
+            return "oneshot"
+        if row in self.learned:
+            return "learned"
+        if row in self.finetuned:
+            return "finetuned"
+        raise ConfigError(f"no row {row!r} in this experiment; allowed: {', '.join(self.rows)}")
+
+    def mask_row(self, row: str) -> str | None:
+        """The one-shot row that a row's masks come or start from; None for dense weights."""
+        if self.kind(row) == "learned":
+            return self.learned[row].prior
+        start = self.finetuned[row].start if row in self.finetuned else row
+        return start if start in self.priors else None
+
+    def pattern_of(self, row: str) -> str | None:
+        """The N:M pattern of a row; None for dense weights."""
+        start = self.mask_row(row)
+        return None if start is None else self.priors[start].pattern or self.pattern
+
+    def dense_seed(self, seed: int) -> int:
+        """Which seed's dense model a seed uses."""
+        return self.seeds[0] if self.dense.shared or self.dense.init != "scratch" else seed
+
+    def row_seeds(self, row: str) -> list[int]:
+        """The seeds that a row has results of."""
+        return list(dict.fromkeys(map(self.dense_seed, self.seeds))) if self.kind(row) == "dense" else self.seeds
+
+    def calibration_set(self, seed: int) -> int:
+        """Which calibration set a seed uses."""
+        return self.seeds.index(seed) % self.data.calibration_sets
+
+    def row_settings(self, row: str) -> dict[str, Any]:
+        """All settings that a row's result depends on, as plain values."""
+        kind = self.kind(row)
+        found: dict[str, Any] = {
+            "table": self.table,
+            "exact": self.exact,
+            "seeds": self.seeds,
+            "data": self.data,
+            "task": self.task,
+            "model": self.model,
+            "dense": self.dense,
+        }
+        if start := self.mask_row(row):
+            found["pattern"] = self.pattern_of(row)
+            found["prior"] = self.priors[start]
+        if kind == "learned":
+            found["learning"] = self.learned[row]
+        if kind == "finetuned":
+            found["finetuning"] = self.finetuned[row]
+        return {k: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for k, v in found.items()}
+
+
+def _merged(common: dict[str, Any], row: Any) -> Any:
+    if not isinstance(row, dict):
+        return row
+    if "steps" in row or "epochs" in row:  # a row's budget goes before the common one, whatever its unit
+        common = {k: v for k, v in common.items() if k not in ("steps", "epochs")}
+    return {**common, **row}

@@ -1,0 +1,100 @@
+"""Reading ``params.yaml``, and saying in a line what is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from maskllm4v.config.experiment import Experiment
+from maskllm4v.config.sections import LearningSettings
+from maskllm4v.errors import ConfigError
+
+PARAMS = Path("params.yaml")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain scalars as YAML 1.2 does, and so as DVC does: ``2:4`` is text, ``1e-3`` a number.
+
+    PyYAML follows YAML 1.1, where ``2:4`` is 124 (base 60). `dvc exp run -S` writes it without quotes.
+    """
+
+
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _SCALARS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind in ("bool", "int", "float"):  # the first that matches wins
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_SCALARS[_kind][0]})$"), list(_SCALARS[_kind][1])
+    )
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # 010 is ten
+
+
+def load_experiment(path: Path = PARAMS) -> Experiment:
+    """Read and validate a params file.
+
+    Raises:
+        ConfigError: the file is missing, no YAML, or a key is wrong; all faults are listed, a line each.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, an impossible date
+        raise ConfigError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    return parse_experiment(raw, str(path))
+
+
+def parse_experiment(raw: Any, origin: str = "params") -> Experiment:
+    """Validate what a params file holds; see :func:`load_experiment`."""
+    try:
+        return Experiment.model_validate(raw)
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(fault, raw) for fault in error.errors(include_url=False))
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from error
+
+
+def _explain(fault: Any, raw: Any) -> str:
+    location = tuple(str(part) for part in fault["loc"] if part != "[key]")
+    key = ".".join(location)
+    if location[:1] in (("learned",), ("finetuned",)) and len(location) > 2:
+        own = next(row for name, row in raw[location[0]].items() if str(name) == location[1])
+        inherited = location[2] in LearningSettings.model_fields and location[2] not in own
+        key = ".".join(("learning", *location[2:])) if inherited else key
+    if fault["type"] == "extra_forbidden":
+        allowed = _allowed_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], allowed, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"unknown key {key!r}; {hint}allowed: {', '.join(allowed)}"
+    if fault["type"] == "missing":
+        return f"key {key!r} is missing"
+    if fault["type"] == "value_error" and not key:
+        return str(fault["ctx"]["error"])
+    found = fault["input"]
+    if fault["type"] == "value_error":
+        return f"{key}: {fault['ctx']['error']}"
+    if not key:
+        return f"holds {type(raw).__name__}, not a mapping of keys"
+    return f"{key} is {found!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _allowed_keys(location: tuple[str, ...]) -> list[str]:
+    """The keys of the section at a location such as ``("learned", "<row>")``."""
+    section: Any = Experiment
+    for part in location:
+        is_rows = get_origin(section) is dict
+        section = get_args(section)[1] if is_rows else section.model_fields[part].annotation
+    return list(section.model_fields)

@@ -1,0 +1,244 @@
+"""The sections of ``params.yaml``, one class each; defaults and units stand here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from maskllm4v.errors import ConfigError
+
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Number = Annotated[int, Field(ge=0)]
+# YAML has lists only, so a list may stand for a tuple; its parts are as strict as everything else.
+Betas = Annotated[tuple[Share, Share], Field(strict=False)]
+FirstLast = Annotated[tuple[Positive, Positive], Field(strict=False)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class DataSettings(Settings):
+    """Where the images come from, and how they are split."""
+
+    name: Slug  # of the folder artifacts/data/<name>/
+    source: Literal["digits", "folder", "timm"]
+    root: str | None = None  # folder: holds one folder a split, which hold one folder a class; timm: as timm reads it
+    dataset: str | None = None  # timm: as in timm.data.create_dataset, e.g. "torch/cifar10" or "hfds/org/name"
+    train: str = "train"
+    test: str = "val"
+    classes: Count | None = None  # how many there have to be; an error if there are others
+    hash_files: bool = False  # folder: read every image, check that it is one, and take its SHA-256
+    in_memory: Count | None = None  # folder, timm: decode once, to squares of so many pixels, and keep them
+    holdout: Number = 0  # images taken out of the training split, to choose settings or checkpoints on
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5  # digits
+    split_seed: int = 0  # digits, and which images are held out
+    calibration: Count = 128  # images a calibration set
+    calibration_seed: int = 0
+    calibration_sets: Count = 1  # disjoint ones; the seeds of a table take turns
+    calibration_split: Literal["train", "test"] = "train"  # test: as the original does; it leaks, and is marked so
+
+    @model_validator(mode="after")
+    def _keys_go_with_source(self) -> DataSettings:
+        if (self.source == "folder") and self.root is None:
+            raise ValueError("root is needed for source 'folder'")
+        if self.source == "digits" and self.root is not None:
+            raise ValueError("root is not for source 'digits', which comes with scikit-learn")
+        if self.source == "digits" and self.in_memory is not None:
+            raise ValueError("in_memory is not for source 'digits', whose images are in memory anyway")
+        if (self.source == "timm") != (self.dataset is not None):
+            raise ValueError(f"dataset is needed for source 'timm' and for no other; found source {self.source!r}")
+        return self
+
+
+class InputSettings(Settings):
+    """What of the model's own data configuration (timm's) to overrule."""
+
+    mean: list[float] | None = None
+    std: list[Positive] | None = None
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    interpolation: Literal["bilinear", "bicubic", "nearest"] | None = None
+
+
+class StemSettings(Settings):
+    """timm's convolutional stem in the place of the patch embedding: BN and ReLU between convolutions."""
+
+    channels: Annotated[list[Count], Field(min_length=1)]
+    strides: Annotated[list[Count], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _one_stride_each(self) -> StemSettings:
+        if len(self.channels) != len(self.strides):
+            raise ValueError(f"{len(self.channels)} channels, but {len(self.strides)} strides")
+        return self
+
+
+class ModelSettings(Settings):
+    """A timm model by name, or ``VisionTransformer`` built from ``args``."""
+
+    name: str
+    args: dict[str, Any] = {}
+    stem: StemSettings | None = None  # VisionTransformer only
+    input: InputSettings = InputSettings()
+    exclude: list[str] = ["head"]  # linear layers that stay dense, by name pattern
+    on_misfit: Literal["error", "skip"] = "error"
+    fused_attention: bool = True  # false: one attention kernel, chosen explicitly
+
+
+class TaskSettings(Settings):
+    """What only the task knows: augmentation, loss, evaluation. Names are timm's where it has them."""
+
+    name: Literal["classification"] = "classification"
+    label_smoothing: Share = 0.0
+    # images in memory (digits, data.in_memory)
+    shift: Number = 0  # pixels, either way
+    shift_probability: Share = 1.0
+    hflip: Share = 0.0
+    # images decoded on the way (folder, timm), through timm's training transform
+    crop_scale: FirstLast | None = None  # of the random resized crop's area
+    crop_ratio: FirstLast | None = None
+    train_interpolation: Literal["random", "bilinear", "bicubic"] | None = None  # None: the model's own
+    color_jitter: NonNegative = 0.4
+    auto_augment: str | None = None  # e.g. rand-m8-inc1-mstd101
+    random_erasing: Share = 0.0
+    erasing_mode: Literal["const", "rand", "pixel"] = "const"
+    # both
+    mixup: NonNegative = 0.0  # alpha; 0: off
+    cutmix: NonNegative = 0.0
+    mix_probability: Share = 1.0
+    eval_batch_size: Count = 256
+    eval_amp: Literal["no", "bf16", "fp16"] = "no"
+    eval_split: Literal["test", "holdout"] = "test"  # what a table reports; holdout: to choose settings
+
+
+class TrainingSettings(Settings):
+    """What every training has, whatever is trained."""
+
+    steps: Count | None = None  # one of the two
+    epochs: Positive | None = None
+    batch_size: Count = 128  # over all processes and micro-batches
+    accumulate: Count = 1  # micro-batches a step
+    optimizer: str = "adamw"  # or any of timm's
+    optimizer_args: dict[str, Any] = {}
+    lr: Positive = 1e-3
+    min_lr: NonNegative = 0.0
+    warmup: Share = 0.0  # share of the steps
+    betas: Betas = (0.9, 0.999)
+    weight_decay: NonNegative = 0.01
+    clip_grad: NonNegative = 2.0  # 0: off
+    anneal: Literal["step", "epoch"] = "step"  # how often lr (and tau and scaling) move
+    amp: Literal["no", "bf16", "fp16"] = "no"
+    grad_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False  # torch.compile
+    log_every: Count = 10
+
+    @model_validator(mode="after")
+    def _not_steps_and_epochs(self) -> TrainingSettings:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("one of steps and epochs, not both")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate is {self.accumulate}, which does not divide batch_size {self.batch_size}")
+        return self
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """How many steps the whole training has.
+
+        Raises:
+            ConfigError: neither steps nor epochs are given.
+        """
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is None:
+            raise ConfigError("a training needs steps or epochs")
+        return max(1, math.floor(self.epochs * steps_per_epoch + 0.5))
+
+
+class ProgressiveSettings(Settings):
+    """Progressive resizing: smaller images at first."""
+
+    size: Count  # pixels
+    steps: Count
+
+
+class DenseSettings(TrainingSettings):
+    """The dense model: trained here, loaded from a file, or pretrained through timm."""
+
+    row: Slug
+    init: Literal["scratch", "checkpoint", "pretrained"]
+    checkpoint: str | None = None  # a state dict, as safetensors or as PyTorch saves it; no code in it is run
+    shared: bool = False  # scratch: one model, of the first seed, for all seeds (as it is for the other inits)
+    batch_size: Count = 64
+    weight_decay: NonNegative = 0.05
+    warmup: Share = 0.1
+    clip_grad: NonNegative = 1.0
+    log_every: Count = 50
+    progressive: ProgressiveSettings | None = None
+
+    @model_validator(mode="after")
+    def _keys_go_with_init(self) -> DenseSettings:
+        if (self.init == "checkpoint") != (self.checkpoint is not None):
+            raise ValueError(f"checkpoint is needed for init 'checkpoint' and no other; found init {self.init!r}")
+        if self.init == "scratch" and self.steps is None and self.epochs is None:
+            raise ValueError("steps or epochs is needed for init 'scratch'")
+        return self
+
+
+class PriorSettings(Settings):
+    """One one-shot row."""
+
+    method: str
+    pattern: Pattern | None = None  # None: the table's
+    update_weights: bool = False
+    propagate: Literal["dense", "pruned"] | None = None  # None: as the method's authors do
+    batch_size: Count = 128
+
+
+class LearningSettings(TrainingSettings):
+    """How masks are learned (MaskLLM, arXiv 2409.17481); the defaults of all learned rows."""
+
+    min_lr: NonNegative = 1e-4
+    tau: FirstLast = (4.0, 0.05)  # at the first step, at the last
+    scaling: FirstLast = (10.0, 100.0)
+    regularisation: NonNegative = 1e-5  # λ of −λ·Σ(masked weight)²
+    init: Literal["prior", "magnitude"] = "prior"
+    prior_strength: NonNegative = 3.0
+    gate_std: NonNegative = 0.2
+    hard: bool = False
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the logits' average; 0: off
+    distillation: Share = 0.0  # weight of the dense model's outputs against the labels
+    distillation_temperature: Positive = 2.0
+    select: Literal["last", "best"] = "last"  # best: by top-1 on the held-out slice, once an epoch
+
+
+class LearnedSettings(LearningSettings):
+    """One learned row: ``learning`` with this row's own values on top."""
+
+    prior: Slug  # the one-shot row whose masks training starts from
+
+
+class FinetunedSettings(TrainingSettings):
+    """A control: weights trained on, dense or under a fixed mask, for as long as a mask is learned."""
+
+    start: Slug  # the dense row, or the one-shot row whose mask stays fixed
+    min_lr: NonNegative = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the weights' average; 0: off
+
+
+class RuntimeSettings(Settings):
+    """What changes no result beyond rounding, and is therefore neither tracked nor recorded."""
+
+    device: str = "auto"
+    processes: Number = 0  # that train and evaluate together; 0: one a GPU
+    loader_workers: Number = 0
+    seed_processes: Number = 0  # seeds side by side; 0: all at once where that is exact, otherwise one
+    checkpoint_minutes: NonNegative = 5.0  # between two saved states of a training; 0: never
+    checkpoint_steps: Number = 0  # the same in steps; 0: by minutes alone

@@ -1,0 +1,145 @@
+"""Images decoded when asked for, through the transforms that timm resolves for the model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskllm4v.config import TaskSettings
+from maskllm4v.data.arrays import ArrayImages, Whole
+from maskllm4v.data.manifest import Entry, Manifest
+from maskllm4v.errors import ConfigError, DataError
+from maskllm4v.progress import bar
+
+Read = Callable[[Entry], tuple[Any, str]]  # a file, path or PIL image, and its name for messages
+
+
+class DecodedImages:
+    """A source that is too large to be kept.
+
+    Args:
+        manifest: of the source.
+        read: opens an entry.
+        task: augmentation, by timm's training transform.
+        transform: size, mean, std, crop and interpolation (:func:`maskllm4v.models.image_settings`).
+    """
+
+    def __init__(self, manifest: Manifest, read: Read, task: TaskSettings, transform: Mapping[str, Any]) -> None:
+        if task.shift:
+            raise ConfigError("task.shift is for images that are kept in memory (digits, data.in_memory)")
+        self.manifest, self.task, self._read, self._transform = manifest, task, read, dict(transform)
+        self._plain, self._augmented = plain_transform(transform), training_transform(transform, task)
+        self._mode = "L" if transform["input_size"][0] == 1 else "RGB"
+
+    def labels(self, split: str) -> Tensor:
+        return torch.from_numpy(self.manifest.labels(split))
+
+    def resized(self, size: int) -> DecodedImages:
+        channels = self._transform["input_size"][0]
+        smaller = {**self._transform, "input_size": (channels, size, size)}
+        return DecodedImages(self.manifest, self._read, self.task, smaller)
+
+    def images(
+        self, split: str, indices: np.ndarray, augment: np.random.Generator | None, part: slice = Whole
+    ) -> Tensor:
+        entries = [self.manifest.splits[split][int(i)] for i in indices[part]]
+        if augment is None:
+            return torch.stack([self._plain(decode(self._read, entry, self._mode)) for entry in entries])
+        seeds = augment.integers(2**31, size=len(indices))[part]
+        images = []
+        for entry, seed in zip(entries, seeds, strict=True):
+            with seeded_globals(int(seed)):
+                images.append(self._augmented(decode(self._read, entry, self._mode)))
+        return torch.stack(images)
+
+
+def in_memory(
+    manifest: Manifest, read: Read, task: TaskSettings, transform: Mapping[str, Any], size: int
+) -> ArrayImages:
+    """The same images, decoded once to squares of ``size`` pixels and kept as uint8."""
+    channels = transform["input_size"][0]
+    to_square = plain_transform({**transform, "input_size": (channels, size, size)}, normalize=False)
+    mode = "L" if channels == 1 else "RGB"
+
+    def load(split: str) -> Tensor:
+        entries = manifest.splits[split]
+        return torch.stack([to_square(decode(read, entry, mode)) for entry in bar(entries, f"decoding {split}")])
+
+    return ArrayImages(manifest, load, task, mean=transform["mean"], std=transform["std"])
+
+
+def plain_transform(transform: Mapping[str, Any], normalize: bool = True) -> Callable[[Any], Tensor]:
+    """timm's evaluation transform."""
+    from timm.data import create_transform
+
+    options = {k: transform[k] for k in ("interpolation", "mean", "std", "crop_pct", "crop_mode")}
+    return create_transform(transform["input_size"], normalize=normalize, **options)
+
+
+def training_transform(transform: Mapping[str, Any], task: TaskSettings) -> Callable[[Any], Tensor]:
+    """timm's training transform.
+
+    Raises:
+        ConfigError: timm does not understand the auto-augmentation string.
+    """
+    from timm.data import create_transform
+
+    try:
+        return create_transform(
+            transform["input_size"],
+            is_training=True,
+            scale=task.crop_scale,
+            ratio=task.crop_ratio,
+            hflip=task.hflip,
+            color_jitter=task.color_jitter,
+            auto_augment=task.auto_augment,
+            interpolation=task.train_interpolation or transform["interpolation"],
+            mean=transform["mean"],
+            std=transform["std"],
+            re_prob=task.random_erasing,
+            re_mode=task.erasing_mode,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(f"task.auto_augment is {task.auto_augment!r}, which timm does not understand") from error
+
+
+def decode(read: Read, entry: Entry, mode: str) -> Any:
+    """A PIL image in ``mode``.
+
+    Raises:
+        DataError: it is missing, no image, or has more than 8 bits a channel.
+    """
+    from PIL import Image
+
+    source, name = read(entry)
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        with image:
+            if image.mode.startswith("I"):  # converting would clip nearly all of it to white
+                raise DataError(f"{name} has more than 8 bits a channel; convert it first")
+            if "transparency" in image.info:
+                return image.convert("RGBA").convert(mode)
+            return image.convert(mode)
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{name} cannot be read as an image: {error}") from error
+
+
+@contextmanager
+def seeded_globals(seed: int) -> Iterator[None]:
+    """timm's transforms draw from the global generators: seed all three, and put them back afterwards."""
+    python, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)

@@ -1,0 +1,38 @@
+"""How a row's artifacts were made, written beside them: settings, hardware, number of processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from maskllm4v.config import Experiment
+from maskllm4v.devices import hardware, pick_device
+from maskllm4v.distributed import is_main, world_size
+from maskllm4v.errors import CheckpointError
+from maskllm4v.files import read_json, write_json
+from maskllm4v.layout import origin_file
+
+PINNED = "any x86-64 CPU with AVX2 (pinned, one thread)"
+
+
+def where(experiment: Experiment) -> dict[str, Any]:
+    """Hardware and number of processes of this run; for exact ones, where it may run."""
+    found = PINNED if experiment.exact else hardware(pick_device(experiment.runtime.device))
+    return {"hardware": found, "world_size": world_size()}
+
+
+def write_origin(experiment: Experiment, row: str) -> None:
+    """Say how a row's artifacts were made."""
+    if is_main():
+        write_json(origin_file(row), {"settings": experiment.row_settings(row), **where(experiment)})
+
+
+def read_origin(experiment: Experiment, row: str) -> dict[str, Any]:
+    """Hardware and number of processes that a row was made with.
+
+    Raises:
+        CheckpointError: it was made with other settings.
+    """
+    found = read_json(origin_file(row))
+    if not isinstance(found, dict) or found.get("settings") != experiment.row_settings(row):
+        raise CheckpointError(f"{origin_file(row)}: these artifacts were made with other settings; make them again")
+    return {"hardware": found["hardware"], "world_size": found["world_size"]}

@@ -1,0 +1,110 @@
+"""Training weights: all of a dense model's, or those that a fixed mask keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskllm4v.averaging import Average
+from maskllm4v.config import DenseSettings, FinetunedSettings, TrainingSettings
+from maskllm4v.loop import Cost, Learner, optimizer_for, run
+from maskllm4v.resume import Resume
+from maskllm4v.tasks import Task
+from maskllm4v.training import freeze_statistics
+
+CURVE_COLUMNS = ("step", "loss", "lr", "grad_norm")
+
+
+class WeightLearner(Learner):
+    """Trains every parameter of a model by the task's loss.
+
+    Args:
+        model: dense, or with :class:`~maskllm4v.MaskedLinear` layers, whose pruned weights get no gradient.
+        settings: optimiser.
+        row: name in messages.
+        ema: decay of the weights' average; 0: off.
+        new: trained from initial weights; otherwise running statistics (batch norm) stay as they are.
+    """
+
+    def __init__(
+        self, model: nn.Module, settings: TrainingSettings, *, row: str, ema: float = 0.0, new: bool = True
+    ) -> None:
+        self.row, self.model, self.new = row, model, new
+        self.tensors = list(model.parameters())
+        self.optimizer = optimizer_for(self.tensors, settings, model)
+        self.average = Average(self.tensors, ema)
+        self.scalars: list[tuple[int, float]] = []
+        self.measured: list[Tensor] = []
+
+    def train_mode(self) -> None:
+        self.model.train()
+        if not self.new:
+            freeze_statistics(self.model)
+
+    def loss(self, model: nn.Module, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
+        loss = task.loss(task.forward(model, batch), batch)
+        return loss, loss
+
+    def end_step(self, step: int) -> None:
+        self.average.update(step)
+
+    def log(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
+        self.scalars.append((step, lr))
+        self.measured.append(torch.stack([loss.float(), grad_norm.float()]))
+
+    def points(self) -> list[tuple[float, ...]]:
+        """The curve, in the order of :data:`CURVE_COLUMNS`."""
+        measured = torch.stack(self.measured).tolist() if self.measured else []
+        return [(step, loss, lr, norm) for (step, lr), (loss, norm) in zip(self.scalars, measured, strict=True)]
+
+    def state(self) -> dict[str, Any]:
+        buffers = {name: buffer for name, buffer in self.model.named_buffers() if self.new}
+        return {"average": self.average.values, "buffers": buffers, "curve": [self.scalars, self.measured]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.average.values = state["average"]
+        with torch.no_grad():
+            for name, buffer in state["buffers"].items():
+                self.model.get_buffer(name).copy_(buffer)
+        scalars, self.measured = state["curve"]
+        self.scalars = [(int(step), float(lr)) for step, lr in scalars]
+
+
+def train_dense(
+    model: nn.Module, task: Task, settings: DenseSettings, *, seed: int, position: int = 0, resume: Resume | None = None
+) -> Cost:
+    """Train a model from its initial weights, in place: warm-up, cosine, smaller images at first if asked to.
+
+    Raises:
+        TrainingError: the loss is not finite; names the step.
+    """
+    learner = WeightLearner(model, settings, row=settings.row)
+    first = settings.progressive
+    phases = () if first is None else ((task.resized(first.size), first.steps),)
+    return run(learner, task, settings, seed=seed, position=position, resume=resume, phases=phases)
+
+
+def finetune(
+    model: nn.Module,
+    task: Task,
+    settings: FinetunedSettings,
+    *,
+    seed: int,
+    row: str,
+    position: int = 0,
+    resume: Resume | None = None,
+) -> tuple[list[tuple[float, ...]], Cost]:
+    """Train a model's weights on, in place, its masks (if it has any) fixed.
+
+    Returns:
+        The curve, in the order of :data:`CURVE_COLUMNS`, and what it cost.
+
+    Raises:
+        TrainingError: the loss is not finite; names the step.
+    """
+    learner = WeightLearner(model, settings, row=row, ema=settings.ema, new=False)
+    cost = run(learner, task, settings, seed=seed, position=position, resume=resume)
+    learner.average.swap()
+    return learner.points(), cost

@@ -1,0 +1,51 @@
+"""Train weights on, dense or under a fixed mask: ``artifacts/<row>/`` and ``reports/<table>/runs/<row>/curves/``."""
+
+from __future__ import annotations
+
+from maskllm4v.config import Experiment
+from maskllm4v.errors import ConfigError
+from maskllm4v.layout import checkpoint, curve_file, data_folder
+from stages.entry import run
+
+
+def main(experiment: Experiment, row: str) -> None:
+    from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_masks
+    from maskllm4v.curves import write_curve
+    from maskllm4v.distributed import is_main
+    from maskllm4v.evaluation import install
+    from maskllm4v.origin import write_origin
+    from maskllm4v.parallel import map_seeds
+    from maskllm4v.resume import forget, resume_of
+    from maskllm4v.tasks import open_task
+    from maskllm4v.weights import CURVE_COLUMNS, finetune
+
+    if experiment.kind(row) != "finetuned":
+        raise ConfigError(f"{row!r} is no fine-tuned row; allowed: {', '.join(experiment.finetuned) or '(none)'}")
+    settings, start = experiment.finetuned[row], experiment.mask_row(row)
+    task = open_task(experiment, data_folder(experiment.data.name))
+
+    def one(seed: int, position: int) -> None:
+        model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))
+        base = load_dense(dense, model, experiment.model.name)
+        names = list(model.state_dict())
+        found = MaskCheckpoint(None, {}, base, "finetuned", {}, prior={}, digest="")
+        if start is not None:  # its mask, and its updated weights if it has any
+            found = load_masks(checkpoint(start, seed), pattern=experiment.pattern_of(row), base=base)
+            install(model, found, start)
+        resume = resume_of(experiment, row, seed, manifest=task.data_digest, dense=base, start=found.digest)
+        curve, cost = finetune(model, task, settings, seed=seed, row=row, position=position, resume=resume)
+        if is_main():
+            weights = {name: model.state_dict()[name] for name in names}
+            save_masks(
+                checkpoint(row, seed), MaskCheckpoint(found.pattern, found.masks, base, "finetuned", weights, prior={})
+            )
+            write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, curve)
+            print(f"{row}, seed {seed}: {cost}")
+
+    map_seeds(experiment, experiment.row_seeds(row), one)
+    write_origin(experiment, row)
+    forget(row)
+
+
+if __name__ == "__main__":
+    run("finetune", main)
