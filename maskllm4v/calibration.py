@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from maskllm4v.distributed import sum_
 from maskllm4v.errors import DataError
+from maskllm4v.processes import world_size
 
 Forward = Callable[[nn.Module, Any], Any]
 Propagate = Literal["dense", "pruned"]
@@ -302,8 +303,9 @@ def _observe(
     finally:
         for handle in handles:
             handle.remove()
-    for one in found.values():
-        one.combine()
+    if world_size() > 1:
+        for one in found.values():
+            one.combine()
     return found
 
 

@@ -1,32 +1,14 @@
-"""Several processes that compute together, through Accelerate; with one process nothing here costs anything.
-
-Processes are started by ``torchrun``, ``accelerate launch`` or Slurm; they tell one another apart by the
-environment variables that those set.
-"""
+"""What several processes do together, through Accelerate; with one process nothing here costs anything."""
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
+
+from maskllm4v.processes import world_size
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-
-def world_size() -> int:
-    """How many processes compute together."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
-
-
-def rank() -> int:
-    """This process's number, from 0."""
-    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
-
-
-def is_main() -> bool:
-    """Whether this is the process that writes files."""
-    return rank() == 0
 
 
 def join(device: torch.device) -> None:

@@ -2,8 +2,8 @@
 
 Libraries choose their kernels by the CPU they find, and sums in another order give other bits. The pin
 holds them all to one choice. It has to be set before numpy or torch is imported, which is why stages
-enter this module first; it imports neither. Measured on five simulated CPUs from Haswell to Zen 4: the
-same training gave four results without it and one with it. Matrix products cost about 3x under it.
+enter this module first; it imports neither. The README says on which CPUs that was tried. Matrix products cost
+about 3x under it.
 """
 
 from __future__ import annotations

@@ -19,6 +19,11 @@ def checkpoint(row: str, seed: int) -> Path:
     return ARTIFACTS / row / f"seed{seed}.safetensors"
 
 
+def cost_file(row: str, seed: int) -> Path:
+    """Speed and memory of a training on its machine; no result."""
+    return TIMINGS / f"{row}-seed{seed}.json"
+
+
 def origin_file(row: str) -> Path:
     """How a row's artifacts were made: settings, hardware, processes."""
     return ARTIFACTS / row / "made.json"

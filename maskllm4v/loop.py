@@ -21,10 +21,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from maskllm4v.config import TrainingSettings
-from maskllm4v.distributed import is_main, rank, same_everywhere, world_size
+from maskllm4v.distributed import same_everywhere
 from maskllm4v.errors import CheckpointError, ConfigError
 from maskllm4v.finite import FiniteLoss
 from maskllm4v.layers import Draw
+from maskllm4v.processes import is_main, rank, world_size
 from maskllm4v.progress import bar
 from maskllm4v.randomness import seeded_steps
 from maskllm4v.resume import Resume, stopping

@@ -62,7 +62,7 @@ def image_settings(settings: ModelSettings) -> dict[str, Any]:
 
     config = {} if settings.name == PLAIN_VIT else dict(timm.get_pretrained_cfg(settings.name).to_dict())
     channels, *size = config.get("input_size", (3, 224, 224))
-    if wanted := settings.args.get("img_size"):
+    if wanted := settings.input.img_size or settings.args.get("img_size"):
         size = [wanted, wanted] if isinstance(wanted, int) else list(wanted)
     if settings.args.get("in_chans", channels) != channels:  # grey images: the colours' average statistics
         channels = settings.args["in_chans"]
@@ -70,7 +70,7 @@ def image_settings(settings: ModelSettings) -> dict[str, Any]:
             values = config.get(key, standard)
             config[key] = (sum(values) / len(values),) * channels
     config["input_size"] = (channels, *size)
-    overruled = settings.input.model_dump(exclude_none=True)
+    overruled = settings.input.model_dump(exclude_none=True, exclude={"img_size"})
     resolved: dict[str, Any] = resolve_data_config(overruled, pretrained_cfg=config)
     return resolved
 

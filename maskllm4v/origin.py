@@ -6,10 +6,10 @@ from typing import Any
 
 from maskllm4v.config import Experiment
 from maskllm4v.devices import hardware, pick_device
-from maskllm4v.distributed import is_main, world_size
 from maskllm4v.errors import CheckpointError
 from maskllm4v.files import read_json, write_json
 from maskllm4v.layout import origin_file
+from maskllm4v.processes import is_main, world_size
 
 PINNED = "any x86-64 CPU with AVX2 (pinned, one thread)"
 

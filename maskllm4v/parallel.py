@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from maskllm4v.config import Experiment
 from maskllm4v.devices import pick_device
-from maskllm4v.distributed import world_size
 from maskllm4v.errors import ConfigError
+from maskllm4v.processes import world_size
 
 T = TypeVar("T")
 

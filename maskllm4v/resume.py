@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from maskllm4v.config import Experiment
-from maskllm4v.distributed import is_main
 from maskllm4v.errors import CheckpointError
 from maskllm4v.files import replacing, value_digest
 from maskllm4v.layout import resume_folder
+from maskllm4v.processes import is_main
 
 KEPT = 2  # states of one row and seed, e.g. of the settings before the last change
 

@@ -35,6 +35,13 @@ ARTIFACT_ROOT = "mlruns"
 LARGEST_ARTIFACT = 32 * 2**20  # bytes; updated weights of a large model stay in DVC's cache
 BATCH = 1000  # metrics a request, MLflow's own limit
 
+METHODS = {  # stage and method of a kind of row; None: the one-shot method's own name
+    "dense": ("dense", "dense"),
+    "oneshot": ("prior", None),
+    "learned": ("train", "maskllm"),
+    "finetuned": ("finetune", "finetune"),
+}
+
 
 def publish(root: Path, experiment: Experiment) -> dict[str, str]:
     """Make the store agree with the committed records of one table.
@@ -138,9 +145,10 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def final_metrics(record: Mapping[str, Any], line: pd.Series[Any]) -> dict[str, float]:
     """``top1`` (mean), ``top1_std``, ``top1/seed0`` and so on, and the paired difference to dense."""
     found: dict[str, float] = {}
-    for name in METRICS:
+    measured = seed_metrics(record)
+    for name in [name for name in METRICS if name in measured]:
         found |= {name: line[f"{name}_mean"], f"{name}_std": line[f"{name}_std"]}
-        found |= {f"{name}/seed{seed}": value for seed, value in seed_metrics(record)[name].items()}
+        found |= {f"{name}/seed{seed}": value for seed, value in measured[name].items()}
     found |= {"top1_delta": line["delta_mean"], "top1_delta_std": line["delta_std"]}
     found |= {f"parameters_{name}": float(count) for name, count in record["parameters"].items()}
     return {name: float(value) for name, value in found.items() if not math.isnan(value)}
@@ -159,16 +167,18 @@ def curve_metrics(folder: Path) -> Iterator[tuple[str, int, float]]:
 
 def _tags(root: Path, experiment: Experiment, record: Mapping[str, Any]) -> dict[str, str]:
     row, kind, settings = record["row"], record["kind"], record["settings"]
-    method = {"dense": "dense", "learned": "maskllm"}.get(kind) or settings["prior"]["method"]
+    stage, method = METHODS[kind]
+    start = settings["learning"]["prior"] if kind == "learned" else settings.get("finetuning", {}).get("start", "")
     tags = {
-        "stage": {"dense": "dense", "oneshot": "prior", "learned": "train"}[kind],
+        "stage": stage,
         "task": settings["task"]["name"],
-        "method": method,
-        "prior": settings["learning"]["prior"] if kind == "learned" else "",
+        "method": method or settings["prior"]["method"],
+        "prior": start,
         "pattern": settings.get("pattern", "dense"),
         "model": settings["model"]["name"],
         "exact": str(record["exact"]).lower(),
         "hardware": record["made"]["hardware"],
+        "world_size": str(record["made"]["world_size"]),
         "git_commit": _git_commit(root),
         "mlflow.note.content": experiment.rows[row],
     }

@@ -11,9 +11,9 @@ from stages.entry import run
 def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints import save_dense
     from maskllm4v.dense import obtain_dense
-    from maskllm4v.distributed import is_main
     from maskllm4v.origin import write_origin
     from maskllm4v.parallel import map_seeds
+    from maskllm4v.processes import is_main
     from maskllm4v.resume import forget, resume_of
     from maskllm4v.tasks import open_task
 

@@ -14,6 +14,7 @@ from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.errors import UserError
 from maskllm4v.files import write_json
 from maskllm4v.layout import TIMINGS
+from maskllm4v.processes import is_main
 
 LAUNCHER = "MASKLLM4V_LAUNCHER"  # e.g. "srun torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d ..."
 
@@ -43,7 +44,7 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
                 exact.pin_torch()
         main(experiment, key)
         distributed.leave()
-        if distributed.is_main():
+        if is_main():
             seconds = round(time.perf_counter() - begin, 3)
             write_json(TIMINGS / f"{stage}@{key or experiment.table}.json", {"seconds": seconds})
     except UserError as error:

@@ -11,11 +11,11 @@ def main(experiment: Experiment, row: str) -> None:
     import json
 
     from maskllm4v.diagnostics import COLUMNS
-    from maskllm4v.distributed import is_main
     from maskllm4v.evaluation import Measured, measure
     from maskllm4v.files import write_csv
     from maskllm4v.origin import read_origin, where
     from maskllm4v.parallel import map_seeds
+    from maskllm4v.processes import is_main
     from maskllm4v.records import build_record, write_record
     from maskllm4v.tasks import open_task
 

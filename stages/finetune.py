@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, curve_file, data_folder
+from maskllm4v.layout import checkpoint, cost_file, curve_file, data_folder
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
+    from dataclasses import asdict
+
     from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_masks
     from maskllm4v.curves import write_curve
-    from maskllm4v.distributed import is_main
     from maskllm4v.evaluation import install
+    from maskllm4v.files import write_json
     from maskllm4v.origin import write_origin
     from maskllm4v.parallel import map_seeds
+    from maskllm4v.processes import is_main
     from maskllm4v.resume import forget, resume_of
     from maskllm4v.tasks import open_task
     from maskllm4v.weights import CURVE_COLUMNS, finetune
@@ -40,7 +43,7 @@ def main(experiment: Experiment, row: str) -> None:
                 checkpoint(row, seed), MaskCheckpoint(found.pattern, found.masks, base, "finetuned", weights, prior={})
             )
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, curve)
-            print(f"{row}, seed {seed}: {cost}")
+            write_json(cost_file(row, seed), asdict(cost))
 
     map_seeds(experiment, experiment.row_seeds(row), one)
     write_origin(experiment, row)

@@ -10,10 +10,10 @@ from stages.entry import run
 
 def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints import MaskCheckpoint, load_dense, save_masks
-    from maskllm4v.distributed import is_main
     from maskllm4v.origin import write_origin
     from maskllm4v.parallel import map_seeds
     from maskllm4v.patterns import NMPattern
+    from maskllm4v.processes import is_main
     from maskllm4v.pruners import prune
     from maskllm4v.surgery import linear
     from maskllm4v.tasks import open_task

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, curve_file, data_folder
+from maskllm4v.layout import checkpoint, cost_file, curve_file, data_folder
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
+    from dataclasses import asdict
+
     from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_masks
     from maskllm4v.curves import write_curve
-    from maskllm4v.distributed import is_main
+    from maskllm4v.files import write_json
     from maskllm4v.origin import write_origin
     from maskllm4v.parallel import map_seeds
+    from maskllm4v.processes import is_main
     from maskllm4v.resume import forget, resume_of
     from maskllm4v.surgery import make_learnable
     from maskllm4v.tasks import open_task
@@ -47,7 +50,7 @@ def main(experiment: Experiment, row: str) -> None:
             found = MaskCheckpoint(prior.pattern, learned.masks, base, "maskllm", {}, prior.masks)
             save_masks(checkpoint(row, seed), found)
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, learned.curve)
-            print(f"{row}, seed {seed}: {learned.cost}")
+            write_json(cost_file(row, seed), asdict(learned.cost))
 
     map_seeds(experiment, experiment.row_seeds(row), one)
     write_origin(experiment, row)

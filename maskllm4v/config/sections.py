@@ -61,6 +61,7 @@ class DataSettings(Settings):
 class InputSettings(Settings):
     """What of the model's own data configuration (timm's) to overrule."""
 
+    img_size: Count | None = None  # pixels; for models that take any size (those that do not: model.args)
     mean: list[float] | None = None
     std: list[Positive] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -36,6 +36,8 @@ def results_markdown(table: pd.DataFrame) -> str:
         "Δ to dense",
         "Top-5 (%)",
         "Cross-entropy",
+        "ECE (%)",
+        "Agreement (%)",
     ]
     rows = []
     for line in table.to_dict("records"):
@@ -50,6 +52,8 @@ def results_markdown(table: pd.DataFrame) -> str:
                 number(line["delta_mean"], line["delta_std"], 2, sign=True),
                 number(line["top5_mean"], line["top5_std"], 2),
                 number(line["nll_mean"], line["nll_std"], 3),
+                number(line["ece_mean"], line["ece_std"], 1),
+                number(line["agreement_mean"], line["agreement_std"], 1),
             ]
         )
     return markdown(headers, rows)
@@ -65,9 +69,14 @@ def caption(experiment: Experiment, records: dict[str, dict[str, Any]]) -> str:
     seeds = len(experiment.seeds)
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     claim = "bit-identical there in the locked environment" if experiment.exact else "a recording of that machine"
+    one_dense = len(experiment.row_seeds(experiment.dense.row)) < seeds
+    to_dense = "to the one dense model that all seeds share" if one_dense else "to the dense model of the same seed"
+    leaks = experiment.data.calibration_split == "test"
     return (
-        f"*{experiment.title}. {spread[0].upper()}{spread[1:]}; Δ is the paired difference of top-1 to the dense model "
-        f"of the same seed. Hardware: {'; '.join(hardware)}: {claim}. {versions}.*\n"
+        f"*{experiment.title}. {spread[0].upper()}{spread[1:]}; Δ is the paired difference of top-1 {to_dense}; "
+        "ECE: expected calibration error, 15 bins; agreement: same top-1 class as the dense model. "
+        + ("**Calibrated on the reported split, which leaks** (as the original does). " if leaks else "")
+        + f"Hardware: {'; '.join(hardware)}: {claim}. {versions}.*\n"
     )
 
 

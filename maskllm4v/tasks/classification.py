@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v import distributed
 from maskllm4v.config import Experiment
 from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
@@ -20,6 +19,7 @@ from maskllm4v.data.decoded import seeded_globals
 from maskllm4v.devices import pick_device
 from maskllm4v.errors import ConfigError
 from maskllm4v.models import build_model, image_settings, num_classes
+from maskllm4v.processes import rank, world_size
 from maskllm4v.progress import bar
 from maskllm4v.randomness import torch_seed
 from maskllm4v.share import WHOLE, Share
@@ -154,7 +154,7 @@ class Classification:
 
     def _plain(self, split: str, indices: np.ndarray, batch_size: int) -> Iterator[Batch]:
         """This process's images of a split, decoded by the loader's workers."""
-        own = indices[distributed.rank() :: distributed.world_size()]
+        own = indices[rank() :: world_size()]
         for batch in plain_loader(self.data, split, own, batch_size, self.experiment.runtime.loader_workers):
             yield self._on_device(batch)
 
