@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from maskllm4v.cli import prune, train, validate
 from maskllm4v.config import PARAMS, load_experiment
 from maskllm4v.errors import ConfigError, UserError
 from maskllm4v.files import write_text
@@ -45,7 +46,7 @@ def use(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m maskllm4v", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="command")
     for command in (report, publish, use):
         sub = commands.add_parser(command.__name__, help=command.__doc__)
         sub.set_defaults(command=command)
@@ -53,11 +54,16 @@ def main() -> None:
             sub.add_argument("--check", action="store_true", help="only say whether README and records agree")
         if command is use:
             sub.add_argument("experiment", help="name of a file in experiments/, without .yaml")
+    for step in (prune, train, validate):
+        name, text = step.__name__.rpartition(".")[2], step.__doc__ or ""
+        sub = commands.add_parser(name, help=text.partition("\n")[0], description=text, allow_abbrev=False)
+        step.add_arguments(sub)
+        sub.set_defaults(command=step.run)
     arguments = parser.parse_args()
     try:
         arguments.command(arguments)
     except UserError as error:
-        sys.exit(f"{arguments.command.__name__}: {error}")
+        sys.exit(f"{arguments.name}: {error}")
 
 
 if __name__ == "__main__":

@@ -88,8 +88,9 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> 
 
 
 def load_plain_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of any safetensors file."""
-    return _open(path)[0]
+    """The tensors of any safetensors file; one of ours is verified, and has to hold dense weights."""
+    tensors, metadata = _open(path)
+    return _load(path, "dense")[0] if METADATA_KEY in metadata else tensors
 
 
 def save_masks(path: Path, checkpoint: MaskCheckpoint) -> str:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from torch import nn
 
-from maskllm4v.checkpoints import load_plain_state, load_state
+from maskllm4v.checkpoints import load_state
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
 from maskllm4v.models import build_model
+from maskllm4v.original import dense_state
 from maskllm4v.resume import Resume
 from maskllm4v.tasks import Task
 from maskllm4v.weights import train_dense
@@ -35,5 +36,5 @@ def obtain_dense(
     if settings.checkpoint is None:
         raise ConfigError("dense.checkpoint is missing, which init 'checkpoint' needs")
     model = task.build_model(seed)
-    load_state(model, load_plain_state(Path(settings.checkpoint)), settings.checkpoint)
+    load_state(model, dense_state(Path(settings.checkpoint)), settings.checkpoint)
     return model

@@ -1,0 +1,121 @@
+"""What commands start from: prepared data, and the dense model that masks belong to.
+
+Dense weights lie beside the masks that were made on them, as ``dense-<digest>.safetensors``: one file for any
+number of masks, found by the digest that every mask file names. So a mask file can be used without saying
+again where its weights came from, and never with others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from maskllm4v.checkpoints import load_state, save_dense, tensors_digest
+from maskllm4v.config import DataSettings, Experiment
+from maskllm4v.data import prepare
+from maskllm4v.dense import obtain_dense
+from maskllm4v.devices import pick_device
+from maskllm4v.distributed import same_everywhere
+from maskllm4v.errors import CheckpointError, DataError
+from maskllm4v.files import value_digest
+from maskllm4v.models import num_classes
+from maskllm4v.original import State, dense_state
+from maskllm4v.processes import is_main
+from maskllm4v.tasks import Task, open_task
+
+CACHE = Path(".cache/cli")  # git-ignored; nothing in it is a result
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal; standard output is for results."""
+    if is_main():
+        print(text, file=sys.stderr)
+
+
+def data_folder(data: DataSettings) -> Path:
+    """Where the manifest of a command's data is kept."""
+    return CACHE / "data" / value_digest(data.model_dump(mode="json"))[:16]
+
+
+def task_of(experiment: Experiment) -> Task:
+    """The experiment's task; its data need not be prepared yet."""
+    return open_task(experiment, data_folder(experiment.data))
+
+
+def prepare_data(experiment: Experiment, task: Task) -> str:
+    """Write the manifest, anew each time: folders change. Returns its digest.
+
+    Raises:
+        DataError: the source is missing or empty, or has not as many classes as the model.
+    """
+    if is_main():
+        found, wanted = (
+            len(prepare(experiment.data, data_folder(experiment.data)).classes),
+            num_classes(experiment.model),
+        )
+        if found != wanted:
+            where = experiment.data.dataset or experiment.data.root
+            raise DataError(
+                f"{where} has {found} classes, but {experiment.model.name} tells {wanted} apart; say --num-classes, "
+                "or give a model of that many"
+            )
+    same_everywhere(None, pick_device(experiment.runtime.device))  # the others wait for the manifest
+    return task.data_digest
+
+
+def beside(masks: Path, base: str) -> Path:
+    """Where the dense weights of a mask file lie."""
+    return masks.parent / f"dense-{base[:16]}.safetensors"
+
+
+def keep_beside(masks: Path, model: nn.Module, experiment: Experiment) -> str:
+    """Write the dense weights beside a mask file, if they are not there; returns their digest."""
+    base = tensors_digest(model.state_dict())
+    path = beside(masks, base)
+    if is_main() and not path.exists():
+        save_dense(path, model, experiment.model.name)
+    return base
+
+
+def given_dense(arguments: argparse.Namespace) -> bool:
+    """Whether flags say where the dense weights come from."""
+    return arguments.pretrained or arguments.dense_checkpoint is not None
+
+
+def dense_model(experiment: Experiment, task: Task) -> nn.Module:
+    """The dense model that the flags say, or timm's pretrained one, on the task's device."""
+    model = obtain_dense(experiment, task, experiment.seeds[0]).to(pick_device(experiment.runtime.device))
+    say(f"dense weights: {experiment.dense.checkpoint or f'{experiment.model.name}, pretrained'}")
+    return model
+
+
+def dense_of_masks(
+    arguments: argparse.Namespace, experiment: Experiment, task: Task, masks: Path, base: str
+) -> nn.Module:
+    """The dense model that a mask file of ours belongs to.
+
+    Raises:
+        CheckpointError: it is not beside the file and no flag says where it is, or it is another one.
+    """
+    path = beside(masks, base)
+    if given_dense(arguments):
+        model = dense_model(experiment, task)
+    elif path.exists():
+        model = task.build_model(experiment.seeds[0])
+        load_state(model, dense_state(path), str(path))
+        say(f"dense weights: {path}")
+    else:
+        raise CheckpointError(f"{masks}: {path.name} is not beside it; say --pretrained or --dense-checkpoint")
+    if (found := tensors_digest(model.state_dict())) != base:
+        raise CheckpointError(f"{masks} belongs to another dense model ({base[:12]}, not {found[:12]})")
+    return model
+
+
+def about(state: State) -> str:
+    """What was read of a file that is none of ours."""
+    which = "averaged (EMA)" if state.averaged else "not the averaged ones (EMA)" if state.choice else "weights"
+    kind = "logits" if state.learned else "masks"
+    return f"{state.path}: {which}, {kind} of {len(state.masks)} layers" if state.masks else f"{state.path}: {which}"

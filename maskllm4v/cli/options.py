@@ -1,0 +1,149 @@
+"""Flags that commands share, and the experiment that they add up to. Names are the original's and timm's.
+
+A flag that is not given is no setting: what the library does by default stands in :mod:`maskllm4v.config`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from maskllm4v.config import Experiment, parse_experiment
+
+DENSE, PRIOR, LEARNED = "dense", "prior", "masks"  # rows of the experiment that a command runs
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="NAME", help="timm's name, e.g. vit_base_patch16_224")
+    group.add_argument(
+        "--pretrained",
+        action="store_true",
+        help="take timm's weights; also done where no other dense weights are given",
+    )
+    group.add_argument(
+        "--dense-checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="take the dense weights from a state dict: .safetensors, .pt, .pth.tar",
+    )
+    group.add_argument(
+        "--num-classes", type=int, metavar="N", help="classes to tell apart, if not the model's own number"
+    )
+    group.add_argument("--img-size", type=int, metavar="PIXELS", help="image size, if not the model's own")
+    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="subtracted from images, a value a channel")
+    group.add_argument("--std", type=float, nargs="+", metavar="X", help="images are divided by it, a value a channel")
+    group.add_argument(
+        "--crop-pct", type=float, metavar="X", help="share of the resized image that the centre crop keeps"
+    )
+    group.add_argument("--interpolation", metavar="KIND", help="bilinear, bicubic or nearest, when images are resized")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default 0)")
+
+
+def add_data(parser: argparse.ArgumentParser, *splits: str) -> None:
+    """``splits``: which of ``train`` and ``val`` the command reads."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data-dir",
+        default="data/imagenet",
+        metavar="FOLDER",
+        help="holds a folder a split, which hold a folder a class (default data/imagenet); with --dataset: its root",
+    )
+    group.add_argument("--dataset", metavar="NAME", help="one of timm's instead of an image folder, e.g. torch/cifar10")
+    for split in ("train", "val"):
+        if split in splits:
+            default = "validation" if split == "val" else "train"
+            group.add_argument(
+                f"--{split}-split",
+                metavar="NAME",
+                help=f"of the {'training' if split == 'train' else 'validation'} images "
+                f"(default {split}; with --dataset {default})",
+            )
+
+
+def add_runtime(parser: argparse.ArgumentParser, batch_size: int, batch_help: str) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "-b", "--batch-size", type=int, default=batch_size, metavar="N", help=f"{batch_help} (default {batch_size})"
+    )
+    group.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="that decode images (default 4)")
+    group.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:0, ...")
+
+
+def add_amp(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
+    parser.add_argument(
+        "--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="of --amp (default float16)"
+    )
+
+
+def amp(arguments: argparse.Namespace) -> str:
+    """``--amp`` and ``--amp-dtype`` as a setting."""
+    return {"float16": "fp16", "bfloat16": "bf16"}[arguments.amp_dtype] if arguments.amp else "no"
+
+
+def mask_file(text: str) -> Path:
+    """The name of a mask file to write."""
+    if not text.endswith(".safetensors"):
+        raise argparse.ArgumentTypeError(f"{text!r}: masks are written as safetensors; end the name in .safetensors")
+    return Path(text)
+
+
+def add_pattern(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--pattern", metavar="N:M", help=f"weights kept of each group of M (default {default})")
+
+
+def experiment(arguments: argparse.Namespace, *, data: dict[str, Any], **sections: Any) -> Experiment:
+    """The flags as an experiment of one seed.
+
+    Args:
+        arguments: of :func:`add_model`, :func:`add_data` and :func:`add_runtime`.
+        data: settings of the data that only the command knows, ``train`` and ``test`` among them.
+        sections: ``task``, ``priors``, ``learned``, ... as in ``params.yaml``.
+
+    Raises:
+        ConfigError: a value is out of its range; names the setting.
+    """
+    a = arguments
+    given = a.dense_checkpoint
+    source = {"source": "timm", "dataset": a.dataset} if a.dataset else {"source": "folder"}
+    rows = [DENSE, *sections.get("priors", {}), *sections.get("learned", {})]
+    raw = {
+        "table": "cli",
+        "title": a.model,
+        "seeds": [a.seed],
+        "data": {"name": "cli", "root": a.data_dir, **source, **data},
+        "model": _model(a, sections.pop("model_args", {}), sections.pop("exclude", None)),
+        "dense": {"row": DENSE}
+        | ({"init": "checkpoint", "checkpoint": str(given)} if given else {"init": "pretrained"}),
+        "rows": {row: row for row in rows},
+        "runtime": {"device": a.device, "loader_workers": a.workers, **sections.pop("runtime", {})},
+        **sections,
+    }
+    return parse_experiment(raw, "flags")
+
+
+def set_only(**values: Any) -> dict[str, Any]:
+    """The values that were given."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def split(arguments: argparse.Namespace, name: str) -> str:
+    """What the data source calls its ``"train"`` or ``"val"`` split."""
+    given: str | None = getattr(arguments, f"{name}_split")
+    return given or ("validation" if arguments.dataset and name == "val" else name)
+
+
+def _model(a: argparse.Namespace, args: dict[str, Any], exclude: list[str] | None) -> dict[str, Any]:
+    import timm
+
+    args = {**args, **set_only(num_classes=a.num_classes)}
+    overruled = set_only(mean=a.mean, std=a.std, crop_pct=a.crop_pct, interpolation=a.interpolation)
+    if a.img_size is not None:
+        known = timm.get_pretrained_cfg(a.model) if timm.is_model(a.model) else None
+        if known is not None and known.fixed_input_size:  # such a model is built for a size
+            args["img_size"] = a.img_size
+        else:
+            overruled["img_size"] = a.img_size
+    return {"name": a.model, "args": args, "input": overruled, **set_only(exclude=exclude)}

@@ -1,0 +1,85 @@
+"""Prune a model in one shot: magnitude, Wanda, SparseGPT. Writes its masks, and the dense weights beside them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from maskllm4v.cli import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--save-model", type=options.mask_file, required=True, metavar="FILE", help="mask file to write (.safetensors)"
+    )
+    parser.add_argument(
+        "--pruner", default="magnitude", metavar="NAME", help="magnitude (default), wanda, sparsegpt or random"
+    )
+    parser.add_argument(
+        "--enable-update", action="store_true", help="sparsegpt: correct the kept weights for the pruned ones"
+    )
+    parser.add_argument(
+        "--propagate",
+        choices=("dense", "pruned"),
+        help="what later layers see while calibrating (default: wanda dense, as in the original; sparsegpt pruned)",
+    )
+    parser.add_argument("--nsamples", type=int, default=128, metavar="N", help="images that calibrate (default 128)")
+    parser.add_argument(
+        "--calibration-split",
+        choices=("train", "val"),
+        default="train",
+        help="they come from (default train); val, as in the original, leaks: it is what validate measures on",
+    )
+    parser.add_argument("--exclude", nargs="*", default=["head"], metavar="LAYER", help="stay dense (default head)")
+    options.add_pattern(parser, "2:4")
+    options.add_model(parser)
+    options.add_data(parser, "train", "val")
+    options.add_runtime(parser, 128, "images at a time while calibrating")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from maskllm4v.checkpoints import MaskCheckpoint, save_masks
+    from maskllm4v.cli import inputs
+    from maskllm4v.distributed import leave
+    from maskllm4v.patterns import NMPattern
+    from maskllm4v.processes import is_main
+    from maskllm4v.pruners import prune
+    from maskllm4v.surgery import linear
+
+    a, pattern = arguments, NMPattern(arguments.pattern or "2:4")
+    settings = {"method": a.pruner, "update_weights": a.enable_update, "propagate": a.propagate}
+    images = options.split(a, a.calibration_split)
+    experiment = options.experiment(
+        a,
+        data={"train": images, "test": images, "calibration": a.nsamples},  # the other split is not looked at
+        priors={options.PRIOR: {**settings, "batch_size": a.batch_size}},
+        pattern=str(pattern),
+        exclude=a.exclude,
+    )
+    prior, task = experiment.priors[options.PRIOR], inputs.task_of(experiment)
+    model = inputs.dense_model(experiment, task)
+
+    def calibration() -> Iterator[Any]:  # only methods that look at inputs ask for them
+        inputs.prepare_data(experiment, task)
+        yield from task.calibration_batches(prior.batch_size, a.seed)
+
+    base = inputs.keep_beside(a.save_model, model, experiment)
+    masks = prune(
+        model,
+        prior.method,
+        pattern=pattern,
+        calibration=calibration(),
+        exclude=experiment.model.exclude,
+        update_weights=prior.update_weights,
+        propagate=prior.propagate,
+        forward=task.forward,
+        on_misfit=experiment.model.on_misfit,
+        seed=a.seed,
+    )
+    weights = {f"{name}.weight": linear(model, name).weight for name in masks if prior.update_weights}
+    if is_main():
+        save_masks(a.save_model, MaskCheckpoint(pattern, masks, base, prior.method, weights, prior={}))
+    updated = ", weights updated" if weights else ""
+    inputs.say(f"{a.save_model}: {pattern} masks of {len(masks)} layers by {prior.method}{updated}")
+    leave()
