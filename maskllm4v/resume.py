@@ -25,6 +25,7 @@ from maskllm4v.files import replacing, value_digest
 from maskllm4v.layout import resume_folder
 from maskllm4v.processes import is_main
 
+IMPATIENCE = 2.0  # seconds after which a second Ctrl-C means: at once
 KEPT = 2  # states of one row and seed, e.g. of the settings before the last change
 
 
@@ -113,6 +114,7 @@ class Stop:
     """Whether somebody asked this process to end."""
 
     signal: int | None = None
+    asked = 0.0  # when, on the monotonic clock
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -130,9 +132,12 @@ def stopping() -> Iterator[Stop]:
     stop = Stop()
 
     def note(number: int, _: FrameType | None) -> None:
-        if stop.signal == number:  # asked twice: at once
+        # Launchers pass on what the terminal or the scheduler has sent to everybody: the same wish, told twice.
+        again = stop.signal is not None and time.monotonic() - stop.asked > IMPATIENCE
+        if again and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.signal = number
+        if stop.signal is None:
+            stop.signal, stop.asked = number, time.monotonic()
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -42,7 +42,7 @@ def prepare_folder(settings: DataSettings, folder: Path) -> Manifest:
     return write_manifest(folder, settings=settings, classes=classes, splits=splits, extra={"root": str(root)})
 
 
-def reader(manifest: Manifest, _: DataSettings) -> Callable[[Entry], tuple[Any, str]]:
+def reader(manifest: Manifest, settings: DataSettings) -> Callable[[Entry], tuple[Any, str]]:
     """What opens an image: gives an open file or path for PIL, and its name for messages."""
     root = Path(manifest.extra["root"])
 
