@@ -56,9 +56,8 @@ def reader(manifest: Manifest, settings: DataSettings) -> Callable[[Entry], tupl
     listed["train"] = sum(len(entries) for split, entries in manifest.splits.items() if split != "test")
     for split, dataset in opened.items():
         if len(dataset) != listed[split]:
-            raise DataError(
-                f"{settings.dataset}: {split} has {len(dataset)} images, the manifest {listed[split]}; run prepare again"
-            )
+            said = f"{settings.dataset}: {split} has {len(dataset)} images, the manifest {listed[split]}"
+            raise DataError(f"{said}; run prepare again")
 
     def read(entry: Entry) -> tuple[Any, str]:
         split, _, number = entry.path.partition("/")
