@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from maskllm4v.cli import prune, train, validate
+from maskllm4v.cli import options, prune, train, validate
 from maskllm4v.config import PARAMS, load_experiment
 from maskllm4v.errors import ConfigError, UserError
 from maskllm4v.files import write_text
@@ -45,7 +45,7 @@ def use(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m maskllm4v", description=__doc__)
+    parser = options.Parser(prog="python -m maskllm4v", description=__doc__)
     commands = parser.add_subparsers(dest="name", required=True, metavar="command")
     for command in (report, publish, use):
         sub = commands.add_parser(command.__name__, help=command.__doc__)
@@ -59,11 +59,15 @@ def main() -> None:
         sub = commands.add_parser(name, help=text.partition("\n")[0], description=text, allow_abbrev=False)
         step.add_arguments(sub)
         sub.set_defaults(command=step.run)
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        commands.choices[arguments.name].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         arguments.command(arguments)
     except UserError as error:
         sys.exit(f"{arguments.name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

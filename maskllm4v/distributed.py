@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from maskllm4v.processes import world_size
+from maskllm4v.processes import end_with_parent, world_size
 
 if TYPE_CHECKING:
     import torch
@@ -12,10 +12,14 @@ if TYPE_CHECKING:
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes (NCCL on GPUs, gloo on CPUs); does nothing for one process or a second time."""
+    """Meet the other processes (NCCL on GPUs, gloo on CPUs); does nothing for one process or a second time.
+
+    From then on this process ends when what has launched it is killed.
+    """
     if world_size() > 1:
         from accelerate import PartialState
 
+        end_with_parent()
         PartialState(cpu=device.type == "cpu")
 
 

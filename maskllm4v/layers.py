@@ -187,6 +187,7 @@ class LearnableMaskedLinear(nn.Linear):
             raise ValueError(f"scaling is {value}; it has to be > 0 and finite")
         self._scaling = float(value)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its noise is NumPy's
     def masked_weight(self, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sample a mask and apply it.
 

@@ -30,7 +30,7 @@ from maskllm4v.progress import bar
 from maskllm4v.randomness import seeded_steps
 from maskllm4v.resume import Resume, stopping
 from maskllm4v.schedule import cosine, progress, warm_up
-from maskllm4v.share import Share
+from maskllm4v.share import WHOLE, Share
 from maskllm4v.tasks import Task
 
 
@@ -131,7 +131,8 @@ def run(
     initial_lr = [group["lr"] for group in optimizer.param_groups]
     finite, scaled = FiniteLoss(device), accelerator.scaler is not None
     start = _restore(learner, accelerator, resume, device)
-    batches = _batches(task, phases, start, steps, seed=seed, batch_size=settings.batch_size, share=share)
+    divided = {} if share == WHOLE else {"share": share}  # a task for one process need not know it
+    batches = _batches(task, phases, start, steps, seed=seed, batch_size=settings.batch_size, **divided)
     learner.train_mode()
     clock = _Clock(settings.batch_size, device)
     with seeded_steps(device, seed) as seed_step, stopping() as stop:
@@ -145,11 +146,12 @@ def run(
             learner.begin_step(step, done, lr)
             total = torch.zeros((), device=device)
             for micro in range(settings.accumulate):
+                batch = next(batches)  # before the seed is set: a loader that starts draws from torch's generator
                 seed_step(step, micro, rank())
                 learner.begin_micro_step(Draw(seed, step, micro, rank()))
                 last = micro == settings.accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(model):
-                    objective, loss = learner.loss(model, task, next(batches))
+                    objective, loss = learner.loss(model, task, batch)
                     accelerator.backward(objective / settings.accumulate)
                 total += loss.detach() / settings.accumulate
             norm = accelerator.clip_grad_norm_(learner.tensors, settings.clip_grad or float("inf"))
@@ -181,30 +183,20 @@ def optimizer_for(tensors: list[nn.Parameter], settings: TrainingSettings, model
     Raises:
         ConfigError: timm knows no such optimiser, or not these arguments.
     """
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(
-            tensors,
-            lr=settings.lr,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-            **settings.optimizer_args,
-        )
-    from timm.optim import create_optimizer_v2, list_optimizers
+    name, arguments = settings.optimizer, {"betas": settings.betas, **settings.optimizer_args}
+    if name != "adamw":
+        from timm.optim import create_optimizer_v2, list_optimizers
 
-    if settings.optimizer not in list_optimizers():
-        raise ConfigError(f"optimizer is {settings.optimizer!r}; allowed: {', '.join(list_optimizers())}")
+        if name not in list_optimizers():
+            raise ConfigError(f"optimizer is {name!r}; allowed: {', '.join(list_optimizers())}")
     try:
-        return create_optimizer_v2(
-            model,
-            settings.optimizer,
-            settings.lr,
-            settings.weight_decay,
-            betas=settings.betas,
-            **settings.optimizer_args,
-        )
-    except TypeError as error:
-        raise ConfigError(f"optimizer_args do not fit {settings.optimizer!r}: {error}") from error
+        if name == "adamw":
+            return torch.optim.AdamW(
+                tensors, lr=settings.lr, weight_decay=settings.weight_decay, fused=True, **arguments
+            )
+        return create_optimizer_v2(model, name, settings.lr, settings.weight_decay, **arguments)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer_args do not fit {name!r}: {error}") from error
 
 
 def _accelerator(device: torch.device, amp: str) -> Accelerator:

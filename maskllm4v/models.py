@@ -30,14 +30,9 @@ def build_model(settings: ModelSettings, seed: int, *, pretrained: bool) -> nn.M
         ConfigError: timm knows no such model, or not these arguments.
         CheckpointError: the pretrained weights cannot be had.
     """
-    if settings.name == PLAIN_VIT:
-        if pretrained:
-            raise ConfigError(f"model.name is {PLAIN_VIT!r}, which has no pretrained weights; name a timm model")
-    elif not timm.is_model(settings.name):
-        close = difflib.get_close_matches(settings.name.split(".")[0], timm.list_models(), 5)
-        raise ConfigError(
-            f"model.name is {settings.name!r}, which timm does not know; close: {', '.join(close) or 'none'}"
-        )
+    _check_name(settings)
+    if settings.name == PLAIN_VIT and pretrained:
+        raise ConfigError(f"model.name is {PLAIN_VIT!r}, which has no pretrained weights; name a timm model")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, "weights"))
         try:
@@ -57,10 +52,14 @@ def build_model(settings: ModelSettings, seed: int, *, pretrained: bool) -> nn.M
 
 
 def image_settings(settings: ModelSettings) -> dict[str, Any]:
-    """Size, mean, std, crop and interpolation that a timm model was made for, or that ``model.input`` says."""
+    """Size, mean, std, crop and interpolation that a timm model was made for, or that ``model.input`` says.
+
+    Raises:
+        ConfigError: timm knows no such model, or mean or std are not a value a channel.
+    """
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
-    config = {} if settings.name == PLAIN_VIT else dict(timm.get_pretrained_cfg(settings.name).to_dict())
+    config = _config(settings)
     channels, *size = config.get("input_size", (3, 224, 224))
     if wanted := settings.input.img_size or settings.args.get("img_size"):
         size = [wanted, wanted] if isinstance(wanted, int) else list(wanted)
@@ -71,14 +70,36 @@ def image_settings(settings: ModelSettings) -> dict[str, Any]:
             config[key] = (sum(values) / len(values),) * channels
     config["input_size"] = (channels, *size)
     overruled = settings.input.model_dump(exclude_none=True, exclude={"img_size"})
-    resolved: dict[str, Any] = resolve_data_config(overruled, pretrained_cfg=config)
+    for key in ("mean", "std"):
+        if len(overruled.get(key, (0,))) not in (1, channels):
+            raise ConfigError(
+                f"model.input.{key} has {len(overruled[key])} values, but images have {channels} channels"
+            )
+    resolved: dict[str, Any] = resolve_data_config({**overruled, "in_chans": channels}, pretrained_cfg=config)
     return resolved
 
 
 def num_classes(settings: ModelSettings) -> int:
     """How many classes a model tells apart."""
-    known = {} if settings.name == PLAIN_VIT else timm.get_pretrained_cfg(settings.name).to_dict()
-    return int(settings.args.get("num_classes", known.get("num_classes", 1000)))
+    return int(settings.args.get("num_classes", _config(settings).get("num_classes", 1000)))
+
+
+def _check_name(settings: ModelSettings) -> None:
+    if settings.name != PLAIN_VIT and not timm.is_model(settings.name):
+        close = difflib.get_close_matches(settings.name.split(".")[0], timm.list_models(), 5)
+        raise ConfigError(
+            f"model.name is {settings.name!r}, which timm does not know; close: {', '.join(close) or 'none'}"
+        )
+
+
+def _config(settings: ModelSettings) -> dict[str, Any]:
+    """What timm says of a model; nothing of a plain vision transformer."""
+    _check_name(settings)
+    try:
+        config = None if settings.name == PLAIN_VIT else timm.get_pretrained_cfg(settings.name)
+    except RuntimeError as error:
+        raise ConfigError(f"model.name is {settings.name!r}, which timm does not know: {error}") from error
+    return {} if config is None else dict(config.to_dict())
 
 
 def _create(settings: ModelSettings, pretrained: bool) -> nn.Module:

@@ -1,8 +1,9 @@
 """Files of others: MaskLLM-4V's checkpoints, timm's, plain state dicts. No code in them is run.
 
 The original's pruning script writes a ``.pt`` whose linear layers have a ``.mask`` next to their ``.weight``;
-its training, timm's ``.pth.tar``, in which they have a ``.gate``: one logit a candidate and group. Masks are
-made from the logits wherever there are any: timm averages the masks beside them, too, which leaves no masks.
+its training, timm's ``.pth.tar``, in which they have a ``.gate``: one logit a candidate and group, ``[groups, K]``,
+candidates in our order. Masks are made from the logits wherever there are any: the masks beside them are those of
+the last evaluation, and timm averages them, too, which leaves no masks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from maskllm4v.checkpoints import METADATA_KEY, MaskCheckpoint, load_masks, load_plain_state, tensors_digest
+from maskllm4v.checkpoints import METADATA_KEY, MaskCheckpoint, load_masks, load_plain_state
 from maskllm4v.errors import CheckpointError, PatternError
 from maskllm4v.patterns import NMPattern
 
@@ -41,7 +43,6 @@ class State:
         pattern: theirs; None without masks.
         learned: whether the masks are the likeliest candidates of trained logits.
         averaged: whether this is the average that timm keeps (EMA).
-        choice: whether the file holds both, an average and what was averaged.
     """
 
     path: Path
@@ -50,29 +51,29 @@ class State:
     pattern: NMPattern | None
     learned: bool = False
     averaged: bool = False
-    choice: bool = False
 
     @property
     def zeroed(self) -> bool:
-        """Whether some layer's pruned weights are all zero, so that the dense ones are lost.
+        """Whether some layer's pruned weights, and they alone, are zero, so that the dense ones are lost.
 
         That weights were updated (``--enable-update``) cannot be seen in a file; see :meth:`updated`.
         """
-        return any(not self.weights[f"{name}.weight"][~mask].any() for name, mask in self.masks.items())
+        layers = ((self.weights[f"{name}.weight"], mask) for name, mask in self.masks.items())
+        return any(bool(weight.any()) and not weight[~mask].any() for weight, mask in layers)
 
     def updated(self, dense: Mapping[str, Tensor]) -> list[str]:
         """The masked layers whose kept weights are not those of a dense state dict."""
 
         def differs(name: str, mask: Tensor) -> bool:
             own, other = self.weights[f"{name}.weight"], dense.get(f"{name}.weight")
-            return other is None or own.shape != other.shape or not torch.equal(own[mask], other.cpu()[mask])
+            return other is None or own.shape != other.shape or not own[mask].equal(other.cpu()[mask].to(own))
 
         return [name for name, mask in self.masks.items() if differs(name, mask)]
 
     def checkpoint(self, base: str) -> MaskCheckpoint:
         """The masks as if they were ours, on the dense model whose tensors have the digest ``base``."""
         method = "maskllm" if self.learned else "one-shot"
-        return MaskCheckpoint(self.pattern, self.masks, base, method, {}, {}, tensors_digest(self.masks))
+        return MaskCheckpoint(self.pattern, self.masks, base, method, weights={}, prior={})
 
 
 def load_any(path: Path, *, ema: bool | None = None, pattern: NMPattern | str | None = None) -> State | MaskCheckpoint:
@@ -87,16 +88,16 @@ def load_any(path: Path, *, ema: bool | None = None, pattern: NMPattern | str | 
         Our mask files as :class:`MaskCheckpoint`, everything else as :class:`State`.
 
     Raises:
-        CheckpointError: missing, damaged, with code in it, or with masks that are incomplete or violate N:M.
+        CheckpointError: missing, damaged, with code in it, or with masks that do not fit or violate N:M.
     """
     wanted = None if pattern is None else NMPattern(pattern)
     if not _is_safetensors(path):
-        state, averaged, choice = _read_torch(path, ema)
-        return _separate(path, state, wanted, averaged=averaged, choice=choice)
-    if _kind(path) == "masks":
-        return load_masks(path, pattern=wanted)
+        state, averaged = _read_torch(path, ema)
+        return _separate(path, state, wanted, averaged)
     if ema:
         raise CheckpointError(f"{path} holds no averaged weights (EMA)")
+    if _kind(path) == "masks":
+        return load_masks(path, pattern=wanted)
     return _separate(path, load_plain_state(path), wanted)
 
 
@@ -143,35 +144,35 @@ def _kind(path: Path) -> str | None:
     return about.get("kind") if isinstance(about, dict) else None
 
 
-def _read_torch(path: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool, bool]:
-    """The state dict in a file of ``torch.save``; whether it is an average; whether there was a choice."""
+def _read_torch(path: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool]:
+    """The state dict in a file of ``torch.save``, and whether it is an average."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its arguments so
-            # Mapped: a training's file holds the optimiser too, which nobody needs here.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickles, which are then refused
+            # Namespace: timm keeps its arguments so. Mapped: nobody needs the optimiser that lies there, too.
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        said = f"{named[1]} was found" if named else str(error).splitlines()[0][:200]
-        raise CheckpointError(
-            f"{path} does not hold plain tensors and values alone, and code in files is not run: {said}"
-        ) from error
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds code ({code[1]}), which is not run;" if code else "is damaged, or holds more than it should;"
+        raise CheckpointError(f"{path} {what} a checkpoint is made of tensors and plain values") from error
+    except Exception as error:  # an unpickler stumbles in any way; what is called .safetensors is read as that
+        said = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise CheckpointError(f"{path} is damaged or no checkpoint: {said}") from error
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, not a state dict")
-    averaged = next((key for key in AVERAGED if isinstance(found.get(key), Mapping)), None)
-    plain = next((key for key in PLAIN if isinstance(found.get(key), Mapping)), None)
+    averaged, plain = (
+        next((found[key] for key in keys if isinstance(found.get(key), Mapping)), None) for keys in (AVERAGED, PLAIN)
+    )
     if averaged is None and ema:
         raise CheckpointError(f"{path} holds no averaged weights (EMA)")
-    if plain is None and ema is False and averaged is not None:
+    if averaged is not None and plain is None and ema is False:
         raise CheckpointError(f"{path} holds nothing but averaged weights (EMA)")
-    key = plain if ema is False or averaged is None else averaged
-    state = _unwrapped(found if key is None else found[key])
+    is_average = averaged is not None and ema is not False
+    state = _unwrapped((averaged if is_average else plain) or found)
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor of a state dict")
-    return state, key in AVERAGED, averaged is not None and plain is not None
+    return state, is_average
 
 
 def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
@@ -182,98 +183,66 @@ def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
     return names
 
 
-def _separate(
-    path: Path, state: Mapping[str, Tensor], wanted: NMPattern | None, *, averaged: bool = False, choice: bool = False
-) -> State:
+def _separate(path: Path, state: Mapping[str, Tensor], wanted: NMPattern | None, averaged: bool = False) -> State:
     """Dense weights on one side, masks on the other."""
     gated, masked = ([name.removesuffix(kind) for name in state if name.endswith(kind)] for kind in (".gate", ".mask"))
     layers = gated or masked
-    for name in dict.fromkeys((*gated, *masked)):
-        weight = state.get(f"{name}.weight")
-        if weight is None or weight.dim() != 2:
-            raise CheckpointError(f"{path}: the weight of layer {name!r} is missing, but its mask is there")
-    if gated and (odd := sorted(set(masked) - set(gated))):
-        raise CheckpointError(f"{path}: layer {odd[0]!r} has a mask, but no logits (.gate) as {gated[0]!r} has")
-    _check_complete(path, state, layers, ".gate" if gated else ".mask")
-    of_masks = {*gated, *masked}
-    weights = {
-        name: tensor
-        for name, tensor in state.items()
-        # A linear layer has a weight and a bias; the rest there (mask, gate, mask_options, ...) is the mask's.
-        if name.rpartition(".")[0] not in of_masks or name.rpartition(".")[2] in ("weight", "bias")
-    }
+    if odd := sorted(set(masked) - set(layers)):
+        raise CheckpointError(f"{path}: layer {odd[0]!r} has a mask, but no logits (.gate) as {layers[0]!r} has")
     masks, pattern = dict[str, Tensor](), wanted
     for name in layers:
-        shape = weights[f"{name}.weight"].shape
+        weight = state.get(f"{name}.weight")
+        if weight is None or weight.dim() != 2:
+            raise CheckpointError(f"{path}: layer {name!r} has a mask, but no weight of a linear layer")
         if gated:
             gate = state[f"{name}.gate"]
             pattern, candidates = _candidates(path, name, gate, state.get(f"{name}.mask_options"), pattern)
-            masks[name] = _likeliest(path, name, gate, candidates, shape)
+            mask = _likeliest(path, name, gate, candidates, weight.shape)
         else:
-            pattern = pattern or DEFAULT
-            mask = state[f"{name}.mask"]
-            if mask.shape != shape:
-                raise CheckpointError(f"{path}: layer {name!r} has a mask {_size(mask.shape)}, weight {_size(shape)}")
-            masks[name] = mask
-        masks[name] = _valid(path, name, masks[name], pattern)
-    return State(path, weights, masks, pattern if masks else None, bool(gated), averaged, choice)
-
-
-def _check_complete(path: Path, state: Mapping[str, Tensor], layers: list[str], kind: str) -> None:
-    """A mask in one block means one in all: ``blocks.3.mlp.fc1`` has to be as ``blocks.4.mlp.fc1`` is."""
-    alike = {_numberless(name): name for name in layers}
-    linears = [name.removesuffix(".weight") for name, t in state.items() if name.endswith(".weight") and t.dim() == 2]
-    missing = sorted(name for name in linears if _numberless(name) in alike and name not in layers)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"{path}: layer {missing[0]!r}{more} has no {kind}, but {alike[_numberless(missing[0])]!r} has one"
-        )
-
-
-def _numberless(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
+            pattern, mask = pattern or DEFAULT, state[f"{name}.mask"]
+            if mask.shape != weight.shape:
+                shapes = f"a mask {_size(mask.shape)} for a weight {_size(weight.shape)}"
+                raise CheckpointError(f"{path}: layer {name!r} has {shapes}")
+        masks[name] = _valid(path, name, mask, pattern)
+    # A linear layer has a weight and a bias; the rest there (mask, gate, mask_options, ...) is the mask's.
+    weights = {
+        name: tensor
+        for name, tensor in state.items()
+        if name.rpartition(".")[0] not in masks or name.rpartition(".")[2] in ("weight", "bias")
+    }
+    return State(path, weights, masks, pattern if masks else None, bool(gated), averaged)
 
 
 def _candidates(
     path: Path, name: str, gate: Tensor, options: Tensor | None, wanted: NMPattern | None
 ) -> tuple[NMPattern, Tensor]:
     """A layer's pattern and its candidate masks, boolean ``[K, M]`` in the order of the logits."""
-    count = gate.shape[-1] if gate.dim() else 0
-    if options is None:
-        if wanted is None and count != DEFAULT.num_candidates:
-            raise CheckpointError(
-                f"{path}: layer {name!r} has {count} candidates, but no mask_options; say the pattern"
-            )
-        pattern = wanted or DEFAULT
-        if count != pattern.num_candidates:
-            raise CheckpointError(
-                f"{path}: layer {name!r} has {count} logits a group, but {pattern} has {pattern.num_candidates}"
-            )
-        return pattern, pattern.candidates()
-    rounded = options.float().round()  # an average of equal numbers differs by rounding
-    exact = options.dim() == 2 and len(options) > 0 and bool((options - rounded).abs().max() < 1e-3)
-    kept = int(rounded[0].sum()) if exact else 0
     try:
-        pattern = NMPattern(kept, options.shape[-1])
-        pattern.validate(rounded)
-        same = len(options) == count == pattern.num_candidates == len(rounded.unique(dim=0))
-    except PatternError:
-        same = False
-    if not same:
-        raise CheckpointError(f"{path}: layer {name!r}: mask_options are not the {count} masks that a group can take")
-    if wanted is not None and wanted != pattern:
-        raise CheckpointError(f"{path}: layer {name!r} has {pattern} candidates, not {wanted} ones")
-    return pattern, rounded.bool()
+        if options is None:
+            pattern = wanted or DEFAULT
+            candidates = pattern.candidates()
+        else:  # an average of equal numbers differs by rounding
+            candidates = torch.atleast_2d(options.float().round().bool())
+            pattern = wanted or NMPattern(int(candidates[0].sum()), candidates.shape[1])
+            if sorted(candidates.tolist()) != sorted(pattern.candidates().tolist()):
+                raise PatternError
+    except (IndexError, PatternError) as error:
+        raise CheckpointError(
+            f"{path}: layer {name!r}: mask_options are not the candidates of {wanted or 'a pattern'}"
+        ) from error
+    count = gate.shape[-1] if gate.dim() else 0
+    if count != len(candidates):
+        raise CheckpointError(
+            f"{path}: layer {name!r} has {count} logits a group, but {pattern} has {len(candidates)} candidates"
+        )
+    return pattern, candidates
 
 
 def _likeliest(path: Path, name: str, gate: Tensor, candidates: Tensor, shape: torch.Size) -> Tensor:
     """The mask of each group's largest logit; the first one, of equal ones."""
     count, m = candidates.shape
     if shape[1] % m or gate.numel() != shape.numel() // m * count:
-        raise CheckpointError(
-            f"{path}: layer {name!r} has logits {_size(gate.shape)}, which do not fit its weight {_size(shape)}"
-        )
+        raise CheckpointError(f"{path}: layer {name!r} has logits {_size(gate.shape)} for a weight {_size(shape)}")
     if not bool(torch.isfinite(gate).all()):
         raise CheckpointError(f"{path}: layer {name!r} has logits that are not finite")
     return candidates[gate.reshape(-1, count).argmax(1)].reshape(shape)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 from maskllm4v.config import Experiment
 from maskllm4v.devices import pick_device
-from maskllm4v.errors import ConfigError
-from maskllm4v.processes import world_size
+from maskllm4v.errors import ConfigError, TrainingError
+from maskllm4v.processes import end_with_parent, world_size
 
 T = TypeVar("T")
 
@@ -26,6 +28,10 @@ def map_seeds(experiment: Experiment, seeds: list[int], function: Callable[[int,
     at once unless ``runtime.seed_processes`` says otherwise. More processes than cores are no loss: three
     seeds on two cores share them evenly. Anything else runs one seed after the other, unless
     ``runtime.seed_processes`` asks for more on a CPU, whose cores they then divide.
+
+    Raises:
+        TrainingError: a forked process was killed; the others were asked to save and end.
+        SystemExit: on SIGTERM, after the forked processes have saved and ended.
     """
     processes = min(len(seeds), seed_processes(experiment))
     if processes <= 1:
@@ -34,8 +40,16 @@ def map_seeds(experiment: Experiment, seeds: list[int], function: Callable[[int,
     # a thread by then.
     context = multiprocessing.get_context("fork")
     threads = None if experiment.exact else max(1, (os.cpu_count() or 1) // processes)
-    with ProcessPoolExecutor(processes, context, initializer=_prepare, initargs=(function, threads)) as pool:
-        return list(pool.map(_call, seeds, range(len(seeds))))
+    with (
+        _passed_on() as told,
+        ProcessPoolExecutor(processes, context, initializer=_prepare, initargs=(function, threads)) as pool,
+    ):
+        try:
+            return list(pool.map(_call, seeds, range(len(seeds))))
+        except BrokenProcessPool:
+            if told:
+                raise SystemExit(128 + told[0]) from None
+            raise TrainingError("a process that computed a seed was killed (out of memory?)") from None
 
 
 def seed_processes(experiment: Experiment) -> int:
@@ -56,19 +70,40 @@ _function: Callable[[int, int], Any] | None = None  # of a forked process
 def _prepare(function: Callable[[int, int], Any], threads: int | None) -> None:
     global _function
     _function = function
-    _end_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent()
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
 
 
-def _end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent dies, however it dies: no orphan goes on training."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def _call(seed: int, position: int) -> Any:
     assert _function is not None
-    return _function(seed, position)
+    try:
+        return _function(seed, position)
+    except (SystemExit, KeyboardInterrupt) as asked:
+        # Asked to end. Left to the pool, this process would get the next seed, or wait for a dead parent's.
+        sys.stdout.flush()
+        os._exit(asked.code if isinstance(asked, SystemExit) and isinstance(asked.code, int) else 1)
+
+
+@contextmanager
+def _passed_on() -> Iterator[list[int]]:
+    """Inside, SIGTERM goes to the forked processes, which save and end; gives the signals that came."""
+    told: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        told.append(number)
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+    try:
+        before = signal.signal(signal.SIGTERM, pass_on)
+    except ValueError:  # not in the main thread: whoever runs this has to end it
+        yield told
+        return
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from maskllm4v.layout import resume_folder
 from maskllm4v.processes import is_main
 
 IMPATIENCE = 2.0  # seconds after which a second Ctrl-C means: at once
+_DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 KEPT = 2  # states of one row and seed, e.g. of the settings before the last change
 
 
@@ -55,11 +57,14 @@ class Resume:
             CheckpointError: the file is damaged, or belongs to other settings.
         """
         try:
+            with zipfile.ZipFile(self.path) as archive:
+                if damaged := archive.testzip():  # torch.load does not look at checksums
+                    raise ValueError(f"{damaged} does not have the checksum it was written with")
             found = torch.load(self.path, map_location=device, weights_only=True)
             digest, state = found["digest"], found["state"]
         except FileNotFoundError:
             return None
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        except _DAMAGE as error:
             said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise CheckpointError(f"{self.path} is damaged ({said}); delete it to start from the beginning") from error
         if digest != self.digest:

@@ -168,6 +168,8 @@ class MaskLearner(Learner):
         chosen = self.best_tensors if self.settings.select == "best" else self.average.values
         for tensor, value in zip(self.tensors, chosen, strict=bool(chosen)):
             tensor.copy_(value)
+        for layer in self.layers.values():
+            layer.kept_energy = None  # a graph hangs on it, which nobody needs and deepcopy refuses
 
     def state(self) -> dict[str, Any]:
         best = {"score": self.best_score, "tensors": self.best_tensors}

@@ -14,7 +14,7 @@ from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.errors import UserError
 from maskllm4v.files import write_json
 from maskllm4v.layout import TIMINGS
-from maskllm4v.processes import is_main
+from maskllm4v.processes import is_main, share_cores
 
 LAUNCHER = "MASKLLM4V_LAUNCHER"  # e.g. "srun torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d ..."
 
@@ -38,6 +38,8 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
         if torch and "LOCAL_RANK" not in os.environ and (launcher := _launcher(experiment)):
             sys.stdout.flush()
             os.execvp(launcher[0], [*launcher, "-m", f"stages.{stage}", key])
+        if "LOCAL_WORLD_SIZE" in os.environ:  # started by somebody else's launcher
+            share_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
         if experiment.exact:
             exact.pin()
             if torch:
@@ -53,13 +55,16 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
 
 def _launcher(experiment: Experiment) -> list[str]:
     """What starts several processes; empty for one. The number is no part of a stage's command."""
+    if experiment.exact:  # sums over several processes have other bits
+        return []
     if LAUNCHER in os.environ:
         return shlex.split(os.environ[LAUNCHER])
     runtime, count = experiment.runtime, experiment.runtime.processes
-    if not count and not experiment.exact and runtime.device in ("auto", "cuda"):
+    if not count and runtime.device in ("auto", "cuda"):
         import torch
 
         count = torch.cuda.device_count()
     if count < 2:
         return []
+    share_cores(count)
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]

@@ -1,348 +1,20 @@
-"""Input statistics: streamed block by block they must be those of the whole model."""
+"""Input statistics: what their caller can count on, whatever the model."""
 
 from __future__ import annotations
 
 import copy
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-import timm
 import torch
-from timm.models import VisionTransformer
+from streaming import AWKWARD, BetweenBlocks, Block, Plain, both_ways, check, check_stream, images, whole_model_inputs
 from torch import Tensor, nn
 
 from maskllm4v.calibration import Hessian, InputNorm, default_forward, stream_statistics
 from maskllm4v.errors import DataError
 from maskllm4v.surgery import prunable_linears
-
-both_ways = pytest.mark.parametrize("propagate", ["dense", "pruned"])
-Inputs = dict[str, Tensor]
-
-
-def images(channels: int = 1, size: int = 8) -> list[Tensor]:
-    """Three batches, not all of one size."""
-    return [torch.randn(count, channels, size, size) for count in (3, 1, 2)]
-
-
-def whole_model_inputs(model: nn.Module, names: Iterable[str], batches: Iterable[Any], forward: Callable) -> Inputs:
-    """All input rows of some layers, ``[rows, in]`` in float64, seen while the model runs as a whole."""
-    rows: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def hook(name: str) -> Callable:
-        return lambda module, args: rows[name].append(args[0].detach().double().reshape(-1, module.in_features).clone())
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in rows]
-    with torch.no_grad():
-        for batch in batches:
-            forward(model, batch)
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(seen) for name, seen in rows.items()}
-
-
-def check(statistic: InputNorm | Hessian, rows: Tensor) -> None:
-    assert statistic.rows == len(rows)
-    if isinstance(statistic, Hessian):
-        found, expected = statistic.sum_of_products, rows.t() @ rows
-    else:
-        found, expected = statistic.sum_of_squares, rows.square().sum(0)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-
-
-def shrink(layer: nn.Linear) -> None:
-    """What somebody may do to a layer while statistics are streamed: here, prune 3 of 4 inputs, hard."""
-    with torch.no_grad():
-        layer.weight[:, torch.arange(layer.in_features) % 4 != 0] = 0
-        layer.weight.mul_(1.7)
-
-
-def check_stream(
-    model: nn.Module,
-    batches: list[Any],
-    propagate: str,
-    statistic: type = InputNorm,
-    layers: Mapping[str, nn.Linear] | None = None,
-    forward: Callable = default_forward,
-) -> list[list[str]]:
-    """Stream, changing every layer as it comes by, and compare with whole runs; returns the units' names."""
-    layers = prunable_linears(model) if layers is None else layers
-    untouched = copy.deepcopy(model)
-    units = []
-    for unit in stream_statistics(model, layers, batches, statistic, propagate=propagate, forward=forward):
-        expected = whole_model_inputs(untouched if propagate == "dense" else model, unit, batches, forward)
-        for name, found in unit.items():
-            check(found, expected[name])
-        for name in unit:
-            shrink(layers[name])
-        units.append(list(unit))
-    assert sorted(name for unit in units for name in unit) == sorted(layers)
-    return units
-
-
-# Models that are chains of blocks, and such that are not
-
-
-@both_ways
-@pytest.mark.parametrize("statistic", [InputNorm, Hessian])
-def test_vit(tiny_vit: nn.Module, propagate: str, statistic: type) -> None:
-    units = check_stream(tiny_vit, images(), propagate, statistic)
-    block = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
-    assert units == [[f"blocks.{i}.{name}" for name in block] for i in range(2)] + [["head"]]
-
-
-@both_ways
-def test_swin(tiny_swin: nn.Module, propagate: str) -> None:
-    check_stream(tiny_swin, images(3, 64), propagate)
-
-
-@both_ways
-def test_convnext(tiny_convnext: nn.Module, propagate: str) -> None:
-    check_stream(tiny_convnext, images(3, 64), propagate)
-
-
-@both_ways
-def test_chain_amid_other_layers(propagate: str) -> None:
-    # 24 of the 40 layers stand in stage 3, as in a real Swin-S or Swin-B.
-    model = timm.create_model(
-        "swin_tiny_patch4_window7_224",
-        embed_dim=8,
-        depths=(1, 1, 6, 1),
-        num_heads=(1, 1, 1, 1),
-        img_size=64,
-        window_size=2,
-        num_classes=4,
-    ).eval()
-    check_stream(model, images(3, 64), propagate)
-
-
-@both_ways
-def test_some_layers_only(tiny_vit: nn.Module, propagate: str) -> None:
-    layers = prunable_linears(tiny_vit, exclude=["head", "*.attn", "blocks.0.mlp.fc2"])
-    units = check_stream(tiny_vit, images(), propagate, layers=layers)
-    assert units == [["blocks.0.mlp.fc1"], ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]]
-
-
-def runs_of_first_block(model: nn.Module, blocks: Callable[[nn.Module], nn.Module], propagate: str) -> int:
-    """How often the first block is computed while all statistics are streamed over one batch."""
-    runs = []
-    blocks(model)[0].register_forward_hook(lambda *_: runs.append(1))
-    layers = prunable_linears(model, exclude=["head*"])
-    size = (2, 1, 8, 8) if isinstance(model, VisionTransformer) else (2, 3, 64, 64)
-    for _ in stream_statistics(model, layers, [torch.randn(size)], InputNorm, propagate=propagate):
-        pass
-    return len(runs)
-
-
-@both_ways
-def test_vit_is_streamed_block_by_block(propagate: str) -> None:
-    def runs(depth: int) -> int:
-        model = VisionTransformer(
-            img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=depth, num_heads=1, num_classes=2
-        )
-        return runs_of_first_block(model, lambda m: m.blocks, propagate)
-
-    # Once to see what feeds what, once to observe, once more where it has been pruned; however deep.
-    assert runs(2) == runs(6) == (3 if propagate == "pruned" else 2)
-
-
-@pytest.mark.parametrize("kind", ["swin", "convnext"])
-def test_hierarchical_models_are_run_as_a_whole(kind: str, request: pytest.FixtureRequest) -> None:
-    model = request.getfixturevalue(f"tiny_{kind}")
-    first = (lambda m: m.layers[0].blocks) if kind == "swin" else (lambda m: m.stages[0].blocks)
-    # Dense: all at once, after at most one look for a chain; pruned: once per unit, and there are ≥ 5.
-    assert runs_of_first_block(copy.deepcopy(model), first, "dense") <= 2
-    assert runs_of_first_block(model, first, "pruned") >= 5
-
-
-class Block(nn.Module):
-    def __init__(self, fc: nn.Linear | None = None) -> None:
-        super().__init__()
-        self.fc = fc or nn.Linear(8, 8)
-
-    def forward(self, x: Tensor, shift: Tensor | float = 0.0) -> Tensor:
-        return x + torch.tanh(self.fc(x + shift))
-
-
-class Awkward(nn.Module):
-    """A stack of blocks with something in it that a careless stream would trip over."""
-
-    def __init__(self, blocks: list[nn.Module]) -> None:
-        super().__init__()
-        self.embed = nn.Linear(8, 8)
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(torch.tanh(self.embed(x)))
-
-    def run(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-class Plain(Awkward):
-    pass
-
-
-class BetweenBlocks(Awkward):
-    def run(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = 2 * block(x)
-        return x
-
-
-class InPlaceBetweenBlocks(Awkward):
-    def run(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x).mul_(2)  # the very same tensor, with other contents
-        return x
-
-
-class SkipsAlong(Awkward):
-    def run(self, x: Tensor) -> Tensor:
-        first = x
-        for block in self.blocks:
-            x = block(x)
-        return x + first
-
-
-class SecondArgument(Awkward):
-    def run(self, x: Tensor) -> Tensor:
-        shift = x.mean()
-        for block in self.blocks:
-            x = block(x, shift)
-        return x
-
-
-class ChangingArgument(Awkward):
-    def run(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.blocks):
-            x = block(x, float(i))
-        return x
-
-
-class Keyword(Awkward):
-    def run(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, shift=0.5)
-        return x
-
-
-class Backwards(Awkward):
-    def run(self, x: Tensor) -> Tensor:
-        for block in reversed(self.blocks):
-            x = block(x)
-        return x
-
-
-class TwiceThrough(Awkward):
-    def run(self, x: Tensor) -> Tensor:
-        for block in [*self.blocks, *self.blocks]:
-            x = block(x)
-        return x
-
-
-class InPlaceBlock(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.add_(torch.tanh(self.fc(x)))
-
-
-class TupleBlock(Block):
-    def forward(self, x: Tensor | tuple[Tensor, int]) -> tuple[Tensor, int]:
-        x, count = x if isinstance(x, tuple) else (x, 0)
-        return x + torch.tanh(self.fc(x)), count + 1
-
-
-class UnpackedTuples(Awkward):
-    def run(self, x: Any) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x[0]
-
-
-AWKWARD = {
-    "plain": lambda: Plain([Block() for _ in range(3)]),
-    "between blocks": lambda: BetweenBlocks([Block() for _ in range(3)]),
-    "in place between blocks": lambda: InPlaceBetweenBlocks([Block() for _ in range(3)]),
-    "skips along": lambda: SkipsAlong([Block() for _ in range(3)]),
-    "second argument": lambda: SecondArgument([Block() for _ in range(3)]),
-    "changing argument": lambda: ChangingArgument([Block() for _ in range(3)]),
-    "keyword": lambda: Keyword([Block() for _ in range(3)]),
-    "in place": lambda: Plain([InPlaceBlock() for _ in range(3)]),
-    "tuples": lambda: UnpackedTuples([TupleBlock() for _ in range(3)]),
-    "sequential": lambda: nn.Sequential(*[Block() for _ in range(3)]),
-    "bare linears": lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)),
-}
-
-
-@both_ways
-@pytest.mark.parametrize("kind", AWKWARD)
-def test_awkward_models(kind: str, propagate: str) -> None:
-    check_stream(AWKWARD[kind]().eval(), [torch.randn(n, 8) for n in (3, 2)], propagate)
-
-
-@both_ways
-@pytest.mark.parametrize("excluded", ["blocks.0", "blocks.1", "blocks.2"])
-@pytest.mark.parametrize("kind", ["plain", "second argument", "between blocks"])
-def test_block_without_layers_of_interest_still_counts(kind: str, excluded: str, propagate: str) -> None:
-    model = AWKWARD[kind]().eval()
-    layers = prunable_linears(model, exclude=[excluded, "embed"])
-    assert len(layers) == 2
-    check_stream(model, [torch.randn(n, 8) for n in (3, 2)], propagate, layers=layers)
-
-
-@both_ways
-@pytest.mark.parametrize("kind", ["plain", "between blocks", "bare linears"])
-def test_layers_may_be_replaced_on_the_way(kind: str, propagate: str) -> None:
-    model = AWKWARD[kind]().eval()
-    untouched, batches = copy.deepcopy(model), [torch.randn(n, 8) for n in (3, 2)]
-    for unit in stream_statistics(model, prunable_linears(model), batches, InputNorm, propagate=propagate):
-        seen_by = untouched if propagate == "dense" else model
-        expected = whole_model_inputs(seen_by, unit, batches, default_forward)
-        for name, found in unit.items():
-            check(found, expected[name])
-        for name in unit:
-            layer = copy.deepcopy(model.get_submodule(name))
-            shrink(layer)
-            model.set_submodule(name, layer)
-
-
-@pytest.mark.parametrize("kind", ["twice through", "shared layer"])
-def test_layer_used_more_than_once_is_seen_each_time(kind: str) -> None:
-    shared = nn.Linear(8, 8)
-    model = TwiceThrough([Block() for _ in range(3)]) if kind == "twice through" else None
-    model = model or Plain([Block(shared), Block(), Block(shared)])
-    check_stream(model.eval(), [torch.randn(n, 8) for n in (3, 2)], "dense")
-
-
-class HeadFirst(Plain):
-    """Registers its head before its body."""
-
-    def __init__(self, blocks: list[nn.Module]) -> None:
-        super().__init__(blocks)
-        modules = list(self._modules.items())
-        self._modules.clear()
-        self._modules.update([("head", nn.Linear(8, 4)), *modules])
-
-    def run(self, x: Tensor) -> Tensor:
-        return self.head(super().run(x))
-
-
-@pytest.mark.parametrize(
-    ("model", "order"),
-    [
-        (lambda: HeadFirst([Block() for _ in range(2)]), ["embed", "blocks.0.fc", "blocks.1.fc", "head"]),
-        (lambda: Backwards([Block() for _ in range(2)]), ["embed", "blocks.1.fc", "blocks.0.fc"]),
-    ],
-    ids=["head first", "backwards"],
-)
-@both_ways
-def test_units_come_in_order_of_execution(model: Callable[[], nn.Module], order: list[str], propagate: str) -> None:
-    units = check_stream(model().eval(), [torch.randn(4, 8)], propagate)
-    assert [name for unit in units for name in unit] == order
-
 
 # What the caller can count on
 
@@ -514,3 +186,20 @@ def test_hessian_mean() -> None:
     expected = sum(2 * torch.outer(row, row) for row in rows) / 7
     torch.testing.assert_close(statistic.mean.double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(statistic.mean, statistic.mean)
+
+
+@pytest.mark.parametrize("statistic", [InputNorm, Hessian])
+def test_statistics_of_all_processes_are_added(statistic: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(7, 3)
+    here, there, whole = (statistic(3, torch.device("cpu")) for _ in range(3))
+    for one, part in ((here, rows[:4]), (there, rows[4:]), (whole, rows)):
+        one.update(part)
+
+    def add(summed: Tensor, count: Tensor) -> None:
+        summed += there.sum_of_products if isinstance(there, Hessian) else there.sum_of_squares
+        count += there.rows
+
+    monkeypatch.setattr("maskllm4v.calibration.sum_", add)
+    here.combine()
+    check(here, rows.double())
+    check(whole, rows.double())

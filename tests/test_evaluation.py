@@ -1,7 +1,8 @@
-"""Metrics, counts and per-layer diagnostics against brute force."""
+"""Measuring a row from its files: metrics, counts and per-layer diagnostics against brute force."""
 
 from __future__ import annotations
 
+import copy
 import socket
 from pathlib import Path
 from typing import Any
@@ -9,47 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_digits import checkpoint, experiment, metrics_by_hand, random_masks
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_dense, save_masks
-from maskllm4v.config import Experiment, ModelSettings, parse_experiment
+from maskllm4v.config import ModelSettings
 from maskllm4v.data import prepare
 from maskllm4v.diagnostics import COLUMNS, layer_diagnostics
 from maskllm4v.errors import CheckpointError
 from maskllm4v.evaluation import install, measure
 from maskllm4v.layers import MaskedLinear
 from maskllm4v.models import PLAIN_VIT, build_model
-from maskllm4v.patterns import NMPattern
-from maskllm4v.surgery import prunable_linears
 from maskllm4v.tasks.classification import Classification
-
-ARGS = {
-    "img_size": 8,
-    "patch_size": 4,
-    "in_chans": 1,
-    "num_classes": 10,
-    "embed_dim": 16,
-    "depth": 2,
-    "num_heads": 2,
-    "class_token": False,
-    "global_pool": "avg",
-}
-
-
-def experiment(classes: int = 10, **task: Any) -> Experiment:
-    return parse_experiment(
-        {
-            "table": "t",
-            "title": "T",
-            "seeds": [0],
-            "data": {"name": "digits", "source": "digits", "calibration": 50},
-            "task": {"eval_batch_size": 100, **task},
-            "model": {"name": PLAIN_VIT, "args": {**ARGS, "num_classes": classes}, "fused_attention": False},
-            "dense": {"row": "dense", "init": "scratch"},
-            "rows": {"dense": "Dense"},
-            "runtime": {"device": "cpu"},
-        }
-    )
 
 
 @pytest.fixture(scope="module")
@@ -64,102 +36,11 @@ def task(folder: Path) -> Classification:
     return Classification(experiment(), folder)
 
 
-def metrics_by_hand(model: nn.Module, task: Classification) -> dict[str, float]:
-    """One image's rank and loss at a time, in float64."""
+def agreement(model: nn.Module, dense: nn.Module, task: Classification) -> float:
+    """Share of test images that two models put into the same class, in percent."""
+    images = task.data.images("test", np.arange(899), None)
     with torch.no_grad():
-        logits = model(task.data.images("test", np.arange(899), None)).double().numpy()
-    labels = task.data.labels("test").tolist()
-    ranks = [sum(other > row[label] for other in row) for row, label in zip(logits, labels, strict=True)]
-    nll = [np.log(np.exp(row - row[label]).sum()) for row, label in zip(logits, labels, strict=True)]
-    return {
-        "top1": 100 * sum(rank < 1 for rank in ranks) / 899,
-        "top5": 100 * sum(rank < 5 for rank in ranks) / 899,
-        "nll": sum(nll) / 899,
-    }
-
-
-def random_masks(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    layers = prunable_linears(model, exclude=["head"])
-    return {
-        name: (torch.rand(layer.weight.numel() // 4, 4, generator=generator).argsort(1) < 2).reshape(layer.weight.shape)
-        for name, layer in layers.items()
-    }
-
-
-def checkpoint(masks: dict[str, Tensor], **changes: Any) -> MaskCheckpoint:
-    fields: dict[str, Any] = {"base": "", "method": "wanda", "weights": {}, "prior": {}}
-    return MaskCheckpoint(NMPattern("2:4"), masks, **{**fields, **changes})
-
-
-# Metrics
-
-
-@pytest.mark.parametrize("batch_size", [100, 898, 899, 1000])
-def test_metrics_are_counted_image_by_image(batch_size: int, folder: Path) -> None:
-    task = Classification(experiment(eval_batch_size=batch_size), folder)
-    model = task.build_model(0)
-    nn.init.normal_(model.head.weight)  # timm starts it at zero
-    found, wanted = task.evaluate(model), metrics_by_hand(model, task)
-    assert found.keys() == wanted.keys()
-    assert found["top1"] == pytest.approx(wanted["top1"], abs=1e-9)
-    assert found["top5"] == pytest.approx(wanted["top5"], abs=1e-9)
-    assert found["nll"] == pytest.approx(wanted["nll"], rel=1e-5)
-    assert 0 < found["top1"] < found["top5"] < 100
-
-
-def test_top5_of_three_classes_is_everything(folder: Path) -> None:
-    class Three(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            return torch.zeros(len(images), 3)
-
-    task = Classification(experiment(), folder)
-    data = task.data
-    data.manifest.splits["test"][:] = [e for e in data.manifest.splits["test"] if e.label < 3]  # type: ignore[index]
-    found = task.evaluate(Three())
-    assert found["top5"] == 100
-    assert found["nll"] == pytest.approx(np.log(3))
-
-
-def test_evaluation_leaves_training_mode(task: Classification) -> None:
-    model = task.build_model(0).train()
-    task.evaluate(model)
-    assert not any(module.training for module in model.modules())
-
-
-def test_loss_is_smoothed_cross_entropy(folder: Path) -> None:
-    task = Classification(experiment(label_smoothing=0.1), folder)
-    logits, labels = torch.randn(6, 10), torch.randint(10, (6,))
-    logs = logits.double().log_softmax(1)
-    wanted = -(0.9 * logs[range(6), labels] + 0.1 * logs.mean(1)).mean()
-    assert task.loss(logits, (torch.empty(0), labels)).item() == pytest.approx(wanted.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
-def test_distillation_is_the_divergence_from_the_teacher(temperature: float, task: Classification) -> None:
-    student, teacher = torch.randn(6, 10), torch.randn(6, 10)
-    p, q = ((x.double() / temperature).softmax(1) for x in (teacher, student))
-    wanted = temperature**2 * (p * (p / q).log()).sum(1).mean()
-    assert task.distillation_loss(student, teacher, temperature).item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert task.distillation_loss(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_calibration_batches_are_the_manifests_without_augmentation(folder: Path) -> None:
-    task = Classification(experiment(shift=2), folder)
-    batches = list(task.calibration_batches(20))
-    assert [len(labels) for _, labels in batches] == [20, 20, 10]
-    chosen = task.data.manifest.calibration
-    assert torch.equal(torch.cat([images for images, _ in batches]), task.data.images("train", chosen, None))
-    assert torch.equal(torch.cat([labels for _, labels in batches]), task.data.labels("train")[chosen])
-
-
-def test_train_batches_start_where_asked(folder: Path) -> None:
-    task = Classification(experiment(shift=1), folder)
-    whole = list(task.train_batches(seed=1, batch_size=100, steps=10))
-    tail = list(task.train_batches(seed=1, batch_size=100, steps=10, start=7))
-    assert task.steps_per_epoch(100) == 8
-    assert len(tail) == 3
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(whole[7:], tail, strict=True))
+        return 100 * float((model(images).argmax(1) == dense(images).argmax(1)).double().mean())
 
 
 # measure
@@ -174,6 +55,8 @@ def test_dense_row_is_measured(folder: Path, tmp_path: Path) -> None:
     total = sum(p.numel() for p in model.parameters())
     assert found.parameters == {"dense": total, "kept": total, "logits": 0}
     assert (found.dense, found.masks, found.layers) == (digest, None, [])
+    assert found.metrics.keys() == {"top1", "top5", "nll", "ece"}
+    assert found.summary == task.summary(model, found.metrics, 0)
     assert found.metrics["nll"] == pytest.approx(metrics_by_hand(model, task)["nll"], rel=1e-5)
 
 
@@ -185,8 +68,9 @@ def test_sparse_row_is_measured(method: str, updated: bool, folder: Path, tmp_pa
     nn.init.normal_(model.head.weight)
     base = save_dense(tmp_path / "dense", model, PLAIN_VIT)
     masks = random_masks(model)
-    weights = {name: torch.randn(mask.shape) for name, mask in masks.items()} if updated else {}
+    weights = {f"{name}.weight": torch.randn(mask.shape) for name, mask in masks.items()} if updated else {}
     prior = random_masks(model, 1) if method == "maskllm" else {}
+    dense = copy.deepcopy(model)
     wanted = checkpoint(masks, base=base, method=method, weights=weights, prior=prior)
     digest = save_masks(tmp_path / "masks", wanted)
     found = measure(experiment(), task, 0, tmp_path / "dense", tmp_path / "masks")
@@ -201,10 +85,45 @@ def test_sparse_row_is_measured(method: str, updated: bool, folder: Path, tmp_pa
     with torch.no_grad():
         for name, mask in masks.items():
             layer = model.get_submodule(name)
-            layer.weight.copy_(weights.get(name, layer.weight) * mask)
+            layer.weight.copy_(weights.get(f"{name}.weight", layer.weight) * mask)
     by_hand = metrics_by_hand(model, task)
     assert found.metrics["nll"] == pytest.approx(by_hand["nll"], rel=1e-5)
     assert found.metrics["top1"] == pytest.approx(by_hand["top1"], abs=0.2)
+    assert found.metrics["agreement"] == pytest.approx(agreement(model, dense, task), abs=0.2)
+    assert found.summary == task.summary(model, found.metrics, logits)
+
+
+@pytest.mark.parametrize("start", ["dense", "wanda"])
+def test_finetuned_row_is_measured(start: str, folder: Path, tmp_path: Path) -> None:
+    """Every tensor may have changed, and there may be no mask at all."""
+    task = Classification(experiment(), folder)
+    model, after = task.build_model(5), task.build_model(6)
+    nn.init.normal_(model.head.weight)
+    nn.init.normal_(after.head.weight)
+    base = save_dense(tmp_path / "dense", model, PLAIN_VIT)
+    masks = random_masks(model) if start == "wanda" else {}
+    pattern = checkpoint(masks).pattern if masks else None
+    wanted = MaskCheckpoint(pattern, masks, base, "finetuned", dict(after.state_dict()), prior={})
+    digest = save_masks(tmp_path / "masks", wanted)
+    found = measure(experiment(), task, 0, tmp_path / "dense", tmp_path / "masks", "2:4" if masks else None)
+    total = sum(p.numel() for p in model.parameters())
+    pruned = sum(mask.numel() for mask in masks.values()) // 2
+    assert found.parameters == {"dense": total, "kept": total - pruned, "logits": 0}
+    assert (found.dense, found.masks, [line[0] for line in found.layers]) == (base, digest, list(masks))
+    with torch.no_grad():
+        for name, mask in masks.items():
+            after.get_submodule(name).weight.mul_(mask)
+    assert found.metrics["nll"] == pytest.approx(metrics_by_hand(after, task)["nll"], rel=1e-5)
+    assert found.metrics["agreement"] == pytest.approx(agreement(after, model, task), abs=0.2)
+
+
+def test_masks_of_another_pattern_are_refused(folder: Path, tmp_path: Path) -> None:
+    task = Classification(experiment(), folder)
+    model = task.build_model(0)
+    base = save_dense(tmp_path / "dense", model, PLAIN_VIT)
+    save_masks(tmp_path / "masks", checkpoint(random_masks(model), base=base))
+    with pytest.raises(CheckpointError, match="masks holds 2:4 masks, not 4:8 ones"):
+        measure(experiment(), task, 0, tmp_path / "dense", tmp_path / "masks", "4:8")
 
 
 def test_masks_of_another_dense_model_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -238,14 +157,14 @@ def test_unfit_masks_are_refused_with_their_file(fault: str, folder: Path, tmp_p
 def test_install_gives_masked_layers(task: Classification) -> None:
     model = task.build_model(0)
     masks = random_masks(model)
-    weights = {"blocks.0.mlp.fc1": torch.randn_like(model.blocks[0].mlp.fc1.weight)}
+    weights = {"blocks.0.mlp.fc1.weight": torch.randn_like(model.blocks[0].mlp.fc1.weight)}
     kept = model.blocks[1].mlp.fc1.weight.detach().clone()
     install(model, checkpoint(masks, weights=weights), "here")
     for name, mask in masks.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, MaskedLinear)
         assert torch.equal(layer.current_mask(), mask)
-    assert torch.equal(model.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1"])
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"])
     assert torch.equal(model.blocks[1].mlp.fc1.weight, kept)
     assert type(model.head) is nn.Linear
 
@@ -269,8 +188,8 @@ def test_install_refuses_another_shape(task: Classification) -> None:
 def test_install_refuses_updated_weights_of_another_shape(shape: tuple[int, int], task: Classification) -> None:
     model = task.build_model(0)
     masks = random_masks(model)
-    weights = {"blocks.0.mlp.fc1": torch.ones(shape)}
-    with pytest.raises(CheckpointError, match=r"here: layer 'blocks\.0\.mlp\.fc1' does not fit"):
+    weights = {"blocks.0.mlp.fc1.weight": torch.ones(shape)}
+    with pytest.raises(CheckpointError, match=r"here: tensor 'blocks\.0\.mlp\.fc1\.weight' does not fit"):
         install(model, checkpoint(masks, weights=weights), "here")
 
 
@@ -286,10 +205,10 @@ def test_diagnostics_are_brute_force(updated: bool, task: Classification) -> Non
     masks, prior = random_masks(model), random_masks(model, 1)
     prior["blocks.0.attn.qkv"] = masks["blocks.0.attn.qkv"].clone()
     del prior["blocks.1.mlp.fc2"]
-    weights = {"blocks.0.mlp.fc1": torch.randn(64, 16)} if updated else {}
+    weights = {"blocks.0.mlp.fc1.weight": torch.randn(64, 16)} if updated else {}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = layer_diagnostics(
-        model, checkpoint(masks, prior=prior, weights=weights), task, task.calibration_batches(16)
+        model, checkpoint(masks, prior=prior, weights=weights), task, task.calibration_batches(16, 0)
     )
 
     inputs: dict[str, Tensor] = {}
@@ -299,14 +218,14 @@ def test_diagnostics_are_brute_force(updated: bool, task: Classification) -> Non
 
     handles = [model.get_submodule(name).register_forward_hook(remember(name)) for name in masks]
     with torch.no_grad():
-        model(task.data.images("train", task.data.manifest.calibration, None))
+        model(task.data.images("train", task.data.manifest.calibration[0], None))
     for handle in handles:
         handle.remove()
     assert COLUMNS == ("layer", "prior_agreement", "kept_energy", "output_error")
     assert [line[0] for line in found] == list(masks)
     for name, agreement, energy, error in found:
         dense, mask = before[f"{name}.weight"].double(), masks[name]
-        sparse = weights[name].double() * mask if name in weights else dense * mask
+        sparse = weights.get(f"{name}.weight", dense).double() * mask
         wanted = torch.linalg.norm(inputs[name] @ (dense - sparse).T) / torch.linalg.norm(inputs[name] @ dense.T)
         assert float(error) == pytest.approx(wanted.item(), rel=1e-4)
         kept = sum(w**2 for w, m in zip(dense.flatten().tolist(), mask.flatten().tolist(), strict=True) if m)
@@ -327,7 +246,7 @@ def test_diagnostics_of_a_zero_layer_are_numbers(task: Classification) -> None:
     model = task.build_model(0)
     nn.init.zeros_(model.blocks[0].mlp.fc1.weight)
     masks = {"blocks.0.mlp.fc1": random_masks(model)["blocks.0.mlp.fc1"]}
-    found = layer_diagnostics(model, checkpoint(masks), task, task.calibration_batches(50))
+    found = layer_diagnostics(model, checkpoint(masks), task, task.calibration_batches(50, 0))
     assert found == [("blocks.0.mlp.fc1", "", "1", "0")]
 
 
@@ -340,7 +259,9 @@ def test_round_trip_through_files_measures_the_same(task: Classification, tmp_pa
     other = task.build_model(9)
     assert load_dense(tmp_path / "dense", other, PLAIN_VIT) == base
     install(other, load_masks(tmp_path / "masks", base=base), "here")
-    assert task.evaluate(other) == pytest.approx(wanted.metrics, rel=1e-6)
+    dense = task.build_model(0)
+    load_dense(tmp_path / "dense", dense, PLAIN_VIT)
+    assert task.evaluate(other, dense=dense) == pytest.approx(wanted.metrics, rel=1e-6)
 
 
 # Pretrained models (the rest is in test_models.py)

@@ -16,7 +16,7 @@ import torch
 
 from maskllm4v import exact
 from maskllm4v.config import Experiment, load_experiment
-from maskllm4v.errors import PatternError, UserError
+from maskllm4v.errors import ConfigError, PatternError, UserError
 from maskllm4v.parallel import map_seeds, seed_processes
 
 ROOT = Path(__file__).parent.parent
@@ -172,10 +172,11 @@ LIGHT = [
     "maskllm4v",
     "maskllm4v.exact",
     "maskllm4v.config",
+    "maskllm4v.distributed",
     "maskllm4v.errors",
     "maskllm4v.files",
     "maskllm4v.layout",
-    "maskllm4v.parallel",
+    "maskllm4v.processes",
     "stages.entry",
     *sorted(f"stages.{path.stem}" for path in (ROOT / "stages").glob("*.py") if path.stem not in ("__init__", "entry")),
 ]
@@ -214,23 +215,23 @@ def test_results_come_in_the_order_of_seeds(processes: int) -> None:
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         expected.append((seed + 100, torch.randn(3, generator=generator).tolist()))
-    assert map_seeds(experiment(seeds, processes=processes), one) == expected
+    assert map_seeds(experiment(seeds, processes=processes), seeds, one) == expected
 
 
 @pytest.mark.parametrize("processes", [0, 2, 3])
 def test_each_seed_has_its_own_position_when_forked(processes: int) -> None:
-    assert map_seeds(experiment([7, 2, 5], processes=processes), lambda _, position: position) == [0, 1, 2]
+    assert map_seeds(experiment([7, 2, 5], processes=processes), [7, 2, 5], lambda _, position: position) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("processes", "inside"), [(1, True), (2, False)])
 def test_one_process_is_this_one(processes: int, inside: bool) -> None:
-    found = map_seeds(experiment([7, 2], processes=processes), lambda *_: os.getpid())
+    found = map_seeds(experiment([7, 2], processes=processes), [7, 2], lambda *_: os.getpid())
     assert (os.getpid() in found) is inside
 
 
 def test_children_leave_the_callers_memory_alone() -> None:
     seen: list[int] = []
-    map_seeds(experiment([7, 2], processes=2), lambda seed, _: seen.append(seed))
+    map_seeds(experiment([7, 2], processes=2), [7, 2], lambda seed, _: seen.append(seed))
     assert seen == []
 
 
@@ -243,35 +244,60 @@ def test_user_error_reaches_the_caller(error: type[UserError], processes: int) -
         return seed
 
     with pytest.raises(error, match=r"^layer 'a': does not fit$") as caught:
-        map_seeds(experiment([7, 2, 5], processes=processes), one)
+        map_seeds(experiment([7, 2, 5], processes=processes), [7, 2, 5], one)
     assert type(caught.value) is error
 
 
 def test_second_call_uses_its_own_function() -> None:
     both = experiment([1, 2], processes=2)
-    assert map_seeds(both, lambda seed, _: seed) == [1, 2]
-    assert map_seeds(both, lambda seed, _: -seed) == [-1, -2]
+    assert map_seeds(both, [1, 2], lambda seed, _: seed) == [1, 2]
+    assert map_seeds(both, [1, 2], lambda seed, _: -seed) == [-1, -2]
+
+
+def test_seeds_may_be_fewer_than_the_experiments() -> None:
+    """A dense model that all seeds share is made once, in this process."""
+    found = map_seeds(experiment([7, 2, 5], processes=3), [7], lambda seed, position: (seed, position, os.getpid()))
+    assert found == [(7, 0, os.getpid())]
 
 
 @pytest.mark.parametrize(
-    ("seeds", "wanted", "exact", "cores", "expected"),
+    ("wanted", "exact", "cores", "expected"),
     [
-        (3, 0, True, 2, 3),
-        (3, 1, True, 2, 1),
-        (3, 2, True, 2, 2),
-        (3, 9, True, 2, 3),
-        (9, 0, True, 2, 4),
-        (9, 0, True, None, 2),
-        (1, 0, True, 2, 1),
-        (3, 0, False, 2, 1),
-        (3, 3, False, 2, 1),
+        (0, True, 2, 4),
+        (0, True, None, 2),
+        (1, True, 2, 1),
+        (2, True, 2, 2),
+        (9, True, 2, 9),
+        (0, False, 2, 1),
+        (3, False, 2, 3),
     ],
 )
 def test_number_of_processes(
-    seeds: int, wanted: int, exact: bool, cores: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+    wanted: int, exact: bool, cores: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert seed_processes(experiment(list(range(seeds)), processes=wanted, exact=exact)) == expected
+    assert seed_processes(experiment([0, 1, 2], processes=wanted, exact=exact)) == expected
+
+
+@pytest.mark.parametrize(("exact", "cores", "expected"), [(False, 8, 4), (False, 1, 1), (True, 8, 1)])
+def test_processes_that_are_not_pinned_divide_the_cores(
+    exact: bool, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)  # the pin's one thread is conftest's here
+    two = experiment([7, 2], processes=2, exact=exact)
+    assert map_seeds(two, [7, 2], lambda *_: torch.get_num_threads()) == [expected] * 2
+
+
+def test_one_of_several_processes_forks_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert seed_processes(experiment([1, 2], processes=2)) == 1
+
+
+def test_seeds_side_by_side_are_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskllm4v.parallel.pick_device", lambda _: torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"runtime\.seed_processes is for CPUs"):
+        seed_processes(experiment([1, 2], processes=2, exact=False))
 
 
 def test_no_fork_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
-"""Dense models by name, and where they are computed."""
+"""Dense models by name, and the images that they take."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,9 +11,8 @@ import torch
 from torch import nn
 
 from maskllm4v.config import ModelSettings
-from maskllm4v.devices import hardware, pick_device
 from maskllm4v.errors import CheckpointError, ConfigError
-from maskllm4v.models import build_model, image_settings
+from maskllm4v.models import build_model, image_settings, num_classes
 
 SMALL = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depth": 2, "num_heads": 4}
 
@@ -203,55 +203,100 @@ def test_image_settings_differ_between_models() -> None:
     assert image_settings(settings("deit_tiny_patch16_224", args={}))["mean"] == (0.485, 0.456, 0.406)
 
 
-# Devices
+INPUTS = {
+    "mean": ([0.1, 0.2, 0.3], (0.1, 0.2, 0.3)),
+    "std": ([0.2], (0.2, 0.2, 0.2)),
+    "crop_pct": (1.0, 1.0),
+    "crop_mode": ("squash", "squash"),
+    "interpolation": ("bilinear", "bilinear"),
+}
 
 
-@pytest.mark.parametrize(("available", "kind"), [(True, "cuda"), (False, "cpu")])
-def test_auto_takes_cuda_where_it_is(available: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert pick_device("auto").type == kind
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet50", "VisionTransformer"])
+@pytest.mark.parametrize("key", INPUTS)
+def test_input_overrules_one_thing(name: str, key: str) -> None:
+    value, resolved = INPUTS[key]
+    before = image_settings(settings(name, args={}))
+    assert before[key] != resolved
+    assert image_settings(settings(name, args={}, input={key: value})) == {**before, key: resolved}
 
 
-@pytest.mark.parametrize("available", [True, False])
-def test_cpu_is_the_cpu(available: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert pick_device("cpu") == torch.device("cpu")
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet50", "VisionTransformer"])
+def test_input_size_overrules_timms_and_the_arguments(name: str) -> None:
+    before = image_settings(settings(name, args={}))
+    wanted = {**before, "input_size": (3, 96, 96)}
+    assert image_settings(settings(name, args={}, input={"img_size": 96})) == wanted
+    assert image_settings(settings(name, args={"img_size": 64}, input={"img_size": 96})) == wanted
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "CPU", "cuda:-1"])
-def test_unknown_device_is_a_config_error(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"^runtime\.device is ") as caught:
-        pick_device(name)
-    assert repr(name) in str(caught.value)
-    assert "allowed: auto, cpu, cuda" in str(caught.value)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet50", "VisionTransformer"])
+def test_grey_models_take_the_colours_average(name: str) -> None:
+    colours = image_settings(settings(name, args={}))
+    grey = image_settings(settings(name, args={"in_chans": 1}))
+    assert grey["input_size"] == (1, *colours["input_size"][1:])
+    for key in ("mean", "std"):
+        assert grey[key] == pytest.approx((sum(colours[key]) / 3,))
+    own = image_settings(settings(name, args={"in_chans": 1}, input={"mean": [0.25], "std": [0.75]}))
+    assert (own["mean"], own["std"]) == ((0.25,), (0.75,))
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
-def test_cuda_without_cuda_is_a_config_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=rf"^runtime\.device is '{name}', but torch finds no CUDA device here$"):
-        pick_device(name)
+@pytest.mark.parametrize(("key", "args", "channels"), [("mean", {}, 3), ("std", {"in_chans": 1}, 1)])
+def test_statistics_of_other_channels_are_a_config_error(key: str, args: dict[str, Any], channels: int) -> None:
+    with pytest.raises(ConfigError, match=rf"model.input.{key} has 2 values, but images have {channels} channels"):
+        image_settings(settings(args=args, input={key: [0.5, 0.5]}))
 
 
-def test_cuda_of_a_number_that_is_not_there_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert pick_device("cuda:0") == torch.device("cuda", 0)
-    with pytest.raises(ConfigError, match=r"runtime\.device is 'cuda:1'"):
-        pick_device("cuda:1")
+@pytest.mark.parametrize(
+    ("name", "args", "count"),
+    [
+        ("VisionTransformer", {}, 1000),
+        ("VisionTransformer", SMALL, 10),
+        ("vit_tiny_patch16_224", {}, 1000),
+        ("vit_tiny_patch16_224", {"num_classes": 37}, 37),
+        ("vit_tiny_patch16_224.augreg_in21k", {}, 21843),
+    ],
+)
+def test_number_of_classes_is_the_models(name: str, args: dict[str, Any], count: int) -> None:
+    assert num_classes(settings(name, args=args)) == count
 
 
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="has MPS")
-def test_mps_without_mps_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match=r"runtime\.device is 'mps'"):
-        pick_device("mps")
+@pytest.mark.parametrize("ask", [image_settings, num_classes])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_223", "vit_tiny_patch16_224.nonsense"])
+def test_unknown_models_have_no_settings(ask: Callable[[ModelSettings], Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model\.name is '{name}', which timm does not know"):
+        ask(settings(name, args={}))
 
 
-def test_device_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
-    assert hardware(torch.device("cuda", 1)) == "GPU 1"
-    words = hardware(torch.device("cpu"))
-    assert words
-    assert words == words.strip()
-    assert ":" not in words
-    assert "\n" not in words
+# The convolutional stem
+
+
+STEM = {"channels": [4, 16, 32], "strides": [1, 2, 2]}
+STEMMED = {key: value for key, value in SMALL.items() if key != "patch_size"}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_stem_takes_the_patch_embeddings_place(channels: int) -> None:
+    model = small(args={**STEMMED, "in_chans": channels}, stem=STEM)
+    convolutions = [module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d)]
+    found = [(conv.in_channels, conv.out_channels, conv.stride) for conv in convolutions]
+    assert found == [(channels, 4, (1, 1)), (4, 16, (2, 2)), (16, 32, (2, 2))]
+    x = torch.zeros(2, channels, 8, 8)
+    assert model.patch_embed(x).shape == (2, 4, 32)  # 8 pixels / 4, squared
+    assert model(x).shape == (2, 10)
+
+
+def test_stem_is_seeded() -> None:
+    first, second, other = (small(seed, args=STEMMED, stem=STEM).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    key = "patch_embed.backbone.0.conv.weight"
+    assert not torch.equal(first[key], other[key])
+
+
+def test_stem_of_another_width_is_a_config_error() -> None:
+    assert "32" in config_error(args=STEMMED, stem={"channels": [4, 16], "strides": [2, 2]})
+    assert "patch_size" in config_error(args=SMALL, stem=STEM)
+
+
+def test_stem_of_a_timm_model_is_a_config_error() -> None:
+    message = config_error(name="vit_tiny_patch16_224", args=STEMMED, stem=STEM)
+    assert message == "model.stem is for 'VisionTransformer' only, not for 'vit_tiny_patch16_224'"

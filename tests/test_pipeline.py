@@ -41,7 +41,9 @@ def small_params() -> Params:
         "small-sparsegpt-update": {"method": "sparsegpt", "update_weights": True},
     }
     params["learned"] = {"small-maskllm": {"prior": "small-magnitude", "steps": 8}}
-    params["rows"] = {row: row for row in ("small-dense", "small-magnitude", "small-sparsegpt-update", "small-maskllm")}
+    params["finetuned"] = {"small-finetuned": {"start": "small-magnitude", "steps": 6, "lr": 0.001}}
+    rows = ["small-dense", *params["priors"], *params["learned"], *params["finetuned"]]
+    params["rows"] = {row: row for row in rows}
     return params
 
 
@@ -78,6 +80,7 @@ def chain(folder: Path) -> None:
     params = yaml.safe_load((folder / "params.yaml").read_text())
     steps = [("prepare", params["data"]["name"]), ("dense", params["dense"]["row"])]
     steps += [("prior", row) for row in params["priors"]] + [("train", row) for row in params["learned"]]
+    steps += [("finetune", row) for row in params["finetuned"]]
     steps += [("evaluate", row) for row in params["rows"]]
     for name, argument in steps:
         done = stage(folder, name, argument)
@@ -97,10 +100,10 @@ def test_dvc_chain(tmp_path: Path) -> None:
     project, params = new_project(tmp_path, small_params()), small_params()
     first = run(project, "dvc", "repro")
     assert first.returncode == 0, first.stderr
-    assert first.stdout.count("Running stage '") == 11
+    assert first.stdout.count("Running stage '") == 13
     readme = (project / "README.md").read_text()
     assert readme.count("±") > 10
-    assert len(read_json(project / "mlruns/published/small.json")) == 4
+    assert len(read_json(project / "mlruns/published/small.json")) == 5
     before = digests(project)
 
     second = run(project, "dvc", "repro")
@@ -121,7 +124,7 @@ def test_dvc_chain(tmp_path: Path) -> None:
     assert back.returncode == 0, back.stderr
     assert "train@small-maskllm' is cached" in back.stdout
     assert digests(project) == before
-    assert len(read_json(project / "mlruns/published/small.json")) == 4
+    assert len(read_json(project / "mlruns/published/small.json")) == 5
 
 
 @pytest.mark.parametrize("runtime", [{"loader_workers": 2}, {"seed_processes": 1}], ids=["workers", "one process"])
@@ -169,7 +172,7 @@ def test_image_folders_and_a_timm_model(tmp_path: Path) -> None:
     project = new_project(tmp_path, params)
     chain(project)
     record = read_json(project / "reports/small/runs/small-maskllm/record.json")
-    assert set(record["metrics"]["0"]) == {"top1", "top5", "nll"}
+    assert set(record["metrics"]["0"]) == {"top1", "top5", "nll", "ece", "agreement"}
     assert record["parameters"]["logits"] == 6 * (record["parameters"]["dense"] - record["parameters"]["kept"]) // 2
 
 
@@ -225,7 +228,7 @@ BAD_INPUT = {
         ("dense", "small-dense"),
         "'vit_huge'",
     ),
-    "unknown source": (edit(lambda p: p["data"].update(source="cifar")), ("prepare", "digits"), "'digits' or 'folder'"),
+    "unknown source": (edit(lambda p: p["data"].update(source="cifar")), ("prepare", "digits"), "'digits', 'folder' or 'timm'"),
     "misfit": (
         edit(lambda p: (p.update(pattern="3:6"), p["model"]["args"].update(embed_dim=32))),
         ("prior", "small-magnitude"),

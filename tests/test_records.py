@@ -16,25 +16,24 @@ import pytest
 
 from maskllm4v.errors import UserError
 from maskllm4v.files import file_digest
-from maskllm4v.layout import checkpoint, curve_file, data_folder, layers_file, record_file, run_folder, settings_file
+from maskllm4v.layout import (
+    checkpoint,
+    cost_file,
+    curve_file,
+    data_folder,
+    layers_file,
+    origin_file,
+    record_file,
+    resume_folder,
+    run_folder,
+)
 from maskllm4v.records import build_record, read_record, read_records, run_digest, versions, write_record
 
 Record = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 REQUIRED = [
-    "format",
-    "row",
-    "table",
-    "kind",
-    "exact",
-    "hardware",
-    "metrics",
-    "seeds",
-    "settings",
-    "settings_digest",
-    "inputs",
-    "versions",
-    "world_size",
+    *("format", "row", "table", "kind", "exact", "made", "evaluated", "metrics", "seeds"),
+    *("settings", "settings_digest", "inputs", "versions"),
 ]
 
 
@@ -44,9 +43,11 @@ def record(row: str = "one", **changes: Any) -> Record:
         "kind": "oneshot",
         "settings": {"table": "t", "exact": True, "data": {"name": "ä", "seed": 3}, "pattern": "2:4"},
         "metrics": {3: {"top1": 0.12345678, "nll": 2.0}, 1: {"top1": 1 / 3, "nll": 1e-9}},
+        "summaries": {3: {"top1": 12.3457, "img_size": 8}, 1: {"top1": 33.3333, "img_size": 8}},
         "inputs": {"manifest": "m", "dense": ["d3", "d1"]},
         "parameters": {"dense": 10, "kept": 5},
-        "hardware": "here",
+        "made": {"hardware": "there", "world_size": 2},
+        "evaluated": {"hardware": "here", "world_size": 1},
     }
     return build_record(**{**arguments, **changes})
 
@@ -59,15 +60,17 @@ def test_numbers_are_rounded_to_six_digits() -> None:
 
 
 def test_record_says_what_it_was_given() -> None:
-    found = record(world_size=2)
+    found = record()
     assert found["seeds"] == [3, 1]
     assert (found["row"], found["table"], found["kind"], found["exact"]) == ("one", "t", "oneshot", True)
-    assert (found["hardware"], found["world_size"], found["format"]) == ("here", 2, 1)
+    assert found["format"] == 2
+    assert found["made"] == {"hardware": "there", "world_size": 2}
+    assert found["evaluated"] == {"hardware": "here", "world_size": 1}
+    assert found["summaries"] == {"3": {"top1": 12.3457, "img_size": 8}, "1": {"top1": 33.3333, "img_size": 8}}
     assert found["parameters"] == {"dense": 10, "kept": 5}
     assert found["inputs"] == {"manifest": "m", "dense": ["d3", "d1"]}
     assert found["settings"]["data"] == {"name": "ä", "seed": 3}
     assert set(REQUIRED) <= set(found)
-    assert record()["world_size"] == 1
 
 
 def test_settings_digest_is_sha256_of_canonical_json() -> None:
@@ -77,7 +80,7 @@ def test_settings_digest_is_sha256_of_canonical_json() -> None:
 
 def test_versions_name_packages_and_python_without_patch_level() -> None:
     found = versions()
-    assert set(found) == {"python", "numpy", "scikit-learn", "timm", "torch", "torchvision"}
+    assert set(found) == {"python", "accelerate", "numpy", "scikit-learn", "timm", "torch", "torchvision"}
     assert found["python"] == f"{sys.version_info[0]}.{sys.version_info[1]}"
     for name in set(found) - {"python"}:
         assert found[name] == metadata.version(name)
@@ -123,7 +126,9 @@ def test_bytes_are_the_same_in_another_process(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-@pytest.mark.parametrize("change", [{"metrics": {3: {"top1": 0.2}}}, {"inputs": {}}, {"hardware": "there"}])
+@pytest.mark.parametrize(
+    "change", [{"metrics": {3: {"top1": 0.2}}}, {"inputs": {}}, {"made": {}}, {"evaluated": {}}, {"summaries": {}}]
+)
 def test_digest_depends_on_what_was_measured(change: Record, tmp_path: Path) -> None:
     write_record(tmp_path / "a", record())
     write_record(tmp_path / "b", record(**change))
@@ -193,9 +198,9 @@ def test_all_missing_keys_are_named(tmp_path: Path) -> None:
     assert f": {', '.join(REQUIRED)} missing" in edited(tmp_path / "a", dict.clear)
 
 
-@pytest.mark.parametrize("found", [0, 2, "1", None])
+@pytest.mark.parametrize("found", [0, 1, 3, "2", None])
 def test_other_format_is_refused(found: Any, tmp_path: Path) -> None:
-    assert f"has format {found}; this version reads 1" in edited(tmp_path / "a", lambda raw: raw.update(format=found))
+    assert f"has format {found}; this version reads 2" in edited(tmp_path / "a", lambda raw: raw.update(format=found))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "null", "1"])
@@ -243,10 +248,13 @@ def test_committed_records_can_be_read() -> None:
 
 def test_layout_of_files() -> None:
     reports = Path("r")
-    assert [str(p) for p in (data_folder("d"), checkpoint("one", 3), settings_file("one"))] == [
+    undeclared = (cost_file("one", 3), resume_folder("one"))
+    assert [str(p) for p in (data_folder("d"), checkpoint("one", 3), origin_file("one"), *undeclared)] == [
         "artifacts/data/d",
         "artifacts/one/seed3.safetensors",
-        "artifacts/one/settings.json",
+        "artifacts/one/made.json",
+        ".cache/timings/one-seed3.json",
+        ".cache/resume/one",
     ]
     assert str(record_file("t", "one")) == "reports/t/runs/one/record.json"
     assert str(record_file("t", "one", reports)) == "r/t/runs/one/record.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import statistics
@@ -12,34 +13,40 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from import_graph import ROOT
+from made_records import DIGITS, make_records, metrics, with_controls
 
-from maskllm4v.config import Experiment, load_experiment
+from maskllm4v.config import Experiment
 from maskllm4v.files import read_json, write_json
 from maskllm4v.layout import record_file
 from maskllm4v.reporting.aggregate import aggregate, current_records
 from maskllm4v.reporting.comparison import comparison_markdown
 from maskllm4v.reporting.published import ROWS
 from maskllm4v.reporting.report import table_texts
-from maskllm4v.reporting.tables import MISSING, number, results_markdown
+from maskllm4v.reporting.tables import MISSING, caption, number, results_markdown
 
 REPORTS = ROOT / "reports"
 
 
 @pytest.fixture
 def experiment() -> Experiment:
-    return load_experiment(ROOT / "params.yaml")
+    return DIGITS
 
 
 @pytest.fixture
 def reports(tmp_path: Path) -> Path:
-    shutil.copytree(REPORTS / "digits" / "runs", tmp_path / "digits" / "runs")
-    return tmp_path
+    return make_records(DIGITS, tmp_path)
 
 
-def test_mean_spread_and_paired_difference(experiment: Experiment) -> None:
-    table = aggregate(experiment, current_records(experiment, REPORTS)).set_index("row")
+def line_of(experiment: Experiment, reports: Path, label: str) -> list[str]:
+    """The cells of one line of the Markdown table."""
+    (line,) = [x for x in table_texts(experiment, reports)["table.md"].splitlines() if x.startswith(f"| {label} |")]
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_mean_spread_and_paired_difference(experiment: Experiment, reports: Path) -> None:
+    table = aggregate(experiment, current_records(experiment, reports)).set_index("row")
     values = {
-        row: [m["top1"] for m in read_json(record_file("digits", row))["metrics"].values()]
+        row: [m["top1"] for m in read_json(record_file("digits", row, reports))["metrics"].values()]
         for row in ("digits-dense", "digits-wanda")
     }
     line = table.loc["digits-wanda"]
@@ -49,6 +56,73 @@ def test_mean_spread_and_paired_difference(experiment: Experiment) -> None:
     assert line["delta_mean"] == pytest.approx(statistics.mean(differences))
     assert line["delta_std"] == pytest.approx(statistics.stdev(differences))
     assert math.isnan(table.loc["digits-dense", "delta_mean"])
+    assert math.isnan(table.loc["digits-dense", "agreement_mean"])
+    for name in ("top5", "nll", "ece", "agreement"):
+        found = [metrics(experiment, "digits-wanda", seed)[name] for seed in (0, 1, 2)]
+        assert line[f"{name}_mean"] == pytest.approx(statistics.mean(found))
+        assert line[f"{name}_std"] == pytest.approx(statistics.stdev(found))
+
+
+@pytest.mark.parametrize("init", ["scratch", "checkpoint"])
+def test_all_seeds_may_be_compared_with_one_dense_model(init: str, tmp_path: Path) -> None:
+    raw = DIGITS.model_dump()
+    raw["dense"] |= {"shared": True} if init == "scratch" else {"init": init, "checkpoint": "x.safetensors"}
+    one = Experiment.model_validate(raw)
+    records = current_records(one, make_records(one, tmp_path))
+    table = aggregate(one, records).set_index("row")
+    assert (table.loc["digits-dense", "seeds"], table.loc["digits-wanda", "seeds"]) == (1, 3)
+    dense = metrics(one, "digits-dense", 0)["top1"]
+    differences = [metrics(one, "digits-wanda", seed)["top1"] - dense for seed in (0, 1, 2)]
+    assert table.loc["digits-wanda", "delta_mean"] == pytest.approx(statistics.mean(differences))
+    assert table.loc["digits-wanda", "delta_std"] == pytest.approx(statistics.stdev(differences))
+    assert line_of(one, tmp_path, "ViT (dense)")[4:] == ["80.00", MISSING, "99.00", "0.500", "5.0", MISSING]
+    assert "to the one dense model that all seeds share" in caption(one, records)
+    assert "to the dense model of the same seed" in caption(DIGITS, records)
+
+
+def test_controls_are_rows_like_others(tmp_path: Path) -> None:
+    controls = with_controls()
+    make_records(controls, tmp_path)
+    alone, masked = (line_of(controls, tmp_path, f"Trained on: digits-{start}") for start in ("dense", "magnitude"))
+    assert alone[1:4] == ["dense", "✔", MISSING]
+    assert masked[1:4] == ["2:4", "✔", "Magnitude"]
+    assert MISSING not in alone[4:] + masked[4:]
+
+
+def test_learned_rows_stand_out_and_name_their_prior(experiment: Experiment, reports: Path) -> None:
+    (line,) = [x for x in table_texts(experiment, reports)["table.md"].splitlines() if "**Deterministic init (" in x]
+    assert line.startswith("| **Deterministic init (200 steps)** | 2:4 | – | Magnitude |")
+    assert line_of(experiment, reports, "SparseGPT")[1:4] == ["2:4", "✔", MISSING]
+
+
+def test_pattern_of_a_prior_is_its_learners(tmp_path: Path) -> None:
+    raw = DIGITS.model_dump()
+    raw["priors"]["digits-magnitude"]["pattern"] = "1:4"
+    other = Experiment.model_validate(raw)
+    patterns = aggregate(other, {}).set_index("row")["pattern"]
+    assert (patterns["digits-dense"], patterns["digits-wanda"]) == ("dense", "2:4")
+    assert {patterns[row] for row, learned in other.learned.items() if learned.prior == "digits-magnitude"} == {"1:4"}
+
+
+@pytest.mark.parametrize(("split", "leaks"), [("train", False), ("test", True)])
+def test_calibration_that_leaks_is_marked(split: str, leaks: bool, tmp_path: Path) -> None:
+    raw = DIGITS.model_dump()
+    raw["data"]["calibration_split"] = split
+    calibrated = Experiment.model_validate(raw)
+    make_records(calibrated, tmp_path)
+    mark = "**Calibrated on the reported split, which leaks** (as the original does)."
+    assert (mark in table_texts(calibrated, tmp_path)["table.md"]) is leaks
+
+
+def test_caption_names_all_machines(tmp_path: Path) -> None:
+    raw = DIGITS.model_dump()
+    loose = Experiment.model_validate({**raw, "exact": False})
+    records = current_records(loose, make_records(loose, tmp_path))
+    records["digits-wanda"]["made"] = {"hardware": "another one", "world_size": 8}
+    text = caption(loose, records)
+    assert "Hardware: a machine; another one: a recording of that machine." in text
+    assert "Mean ± standard deviation over 3 seeds;" in text
+    assert "bit-identical there" in caption(DIGITS, records)
 
 
 def test_stable_orders_of_the_table(experiment: Experiment) -> None:
@@ -69,8 +143,8 @@ def test_row_without_its_record_is_a_dash(experiment: Experiment, reports: Path,
         raw = experiment.model_dump()
         raw["priors"]["digits-wanda"]["propagate"] = "pruned"
         changed = Experiment.model_validate(raw)
-    (line,) = [x for x in table_texts(changed, reports)["table.md"].splitlines() if x.startswith("| Wanda")]
-    assert line.count(MISSING) == 6
+    # no weight update, no prior, and none of six numbers
+    assert line_of(changed, reports, "Wanda") == ["Wanda", "2:4", *[MISSING] * 8]
     assert "digits-wanda" not in table_texts(changed, reports)["metrics.json"]
 
 
@@ -85,6 +159,19 @@ def test_empty_reports_render(experiment: Experiment, tmp_path: Path) -> None:
     texts = table_texts(experiment, tmp_path)
     assert "Not measured yet" in texts["table.md"]
     assert len(results_markdown(aggregate(experiment, {})).splitlines()) == 2 + len(experiment.rows)
+    assert texts["metrics.json"] == '{\n  "top1": {},\n  "nll": {}\n}\n'
+
+
+def test_metrics_for_dvc_are_means_by_row(experiment: Experiment, reports: Path) -> None:
+    record_file("digits", "digits-wanda", reports).unlink()
+    found = json.loads(table_texts(experiment, reports)["metrics.json"])
+    assert list(found) == ["top1", "nll"]
+    for name in found:
+        wanted = {
+            row: statistics.mean(metrics(experiment, row, seed)[name] for seed in (0, 1, 2)) for row in experiment.rows
+        }
+        del wanted["digits-wanda"]
+        assert found[name] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_csv_reads_back(experiment: Experiment) -> None:
@@ -121,7 +208,8 @@ def test_published_table_is_literal() -> None:
 
 def test_reproduced_column_fills_from_records(tmp_path: Path) -> None:
     assert "| 65.92 | 86.058 | – | – |" in comparison_markdown(tmp_path)
-    record = read_json(record_file("digits", "digits-magnitude"))
+    make_records(DIGITS, tmp_path / "digits", ["digits-magnitude"])
+    record = read_json(record_file("digits", "digits-magnitude", tmp_path / "digits"))
     record["row"] = "imagenet-magnitude"
     record["metrics"] = {"0": {"top1": 66.0, "top5": 86.1, "nll": 1.5}}
     write_json(record_file("imagenet_vit_b16", "imagenet-magnitude", tmp_path), record)
@@ -134,7 +222,8 @@ def test_report_writes_the_committed_bytes(tmp_path: Path) -> None:
     for name in ("params.yaml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
-    shutil.copytree(REPORTS / "digits" / "runs", tmp_path / "reports" / "digits" / "runs")
+    for runs in REPORTS.glob("*/runs"):  # the README shows all tables
+        shutil.copytree(runs, tmp_path / runs.relative_to(ROOT))
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-m", "stages.report"], cwd=tmp_path, check=True, env=environment)
     written = [p for p in (tmp_path / "reports").rglob("*") if p.is_file()]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from import_graph import ROOT
+from made_records import DIGITS, make_records, with_controls
 
-from maskllm4v.config import Experiment, load_experiment
+from maskllm4v.config import Experiment
 from maskllm4v.files import read_json, value_digest, write_json
 from maskllm4v.layout import record_file
 from maskllm4v.tracking import flatten, publish
@@ -22,16 +21,15 @@ ROWS = ("digits-dense", "digits-magnitude", "digits-maskllm-short-magnitude")
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of three committed rows, without the tensors behind them."""
+    """Records of three rows, without the tensors behind them."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    for row in ROWS:
-        shutil.copytree(ROOT / "reports/digits/runs" / row, tmp_path / "reports/digits/runs" / row)
+    make_records(DIGITS, tmp_path / "reports", ROWS)
     return tmp_path
 
 
 @pytest.fixture
 def experiment() -> Experiment:
-    return load_experiment(ROOT / "params.yaml")
+    return DIGITS
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +73,8 @@ def test_run_says_what_the_record_says(root: Path, experiment: Experiment) -> No
     assert run.data.tags["method"] == "maskllm"
     assert run.data.tags["prior"] == "digits-magnitude"
     assert run.data.tags["current"] == "true"
+    assert (run.data.tags["hardware"], run.data.tags["world_size"]) == ("a machine", "1")
+    assert {"ece", "agreement", "agreement_std", "ece/seed0", "top1_delta"} <= set(run.data.metrics)
     assert run.info.status == "FINISHED"
     (data,) = run.inputs.dataset_inputs
     assert record["inputs"]["manifest"].startswith(data.dataset.digest)
@@ -95,6 +95,22 @@ def test_curves_and_artifacts(root: Path, experiment: Experiment) -> None:
     assert {file.path for file in client.list_artifacts(learned, "curves")} == {f"curves/seed{k}.csv" for k in range(3)}
     pruned = found["digits-magnitude"].info.run_id
     assert [file.path for file in client.list_artifacts(pruned, "masks")] == ["masks/seed0.safetensors"]
+
+
+def test_controls_name_what_they_start_from(root: Path) -> None:
+    controls = with_controls()
+    rows = ("digits-dense-more", "digits-magnitude-more")
+    make_records(controls, root / "reports", rows)
+    publish(root, controls)
+    found = by_row(root)
+    assert len(found) == 5
+    tags = [[found[row].data.tags.get(key) for key in ("stage", "method", "prior", "pattern")] for row in rows]
+    assert tags == [
+        ["finetune", "finetune", "digits-dense", "dense"],
+        ["finetune", "finetune", "digits-magnitude", "2:4"],
+    ]
+    assert found[rows[0]].data.params["finetuning.steps"] == "200"
+    assert {"train/loss", "train/lr", "train/grad_norm", "top1_delta"} <= set(found[rows[0]].data.metrics)
 
 
 def test_deleted_store_is_rebuilt(root: Path, experiment: Experiment) -> None:

@@ -24,6 +24,7 @@ from maskllm4v.files import value_digest
 from maskllm4v.models import num_classes
 from maskllm4v.original import State, dense_state
 from maskllm4v.processes import is_main
+from maskllm4v.surgery import prunable_linears
 from maskllm4v.tasks import Task, open_task
 
 CACHE = Path(".cache/cli")  # git-ignored; nothing in it is a result
@@ -52,11 +53,8 @@ def prepare_data(experiment: Experiment, task: Task) -> str:
         DataError: the source is missing or empty, or has not as many classes as the model.
     """
     if is_main():
-        found, wanted = (
-            len(prepare(experiment.data, data_folder(experiment.data)).classes),
-            num_classes(experiment.model),
-        )
-        if found != wanted:
+        found = len(prepare(experiment.data, data_folder(experiment.data)).classes)
+        if found != (wanted := num_classes(experiment.model)):
             where = experiment.data.dataset or experiment.data.root
             raise DataError(
                 f"{where} has {found} classes, but {experiment.model.name} tells {wanted} apart; say --num-classes, "
@@ -71,12 +69,12 @@ def beside(masks: Path, base: str) -> Path:
     return masks.parent / f"dense-{base[:16]}.safetensors"
 
 
-def keep_beside(masks: Path, model: nn.Module, experiment: Experiment) -> str:
+def keep_beside(masks: Path, dense: nn.Module, experiment: Experiment) -> str:
     """Write the dense weights beside a mask file, if they are not there; returns their digest."""
-    base = tensors_digest(model.state_dict())
+    base = tensors_digest(dense.state_dict())
     path = beside(masks, base)
     if is_main() and not path.exists():
-        save_dense(path, model, experiment.model.name)
+        save_dense(path, dense, experiment.model.name)
     return base
 
 
@@ -114,8 +112,22 @@ def dense_of_masks(
     return model
 
 
-def about(state: State) -> str:
-    """What was read of a file that is none of ours."""
-    which = "averaged (EMA)" if state.averaged else "not the averaged ones (EMA)" if state.choice else "weights"
-    kind = "logits" if state.learned else "masks"
-    return f"{state.path}: {which}, {kind} of {len(state.masks)} layers" if state.masks else f"{state.path}: {which}"
+def load_original(found: State, experiment: Experiment, task: Task) -> nn.Module:
+    """A dense model with the weights of a file that is none of ours.
+
+    Raises:
+        CheckpointError: they do not fit, or a layer that is not excluded has no mask where others have one.
+    """
+    model = task.build_model(experiment.seeds[0])
+    load_state(model, found.weights, str(found.path))
+    if found.masks:
+        layers = prunable_linears(model, exclude=experiment.model.exclude)
+        if missing := [name for name in layers if name not in found.masks]:
+            more = f" and {len(missing) - 1} more have" if len(missing) > 1 else " has"
+            raise CheckpointError(
+                f"{found.path}: layer {missing[0]!r}{more} no mask; name layers that stay dense with --exclude"
+            )
+    average = ", averaged (EMA)" if found.averaged else ""
+    masks = f", {'logits' if found.learned else 'masks'} of {len(found.masks)} layers" if found.masks else ""
+    say(f"weights: {found.path}{average}{masks}")
+    return model

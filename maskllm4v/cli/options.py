@@ -1,22 +1,64 @@
 """Flags that commands share, and the experiment that they add up to. Names are the original's and timm's.
 
 A flag that is not given is no setting: what the library does by default stands in :mod:`maskllm4v.config`.
+Of the original's flags some have a second name here, and those without a counterpart say what to do instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from maskllm4v.config import Experiment, parse_experiment
+from maskllm4v.errors import ConfigError
 
 DENSE, PRIOR, LEARNED = "dense", "prior", "masks"  # rows of the experiment that a command runs
+FLAGS = {  # settings whose flags have other names
+    "accumulate": "--grad-accum-steps",
+    "auto_augment": "--aa",
+    "calibration": "--nsamples",
+    "ema": "--model-ema-decay",
+    "eval_batch_size": "--batch-size",
+    "gate_std": "--gate-init-std",
+    "label_smoothing": "--smoothing",
+    "loader_workers": "--workers",
+    "log_every": "--log-interval",
+    "checkpoint_minutes": "--save-minutes",
+    "random_erasing": "--reprob",
+    "regularisation": "--sparse-weight-reg",
+    "scaling": "--scaling-range",
+    "seeds": "--seed",
+    "tau": "--tau-range",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without listing all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog.split()[-1]}: {message}; see {self.prog} --help\n")
+
+
+class Replaced(argparse.Action):
+    """A flag of the original that is an error here; its ``const`` says what to do instead."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, values: object, option: str | None = None) -> None:
+        parser.error(f"no {option} here: {self.const}")
+
+
+def add_replaced(parser: argparse.ArgumentParser, hints: Mapping[str, str]) -> None:
+    for flag, hint in hints.items():
+        parser.add_argument(
+            flag, action=Replaced, nargs="*", const=hint, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, metavar="NAME", help="timm's name, e.g. vit_base_patch16_224")
+    group.add_argument("-m", "--model", required=True, metavar="NAME", help="timm's name, e.g. vit_base_patch16_224")
     group.add_argument(
         "--pretrained",
         action="store_true",
@@ -24,6 +66,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dense-checkpoint",
+        "--ckpt",
+        "--initial-checkpoint",
         type=Path,
         metavar="FILE",
         help="take the dense weights from a state dict: .safetensors, .pt, .pth.tar",
@@ -31,7 +75,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-classes", type=int, metavar="N", help="classes to tell apart, if not the model's own number"
     )
-    group.add_argument("--img-size", type=int, metavar="PIXELS", help="image size, if not the model's own")
+    group.add_argument(
+        "--img-size", "--image-size", type=int, metavar="PIXELS", help="image size, if not the model's own"
+    )
     group.add_argument("--mean", type=float, nargs="+", metavar="X", help="subtracted from images, a value a channel")
     group.add_argument("--std", type=float, nargs="+", metavar="X", help="images are divided by it, a value a channel")
     group.add_argument(
@@ -46,6 +92,7 @@ def add_data(parser: argparse.ArgumentParser, *splits: str) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data-dir",
+        "--data-path",
         default="data/imagenet",
         metavar="FOLDER",
         help="holds a folder a split, which hold a folder a class (default data/imagenet); with --dataset: its root",
@@ -56,6 +103,7 @@ def add_data(parser: argparse.ArgumentParser, *splits: str) -> None:
             default = "validation" if split == "val" else "train"
             group.add_argument(
                 f"--{split}-split",
+                *(["--split"] if splits == (split,) else []),
                 metavar="NAME",
                 help=f"of the {'training' if split == 'train' else 'validation'} images "
                 f"(default {split}; with --dataset {default})",
@@ -92,6 +140,13 @@ def mask_file(text: str) -> Path:
 
 def add_pattern(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--pattern", metavar="N:M", help=f"weights kept of each group of M (default {default})")
+    add_replaced(parser, dict.fromkeys(("--N", "--M"), "say --pattern N:M"))
+
+
+def add_exclude(parser: argparse.ArgumentParser, when: str = "") -> None:
+    parser.add_argument(
+        "--exclude", nargs="*", default=["head"], metavar="LAYER", help=f"{when}stay dense (default head)"
+    )
 
 
 def experiment(arguments: argparse.Namespace, *, data: dict[str, Any], **sections: Any) -> Experiment:
@@ -121,7 +176,17 @@ def experiment(arguments: argparse.Namespace, *, data: dict[str, Any], **section
         "runtime": {"device": a.device, "loader_workers": a.workers, **sections.pop("runtime", {})},
         **sections,
     }
-    return parse_experiment(raw, "flags")
+    try:
+        return parse_experiment(raw)
+    except ConfigError as error:  # say flags, not settings
+        text = re.sub(r"^params: (\S+)(?= is )", lambda key: _flag(key[1]), str(error), flags=re.MULTILINE)
+        raise ConfigError(text) from error
+
+
+def _flag(key: str) -> str:
+    """``--tau-range`` for ``learned.masks.tau.0``."""
+    name = [part for part in key.split(".") if not part.isdigit()][-1]
+    return FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
 def set_only(**values: Any) -> dict[str, Any]:

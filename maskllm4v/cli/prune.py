@@ -14,7 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-model", type=options.mask_file, required=True, metavar="FILE", help="mask file to write (.safetensors)"
     )
     parser.add_argument(
-        "--pruner", default="magnitude", metavar="NAME", help="magnitude (default), wanda, sparsegpt or random"
+        "--pruner",
+        default="magnitude",
+        choices=("magnitude", "wanda", "sparsegpt", "random"),
+        help="method (default magnitude)",
     )
     parser.add_argument(
         "--enable-update", action="store_true", help="sparsegpt: correct the kept weights for the pruned ones"
@@ -31,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="train",
         help="they come from (default train); val, as in the original, leaks: it is what validate measures on",
     )
-    parser.add_argument("--exclude", nargs="*", default=["head"], metavar="LAYER", help="stay dense (default head)")
+    options.add_exclude(parser)
     options.add_pattern(parser, "2:4")
     options.add_model(parser)
     options.add_data(parser, "train", "val")
@@ -39,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    import copy
+
     from maskllm4v.checkpoints import MaskCheckpoint, save_masks
     from maskllm4v.cli import inputs
     from maskllm4v.distributed import leave
@@ -59,12 +64,12 @@ def run(arguments: argparse.Namespace) -> None:
     )
     prior, task = experiment.priors[options.PRIOR], inputs.task_of(experiment)
     model = inputs.dense_model(experiment, task)
+    dense = copy.deepcopy(model)  # written at the end: a command that fails leaves nothing
 
     def calibration() -> Iterator[Any]:  # only methods that look at inputs ask for them
         inputs.prepare_data(experiment, task)
         yield from task.calibration_batches(prior.batch_size, a.seed)
 
-    base = inputs.keep_beside(a.save_model, model, experiment)
     masks = prune(
         model,
         prior.method,
@@ -78,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=a.seed,
     )
     weights = {f"{name}.weight": linear(model, name).weight for name in masks if prior.update_weights}
+    base = inputs.keep_beside(a.save_model, dense, experiment)
     if is_main():
         save_masks(a.save_model, MaskCheckpoint(pattern, masks, base, prior.method, weights, prior={}))
     updated = ", weights updated" if weights else ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskllm4v.cli import options
 from maskllm4v.config import Experiment
-from maskllm4v.errors import CheckpointError
+from maskllm4v.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
+        "--sparse-checkpoint",
         type=Path,
         metavar="FILE",
         help="the prior: masks of prune, or the original's .pt; without it every mask starts from chance",
@@ -33,15 +34,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--curve", type=Path, metavar="FILE", help="CSV file to write (default: --output, in .csv)")
     options.add_pattern(parser, "the prior's, or 2:4")
-    parser.add_argument(
-        "--exclude", nargs="*", default=["head"], metavar="LAYER", help="without a prior: stay dense (default head)"
-    )
+    options.add_exclude(parser, "without a prior, or with the original's: ")
+    _add_given(parser)
     _add_masks(parser.add_argument_group("masks"))
     _add_optimisation(parser.add_argument_group("optimisation"))
     _add_augmentation(parser.add_argument_group("augmentation, as in timm"))
     options.add_model(parser)
     options.add_data(parser, "train")
     options.add_runtime(parser, 128, "images a step, over all processes and micro-batches; the original's runs: 512")
+
+
+def _add_given(parser: argparse.ArgumentParser) -> None:
+    """Flags of the original's scripts that are so anyway, or that have another place here."""
+    parser.add_argument("--sparsity-mode", choices=("maskllm",), help="always so; as in the original")
+    parser.add_argument("--mask-only", action="store_true", help="always so; as in the original")
+    parser.add_argument("--sched", choices=("cosine",), help="always so; as in the original")
+    options.add_replaced(
+        parser,
+        {
+            "--experiment": "say the whole name with --output",
+            "--log-wandb": "the curve is a CSV file (--curve); runs of the pipeline go to MLflow",
+            "--resume": "the same command again goes on",
+            "--val-split": "nothing is measured while training; see validate",
+        },
+    )
 
 
 def _add_masks(group: Any) -> None:
@@ -56,12 +72,15 @@ def _add_masks(group: Any) -> None:
 
 
 def _add_optimisation(group: Any) -> None:
-    group.add_argument("--epochs", type=float, metavar="N", help="length (default 20)")
-    group.add_argument("--steps", type=int, metavar="N", help="length in steps instead")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, metavar="N", help="length (default 20)")
+    length.add_argument("--steps", type=int, metavar="N", help="length in steps instead")
     group.add_argument("--opt", metavar="NAME", help="optimiser, by timm's name (default adamw)")
     group.add_argument("--lr", type=float, metavar="X", help="first learning rate (default 1e-3)")
     group.add_argument("--min-lr", type=float, metavar="X", help="last learning rate (default 1e-4)")
-    group.add_argument("--warmup", type=float, metavar="SHARE", help="of the steps (default 0)")
+    warmup = group.add_mutually_exclusive_group()
+    warmup.add_argument("--warmup", type=float, metavar="SHARE", help="of the steps (default 0)")
+    warmup.add_argument("--warmup-epochs", type=float, metavar="N", help="the same, of --epochs")
     group.add_argument("--weight-decay", type=float, metavar="X", help="(default 0.01)")
     group.add_argument("--clip-grad", type=float, metavar="NORM", help="(default 2; 0: off)")
     group.add_argument(
@@ -100,6 +119,11 @@ def settings(arguments: argparse.Namespace, pattern: str) -> Experiment:
     """The flags as an experiment."""
     a = arguments
     epochs = 20.0 if a.epochs is None and a.steps is None else a.epochs
+    warmup = a.warmup
+    if a.warmup_epochs:
+        if not epochs:
+            raise ConfigError("--warmup-epochs goes with --epochs; with --steps say --warmup SHARE")
+        warmup = a.warmup_epochs / epochs
     learned = options.set_only(
         epochs=epochs,
         steps=a.steps,
@@ -108,7 +132,7 @@ def settings(arguments: argparse.Namespace, pattern: str) -> Experiment:
         optimizer=a.opt,
         lr=a.lr,
         min_lr=a.min_lr,
-        warmup=a.warmup,
+        warmup=warmup,
         weight_decay=a.weight_decay,
         clip_grad=a.clip_grad,
         anneal=a.anneal,
@@ -154,6 +178,7 @@ def settings(arguments: argparse.Namespace, pattern: str) -> Experiment:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    import copy
     import shutil
 
     import torch
@@ -171,7 +196,7 @@ def run(arguments: argparse.Namespace) -> None:
     a = arguments
     experiment, task, model, pattern, prior = start(a)
     learning = experiment.learned[options.LEARNED]
-    base = inputs.keep_beside(a.output, model, experiment)
+    dense, base = copy.deepcopy(model).cpu(), tensors_digest(model.state_dict())
     manifest = inputs.prepare_data(experiment, task)
     make_learnable(
         model,
@@ -192,6 +217,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     resume = Resume(states, a.seed, identity, minutes=experiment.runtime.checkpoint_minutes)
     learned = learn_masks(model, task, learning, seed=a.seed, prior=prior or None, row=a.output.stem, resume=resume)
+    inputs.keep_beside(a.output, dense, experiment)
     if is_main():
         save_masks(a.output, MaskCheckpoint(pattern, learned.masks, base, "maskllm", {}, prior))
         write_curve(a.curve or a.output.with_suffix(".csv"), CURVE_COLUMNS, learned.curve)
@@ -208,7 +234,7 @@ def start(a: argparse.Namespace) -> tuple[Experiment, Task, nn.Module, NMPattern
     Raises:
         CheckpointError: the prior has no masks, or is of another model or pattern.
     """
-    from maskllm4v.checkpoints import MaskCheckpoint, load_state
+    from maskllm4v.checkpoints import MaskCheckpoint
     from maskllm4v.cli import inputs
     from maskllm4v.original import load_any, unpruned
     from maskllm4v.patterns import NMPattern
@@ -228,7 +254,7 @@ def start(a: argparse.Namespace) -> tuple[Experiment, Task, nn.Module, NMPattern
         if updated := found.updated(model.state_dict()):
             inputs.say(f"{a.checkpoint}: other weights than the dense ones in {len(updated)} layers; unused")
     else:
-        model = task.build_model(a.seed)
-        load_state(model, unpruned(found), str(a.checkpoint))
+        unpruned(found)
+        model = inputs.load_original(found, experiment, task)
         inputs.say(f"dense weights: those in {a.checkpoint}, as they are (updated ones, if it was made so)")
     return experiment, task, model, pattern, dict(found.masks)

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the original's table was measured with --no-use-ema",
     )
     parser.add_argument("--results-file", type=Path, metavar="FILE", help="write the JSON object there, too")
+    options.add_exclude(parser, "layers that have no mask in the original's files: ")
     options.add_pattern(parser, "what the file says; for masks that say nothing 2:4")
     options.add_amp(parser)
     options.add_model(parser)
@@ -58,6 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         a,
         data={"train": images, "test": images, "calibration": 1},  # training images are not looked at
         task={"eval_batch_size": a.batch_size, "eval_amp": options.amp(a)},
+        exclude=a.exclude,
     )
     task = inputs.task_of(experiment)
     model, masks = measured(a, experiment, task)
@@ -82,7 +84,7 @@ def measured(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple
     Raises:
         CheckpointError: the file is not what ``--sparsity-mode`` says, or does not fit the model.
     """
-    from maskllm4v.checkpoints import MaskCheckpoint, load_state, tensors_digest
+    from maskllm4v.checkpoints import MaskCheckpoint, tensors_digest
     from maskllm4v.cli import inputs
     from maskllm4v.evaluation import install
     from maskllm4v.original import load_any
@@ -97,7 +99,7 @@ def measured(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple
     learned = found.method == "maskllm" if isinstance(found, MaskCheckpoint) else found.learned
     if mode != "dense" and not found.masks:
         raise CheckpointError(f"{path} holds no masks, so it cannot be measured as {mode!r}, only as 'dense'")
-    if mode == "dense" and (found.masks or isinstance(found, MaskCheckpoint)):
+    if mode == "dense" and found.masks:
         raise CheckpointError(f"{path} holds masks; say --sparsity-mode {'maskllm' if learned else 'sparse'}")
     if mode == "maskllm" and not learned:
         raise CheckpointError(f"{path} holds masks, but no learned ones; say --sparsity-mode sparse")
@@ -106,9 +108,7 @@ def measured(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple
     else:
         if a.dense_checkpoint is not None:
             raise ConfigError(f"{path} brings weights of its own; --dense-checkpoint is for masks of prune and train")
-        model = task.build_model(a.seed)
-        load_state(model, found.weights, str(path))
-        inputs.say(inputs.about(found))
+        model = inputs.load_original(found, experiment, task)
         if not found.masks:
             return model, None
         found = found.checkpoint(tensors_digest(model.state_dict()))

@@ -85,6 +85,8 @@ class Experiment(Settings):
                     raise ValueError(f"{section}.{row} needs steps or epochs, there or in learning")
         if self.task.eval_split == "holdout" and not self.data.holdout:
             raise ValueError("task.eval_split is 'holdout', which needs data.holdout")
+        if self.exact and self.runtime.processes > 1:
+            raise ValueError(f"runtime.processes is {self.runtime.processes}, but exact: true needs one process")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} holds one twice")
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -97,4 +98,6 @@ def _allowed_keys(location: tuple[str, ...]) -> list[str]:
     for part in location:
         is_rows = get_origin(section) is dict
         section = get_args(section)[1] if is_rows else section.model_fields[part].annotation
+        if isinstance(section, UnionType):  # an optional section
+            section = get_args(section)[0]
     return list(section.model_fields)

@@ -73,6 +73,8 @@ def _entries(root: Path, split: str, classes: list[str], hash_files: bool) -> li
             path, digest = Path(file.path), ""
             try:
                 size = file.stat().st_size  # follows links: a broken one is missing
+                if not file.is_file():
+                    raise OSError("is no file")
                 if not size:
                     raise OSError("is empty")
                 if not os.access(path, os.R_OK):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from maskllm4v.config import DataSettings
 from maskllm4v.data.decoded import decode
@@ -19,6 +21,8 @@ from maskllm4v.data.manifest import Entry, Manifest, write_manifest
 from maskllm4v.errors import ConfigError, DataError
 from maskllm4v.progress import bar
 
+INDEXED = ("torch", "hfds")  # everything else is a folder or a tar file, and so are these two:
+FOLDERS = ("torch/folder", "torch/image_folder")
 STREAMS = ("hfids", "tfds", "wds")  # timm iterates over these; an image cannot be asked for by its number
 # What torchvision, timm's readers and Hugging Face raise for sources that are missing or damaged.
 FAULTS = (AssertionError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
@@ -30,18 +34,22 @@ def prepare_timm(settings: DataSettings, folder: Path) -> Manifest:
     With ``hash_files`` every image is decoded, and its pixels are hashed.
 
     Raises:
-        ConfigError: the data set can only be streamed.
-        DataError: it is unknown or missing, or its splits' classes differ.
+        ConfigError: the data set can only be streamed, or both splits are the same one.
+        DataError: it is unknown or missing, its splits' classes differ, or images have no class.
     """
     opened = {split: _open(settings, split, download=True) for split in ("train", "test")}
+    if settings.train == settings.test or len({getattr(d, "train", split) for split, d in opened.items()}) == 1:
+        said = f"data.train is {settings.train!r} and data.test is {settings.test!r}"
+        raise ConfigError(f"{said}, which is the same split of {_name(settings)}")
     classes = _classes(opened["train"])
     if _classes(opened["test"]) != classes:
-        raise DataError(f"{settings.dataset}: {settings.train} and {settings.test} have different classes")
-    splits = {split: _entries(settings, split, dataset) for split, dataset in opened.items()}
-    highest = max(entry.label for entries in splits.values() for entry in entries)
-    names = classes or [str(label) for label in range(highest + 1)]
-    if highest >= len(names):
-        raise DataError(f"{settings.dataset}: an image is of class {highest}, but there are {len(names)} classes")
+        raise DataError(f"{_name(settings)}: {settings.train} and {settings.test} have different classes")
+    read = _reader(settings, opened)
+    splits = {split: _entries(settings, split, dataset, read) for split, dataset in opened.items()}
+    labels = {entry.label for entries in splits.values() for entry in entries}
+    names = classes or [str(label) for label in range(max(labels) + 1)]
+    if strange := labels - set(range(len(names))):
+        raise DataError(f"{_name(settings)}: an image is of class {min(strange)}, but there are {len(names)} classes")
     return write_manifest(folder, settings=settings, classes=names, splits=splits, extra={})
 
 
@@ -56,25 +64,41 @@ def reader(manifest: Manifest, settings: DataSettings) -> Callable[[Entry], tupl
     listed["train"] = sum(len(entries) for split, entries in manifest.splits.items() if split != "test")
     for split, dataset in opened.items():
         if len(dataset) != listed[split]:
-            said = f"{settings.dataset}: {split} has {len(dataset)} images, the manifest {listed[split]}"
+            said = f"{_name(settings)}: {split} has {len(dataset)} images, the manifest {listed[split]}"
             raise DataError(f"{said}; run prepare again")
+    return _reader(settings, opened)
 
+
+def _reader(settings: DataSettings, opened: Mapping[str, Any]) -> Callable[[Entry], tuple[Any, str]]:
     def read(entry: Entry) -> tuple[Any, str]:
-        split, _, number = entry.path.partition("/")
-        return _image(opened[split], int(number)), f"{settings.dataset}, image {entry.path}"
+        split, _, digits = entry.path.partition("/")
+        dataset, number = opened[split], int(digits)
+        name = f"{_name(settings)}, image {entry.path}{_file(dataset, number)}"
+        try:
+            return _image(dataset, number), name
+        except FAULTS as error:
+            raise DataError(f"{name} cannot be read as an image: {error}") from error
 
     return read
+
+
+def _name(settings: DataSettings) -> str:
+    return settings.dataset or str(settings.root)
 
 
 def _open(settings: DataSettings, split: str, *, download: bool) -> Any:
     from timm.data import create_dataset
 
     name, wanted = settings.dataset or "", settings.train if split == "train" else settings.test
-    if name.partition("/")[0].lower() in STREAMS:
+    kind = name.partition("/")[0].lower()
+    if kind in STREAMS:
         raise ConfigError(
             f"data.dataset is {name!r}, which timm only streams; allowed: torch/<name>, hfds/<name>, '' for a folder "
             "or tar file"
         )
+    place = Path(settings.root or "") / wanted
+    if (kind not in INDEXED or name.lower() in FOLDERS) and not place.exists():
+        raise DataError(f"data.dataset {name!r}: {place} is missing")  # timm would take all of root for the split
     try:
         dataset = create_dataset(name, root=settings.root, split=wanted, download=download)
         count = len(dataset)
@@ -89,14 +113,11 @@ def _open(settings: DataSettings, split: str, *, download: bool) -> Any:
 def _classes(dataset: Any) -> list[str]:
     """Names in the order of the labels; empty where the data set has none."""
     owner = getattr(dataset, "reader", dataset)
-    numbers = getattr(owner, "class_to_idx", None) or {}
+    numbers = getattr(owner, "class_to_idx", None) or getattr(owner, "class_name_to_idx", None) or {}  # tar: the latter
     return [str(name) for name in sorted(numbers, key=numbers.__getitem__)]
 
 
-def _entries(settings: DataSettings, split: str, dataset: Any) -> list[Entry]:
-    def read(entry: Entry) -> tuple[Any, str]:
-        return _image(dataset, int(entry.path.partition("/")[2])), f"{settings.dataset}, image {entry.path}"
-
+def _entries(settings: DataSettings, split: str, dataset: Any, read: Callable[[Entry], tuple[Any, str]]) -> list[Entry]:
     found = []
     for number, label in enumerate(bar(_labels(dataset), f"listing {split}", total=len(dataset))):
         entry = Entry(f"{split}/{number}", int(label), 0, "")  # sizes on disk: not known
@@ -111,9 +132,9 @@ def _labels(dataset: Any) -> Iterator[Any]:
     owner = getattr(dataset, "reader", dataset)
     if hasattr(owner, "iter_targets"):  # Hugging Face
         yield from owner.iter_targets()
-    elif hasattr(owner, "targets"):  # most of torchvision
+    elif hasattr(owner, "targets") and not np.ndim(owner.targets[0]):  # most of torchvision, tar files
         yield from owner.targets
-    elif hasattr(owner, "samples"):  # folders, tar files
+    elif hasattr(owner, "samples"):  # folders
         yield from (sample[1] for sample in owner.samples)
     else:
         yield from (owner[number][1] for number in range(len(owner)))
@@ -124,3 +145,9 @@ def _image(dataset: Any, number: int) -> Any:
         return dataset[number][0]
     with dataset.reader[number][0] as file:
         return io.BytesIO(file.read())
+
+
+def _file(dataset: Any, number: int) -> str:
+    """What the source calls an image, if it is a file."""
+    samples = getattr(getattr(dataset, "reader", dataset), "samples", None)
+    return "" if samples is None else f" ({getattr(samples[number][0], 'name', samples[number][0])})"

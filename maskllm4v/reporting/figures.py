@@ -51,14 +51,11 @@ def _accuracy(experiment: Experiment, table: pd.DataFrame) -> Figure | None:
     measured = table.dropna(subset=["top1_mean"]).iloc[::-1]
     if measured.empty:
         return None
-    labels = [
-        f"{label} ← {prior}" if isinstance(prior, str) else label
-        for label, prior in zip(measured["label"], measured["prior"], strict=True)
-    ]
+    labels = measured["row"].map(row_labels(experiment))
     figure = Figure(figsize=(8, 0.6 + 0.32 * len(measured)))
     axes = figure.subplots()
     axes.barh(
-        labels if len(set(labels)) == len(labels) else measured["row"],
+        labels if labels.is_unique else measured["row"],
         measured["top1_mean"],
         xerr=measured["top1_std"].fillna(0),
         color=[COLOURS[kind] for kind in measured["kind"]],
@@ -89,19 +86,29 @@ def _curves(experiment: Experiment, reports: Path) -> Figure | None:
         "grad_norm": "gradient norm",
         "kept_energy": "kept weight energy",
     }
+    labels = row_labels(experiment)
     figure = Figure(figsize=(10, 5.6))
     grid = figure.subplots(2, 3, sharex=True)
     for axes, (column, title) in zip(grid.flat, panels.items(), strict=True):
         for number, (row, frame) in enumerate(frames.items()):
-            settings = experiment.learned[row]
-            name = f"{experiment.rows[row]} ← {experiment.rows[settings.prior]}"
             mean = frame.groupby("step")[column].mean()
-            axes.plot(mean.index, mean.to_numpy(), linewidth=1, color=f"C{number}", label=name)
+            axes.plot(mean.index, mean.to_numpy(), linewidth=1, color=f"C{number}", label=labels[row])
         axes.set_title(title, fontsize=9)
     for axes in grid[-1]:
         axes.set_xlabel("step")
     figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
+
+
+def row_labels(experiment: Experiment) -> dict[str, str]:
+    """What figures call each row: its label, its prior, and its pattern where the table has several."""
+    patterns = {experiment.pattern_of(row) for row in experiment.rows} - {None}
+    labels = {}
+    for row, label in experiment.rows.items():
+        start, pattern = experiment.mask_row(row), experiment.pattern_of(row)
+        before = f"{pattern} " if pattern is not None and len(patterns) > 1 else ""
+        labels[row] = before + label + (f" ← {experiment.rows[start]}" if start not in (None, row) else "")
+    return labels
 
 
 def read_curves(experiment: Experiment, reports: Path, row: str) -> pd.DataFrame | None:

@@ -27,14 +27,14 @@ class Tally:
     def add(self, logits: Tensor, labels: Tensor, dense: Tensor | None = None) -> None:
         """Take in outputs ``[B, classes]``, labels ``[B]`` and, if given, the dense model's outputs."""
         logits = logits.float()
-        ranked = logits.topk(min(5, logits.shape[1]), 1).indices
+        ranked = _ranked(logits)
         hits = ranked == labels[:, None]
         first = hits[:, 0].to(self._sums)
         nll = F.cross_entropy(logits, labels, reduction="sum")
         same = logits.new_zeros(())
         if dense is not None:
             self._compared = True
-            same = (dense.float().topk(1, 1).indices[:, 0] == ranked[:, 0]).sum()
+            same = (_ranked(dense.float())[:, 0] == ranked[:, 0]).sum()
         counts = (torch.tensor(len(labels), device=logits.device), hits[:, 0].sum(), hits.any(1).sum(), nll, same)
         self._sums += torch.stack([value.to(self._sums) for value in counts])
         confidence = logits.softmax(1).amax(1).to(self._sums)
@@ -58,3 +58,8 @@ class Tally:
             "ece": 100 * float((confidence - hits).abs().sum()) / count,
         }
         return {**found, "agreement": 100 * same / count} if self._compared else found
+
+
+def _ranked(logits: Tensor) -> Tensor:
+    """The five likeliest classes ``[B, 5]``; one way for all models, so that ties are broken alike."""
+    return logits.topk(min(5, logits.shape[1]), 1).indices

@@ -1,0 +1,169 @@
+"""Models that are chains of blocks are streamed block by block; all others are run as a whole."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from streaming import (
+    AWKWARD,
+    Backwards,
+    Block,
+    Plain,
+    TwiceThrough,
+    both_ways,
+    check,
+    check_stream,
+    images,
+    shrink,
+    whole_model_inputs,
+)
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from maskllm4v.calibration import Hessian, InputNorm, default_forward, stream_statistics
+from maskllm4v.surgery import prunable_linears
+
+# Models that are chains of blocks, and such that are not
+
+
+@both_ways
+@pytest.mark.parametrize("statistic", [InputNorm, Hessian])
+def test_vit(tiny_vit: nn.Module, propagate: str, statistic: type) -> None:
+    units = check_stream(tiny_vit, images(), propagate, statistic)
+    block = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+    assert units == [[f"blocks.{i}.{name}" for name in block] for i in range(2)] + [["head"]]
+
+
+@both_ways
+def test_swin(tiny_swin: nn.Module, propagate: str) -> None:
+    check_stream(tiny_swin, images(3, 64), propagate)
+
+
+@both_ways
+def test_convnext(tiny_convnext: nn.Module, propagate: str) -> None:
+    check_stream(tiny_convnext, images(3, 64), propagate)
+
+
+@both_ways
+def test_chain_amid_other_layers(propagate: str) -> None:
+    # 24 of the 40 layers stand in stage 3, as in a real Swin-S or Swin-B.
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        embed_dim=8,
+        depths=(1, 1, 6, 1),
+        num_heads=(1, 1, 1, 1),
+        img_size=64,
+        window_size=2,
+        num_classes=4,
+    ).eval()
+    check_stream(model, images(3, 64), propagate)
+
+
+@both_ways
+def test_some_layers_only(tiny_vit: nn.Module, propagate: str) -> None:
+    layers = prunable_linears(tiny_vit, exclude=["head", "*.attn", "blocks.0.mlp.fc2"])
+    units = check_stream(tiny_vit, images(), propagate, layers=layers)
+    assert units == [["blocks.0.mlp.fc1"], ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]]
+
+
+def runs_of_first_block(model: nn.Module, blocks: Callable[[nn.Module], nn.Module], propagate: str) -> int:
+    """How often the first block is computed while all statistics are streamed over one batch."""
+    runs = []
+    blocks(model)[0].register_forward_hook(lambda *_: runs.append(1))
+    layers = prunable_linears(model, exclude=["head*"])
+    size = (2, 1, 8, 8) if isinstance(model, VisionTransformer) else (2, 3, 64, 64)
+    for _ in stream_statistics(model, layers, [torch.randn(size)], InputNorm, propagate=propagate):
+        pass
+    return len(runs)
+
+
+@both_ways
+def test_vit_is_streamed_block_by_block(propagate: str) -> None:
+    def runs(depth: int) -> int:
+        model = VisionTransformer(
+            img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=depth, num_heads=1, num_classes=2
+        )
+        return runs_of_first_block(model, lambda m: m.blocks, propagate)
+
+    # Once to see what feeds what, once to observe, once more where it has been pruned; however deep.
+    assert runs(2) == runs(6) == (3 if propagate == "pruned" else 2)
+
+
+@pytest.mark.parametrize("kind", ["swin", "convnext"])
+def test_hierarchical_models_are_run_as_a_whole(kind: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(f"tiny_{kind}")
+    first = (lambda m: m.layers[0].blocks) if kind == "swin" else (lambda m: m.stages[0].blocks)
+    # Dense: all at once, after at most one look for a chain; pruned: once per unit, and there are ≥ 5.
+    assert runs_of_first_block(copy.deepcopy(model), first, "dense") <= 2
+    assert runs_of_first_block(model, first, "pruned") >= 5
+
+
+@both_ways
+@pytest.mark.parametrize("kind", AWKWARD)
+def test_awkward_models(kind: str, propagate: str) -> None:
+    check_stream(AWKWARD[kind]().eval(), [torch.randn(n, 8) for n in (3, 2)], propagate)
+
+
+@both_ways
+@pytest.mark.parametrize("excluded", ["blocks.0", "blocks.1", "blocks.2"])
+@pytest.mark.parametrize("kind", ["plain", "second argument", "between blocks"])
+def test_block_without_layers_of_interest_still_counts(kind: str, excluded: str, propagate: str) -> None:
+    model = AWKWARD[kind]().eval()
+    layers = prunable_linears(model, exclude=[excluded, "embed"])
+    assert len(layers) == 2
+    check_stream(model, [torch.randn(n, 8) for n in (3, 2)], propagate, layers=layers)
+
+
+@both_ways
+@pytest.mark.parametrize("kind", ["plain", "between blocks", "bare linears"])
+def test_layers_may_be_replaced_on_the_way(kind: str, propagate: str) -> None:
+    model = AWKWARD[kind]().eval()
+    untouched, batches = copy.deepcopy(model), [torch.randn(n, 8) for n in (3, 2)]
+    for unit in stream_statistics(model, prunable_linears(model), batches, InputNorm, propagate=propagate):
+        seen_by = untouched if propagate == "dense" else model
+        expected = whole_model_inputs(seen_by, unit, batches, default_forward)
+        for name, found in unit.items():
+            check(found, expected[name])
+        for name in unit:
+            layer = copy.deepcopy(model.get_submodule(name))
+            shrink(layer)
+            model.set_submodule(name, layer)
+
+
+@pytest.mark.parametrize("kind", ["twice through", "shared layer"])
+def test_layer_used_more_than_once_is_seen_each_time(kind: str) -> None:
+    shared = nn.Linear(8, 8)
+    model = TwiceThrough([Block() for _ in range(3)]) if kind == "twice through" else None
+    model = model or Plain([Block(shared), Block(), Block(shared)])
+    check_stream(model.eval(), [torch.randn(n, 8) for n in (3, 2)], "dense")
+
+
+class HeadFirst(Plain):
+    """Registers its head before its body."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__(blocks)
+        modules = list(self._modules.items())
+        self._modules.clear()
+        self._modules.update([("head", nn.Linear(8, 4)), *modules])
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.head(super().run(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "order"),
+    [
+        (lambda: HeadFirst([Block() for _ in range(2)]), ["embed", "blocks.0.fc", "blocks.1.fc", "head"]),
+        (lambda: Backwards([Block() for _ in range(2)]), ["embed", "blocks.1.fc", "blocks.0.fc"]),
+    ],
+    ids=["head first", "backwards"],
+)
+@both_ways
+def test_units_come_in_order_of_execution(model: Callable[[], nn.Module], order: list[str], propagate: str) -> None:
+    units = check_stream(model().eval(), [torch.randn(4, 8)], propagate)
+    assert [name for unit in units for name in unit] == order

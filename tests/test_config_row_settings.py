@@ -1,0 +1,174 @@
+"""What each row is, and which settings its result depends on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from small_params import FINETUNING, LEARNING, SECTIONS, changed, params
+
+from maskllm4v.config import parse_experiment
+from maskllm4v.errors import ConfigError
+
+
+def test_kind_of_every_row() -> None:
+    found = parse_experiment(params())
+    assert {row: found.kind(row) for row in found.rows} == {
+        "dense": "dense",
+        "one": "oneshot",
+        "own": "learned",
+        "plain": "learned",
+        "tuned": "finetuned",
+        "more": "finetuned",
+    }
+    with pytest.raises(
+        ConfigError, match="no row 'other' in this experiment; allowed: dense, one, own, plain, tuned, more"
+    ):
+        found.kind("other")
+
+
+def test_masks_and_patterns_of_every_row() -> None:
+    raw = params()
+    raw["priors"]["eight"], raw["rows"]["eight"] = {"method": "wanda", "pattern": "4:8"}, "Eight"
+    raw["learned"]["plain"]["prior"] = "eight"
+    found = parse_experiment(raw)
+    assert {row: found.mask_row(row) for row in found.rows} == {
+        **{"dense": None, "one": "one", "own": "one", "plain": "eight"},
+        **{"tuned": "one", "more": None, "eight": "eight"},
+    }
+    assert {row: found.pattern_of(row) for row in found.rows} == {
+        **{"dense": None, "one": "2:4", "own": "2:4", "plain": "4:8"},
+        **{"tuned": "2:4", "more": None, "eight": "4:8"},
+    }
+    with pytest.raises(ConfigError, match="no row 'x'"):
+        found.mask_row("x")
+
+
+@pytest.mark.parametrize(
+    ("dense", "seeds"),
+    [
+        ({"init": "scratch", "steps": 5}, [3, 1]),
+        ({"init": "scratch", "steps": 5, "shared": True}, [3, 3]),
+        ({"init": "pretrained"}, [3, 3]),
+        ({"init": "checkpoint", "checkpoint": "a.safetensors"}, [3, 3]),
+    ],
+)
+def test_dense_model_of_a_seed(dense: dict[str, Any], seeds: list[int]) -> None:
+    found = parse_experiment({**params(), "seeds": [3, 1], "dense": {"row": "dense", **dense}})
+    assert [found.dense_seed(seed) for seed in found.seeds] == seeds
+    assert found.row_seeds("dense") == list(dict.fromkeys(seeds))
+    for row in ("one", "own", "tuned", "more"):
+        assert found.row_seeds(row) == [3, 1]
+
+
+@pytest.mark.parametrize(("sets", "expected"), [(1, [0, 0, 0]), (2, [0, 1, 0]), (3, [0, 1, 2]), (5, [0, 1, 2])])
+def test_seeds_take_turns_with_calibration_sets(sets: int, expected: list[int]) -> None:
+    found = parse_experiment({**changed("data.calibration_sets", sets), "seeds": [7, 3, 5]})
+    assert [found.calibration_set(seed) for seed in found.seeds] == expected
+
+
+COMMON = {"table", "exact", "seeds", "data", "task", "model", "dense"}
+
+
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [
+        ("dense", COMMON),
+        ("one", COMMON | {"pattern", "prior"}),
+        ("own", COMMON | {"pattern", "prior", "learning"}),
+        ("tuned", COMMON | {"pattern", "prior", "finetuning"}),
+        ("more", COMMON | {"finetuning"}),
+    ],
+)
+def test_row_settings_are_plain_and_complete(row: str, keys: set[str]) -> None:
+    found = parse_experiment(params()).row_settings(row)
+    assert set(found) == keys
+    assert json.loads(json.dumps(found)) == found
+    sections = {"prior": "priors.one", "learning": "learned.own", "finetuning": "finetuned.tuned"}
+    for key in keys - {"table", "exact", "seeds", "pattern"}:
+        assert set(found[key]) == set(SECTIONS[sections.get(key, key)])
+
+
+# (change, rows whose settings change)
+ALL = "dense one own plain tuned more"
+CHANGES = [
+    ("title", "Other", ""),
+    ("rows.own", "Other", ""),
+    *((f"runtime.{key}", 2, "") for key in SECTIONS["runtime"] if key not in ("device", "checkpoint_minutes")),
+    ("runtime.device", "cpu", ""),
+    ("runtime.checkpoint_minutes", 1.5, ""),
+    ("learned.own.lr", 0.1, "own"),
+    ("finetuned.tuned.lr", 0.1, "tuned"),
+    ("finetuned.more.start", "one", "more"),
+    ("learning.lr", 0.1, "own plain tuned more"),
+    ("learning.steps", 3, "plain tuned"),
+    ("learning.tau", [3.0, 0.1], "own plain"),
+    ("priors.one.method", "wanda", "one own plain tuned"),
+    ("priors.one.pattern", "4:8", "one own plain tuned"),
+    ("pattern", "4:8", "one own plain tuned"),
+    ("exact", True, ALL),
+    ("seeds", [0], ALL),
+    ("table", "other", ALL),
+    ("data.split_seed", 5, ALL),
+    ("data.holdout", 11, ALL),
+    ("task.shift", 2, ALL),
+    ("task.eval_split", "holdout", ALL),
+    ("model.args", {"img_size": 4}, ALL),
+    ("model.input", {"img_size": 4}, ALL),
+    ("dense.lr", 0.1, ALL),
+    ("dense.shared", True, ALL),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "rows"), CHANGES, ids=[path for path, _, _ in CHANGES])
+def test_row_settings_change_with_what_a_row_depends_on(path: str, value: Any, rows: str) -> None:
+    before, after = parse_experiment(params()), parse_experiment(changed(path, value))
+    assert before != after
+    moved = {row for row in before.rows if before.row_settings(row) != after.row_settings(row)}
+    assert moved == set(rows.split())
+
+
+OTHER = {float: 0.25, int: 11, bool: True, str: "x", tuple: [0.125, 0.5]}
+OTHER_CHOICE = {
+    **{"init": "magnitude", "anneal": "epoch", "propagate": "pruned", "select": "best", "amp": "bf16"},
+    **{"accumulate": 2, "epochs": 0.25, "optimizer_args": {"a": 1}, "pattern": "4:8", "start": "dense"},
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "key"), [("learned.own", key) for key in LEARNING] + [("finetuned.tuned", key) for key in FINETUNING]
+)
+def test_no_setting_of_a_trained_row_reaches_another(row: str, key: str) -> None:
+    raw, (section, name) = params(), row.split(".")
+    before: Any = parse_experiment(raw)
+    now = getattr(getattr(before, section)[name], key)
+    if key == "epochs":
+        raw[section][name].pop("steps", None)
+    raw[section][name][key] = other_value(key, now)
+    after = parse_experiment(raw)
+    moved = {row for row in before.rows if before.row_settings(row) != after.row_settings(row)}
+    assert moved == {name}
+
+
+@pytest.mark.parametrize("key", SECTIONS["priors.one"])
+def test_no_setting_of_a_prior_reaches_rows_without_it(key: str) -> None:
+    raw = params()
+    raw["priors"]["two"], raw["rows"]["two"] = {"method": "wanda"}, "Two"
+    raw["learned"]["own"]["prior"] = "two"
+    before = parse_experiment(raw)
+    raw["priors"]["two"][key] = other_value(key, getattr(before.priors["two"], key))
+    after = parse_experiment(raw)
+    moved = {row for row in before.rows if before.row_settings(row) != after.row_settings(row)}
+    assert moved == {"two", "own"}
+
+
+def other_value(key: str, now: Any) -> Any:
+    other = OTHER_CHOICE[key] if key in OTHER_CHOICE else not now if isinstance(now, bool) else OTHER[type(now)]
+    assert other != now
+    return other
+
+
+def test_row_settings_of_an_unknown_row_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no row 'x'"):
+        parse_experiment(params()).row_settings("x")
