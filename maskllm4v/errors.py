@@ -4,7 +4,7 @@
 class UserError(ValueError):
     """A mistake that the person at the keyboard can mend: bad settings, wrong files, unfit layers.
 
-    The command line and the stages print its message, without a traceback, and exit with status 2.
+    The command line and the stages print its message, without a traceback, and exit with status 1.
     Messages name the key or file, what was found there, and what is allowed.
     """
 
