@@ -21,12 +21,10 @@ class Average:
         self.values = [tensor.detach().clone() for tensor in tensors] if decay else []
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
+    def update(self) -> None:
         """Take in the tensors as they are after a step."""
         if self.decay:
-            # A warm-up for short runs: the average follows closely at first (as in TensorFlow's and timm's).
-            decay = min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.values, [tensor.detach() for tensor in self.tensors], 1 - decay)
+            torch._foreach_lerp_(self.values, [tensor.detach() for tensor in self.tensors], 1 - self.decay)
 
     @torch.no_grad()
     def swap(self) -> None:

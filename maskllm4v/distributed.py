@@ -33,15 +33,6 @@ def sum_(*tensors: Tensor) -> None:
             torch.distributed.all_reduce(tensor)
 
 
-def wait() -> None:
-    """Until all processes are here."""
-    if world_size() > 1:
-        import torch
-
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-
-
 def same_everywhere(value: Any, device: torch.device) -> Any:
     """The main process's value, in all processes."""
     if world_size() == 1:

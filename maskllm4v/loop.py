@@ -2,7 +2,7 @@
 
 Accelerate does mixed precision, gradient scaling and the averaging of gradients over processes. What is
 trained, and by which loss, a :class:`Learner` knows; batches come from a :class:`~maskllm4v.tasks.Task`.
-Nothing in a step waits for the device.
+The loop itself never waits for the device in a step. (Gumbel noise is drawn on the CPU and copied there.)
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import resource
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,17 +125,19 @@ def run(
     share = Share.of(rank(), world_size(), settings.accumulate)
     accelerator = _accelerator(device, settings.amp)
     _set_up(learner.model, settings)
-    compiled = torch.compile(learner.model) if settings.compile else learner.model
-    model = accelerator.prepare_model(compiled, device_placement=False)
     optimizer = accelerator.prepare_optimizer(learner.optimizer, device_placement=False)
     initial_lr = [group["lr"] for group in optimizer.param_groups]
     finite, scaled = FiniteLoss(device), accelerator.scaler is not None
     start = _restore(learner, accelerator, resume, device)
     divided = {} if share == WHOLE else {"share": share}  # a task for one process need not know it
-    batches = _batches(task, phases, start, steps, seed=seed, batch_size=settings.batch_size, **divided)
     learner.train_mode()
     clock = _Clock(settings.batch_size, device)
-    with seeded_steps(device, seed) as seed_step, stopping() as stop:
+    with (
+        closing(_batches(task, phases, start, steps, seed=seed, batch_size=settings.batch_size, **divided)) as batches,
+        _prepared(accelerator, learner.model, settings.compile) as model,
+        seeded_steps(device, seed) as seed_step,
+        stopping() as stop,
+    ):
         name = f"{learner.row}, seed {seed}"
         for step in bar(range(start, steps), name, total=steps, initial=start, position=position):
             done = progress(step, steps, steps_per_epoch, settings.anneal)
@@ -170,7 +172,6 @@ def run(
                 resume.save(_state(learner, accelerator, step + 1))
             if stop and is_main():  # the others end with it: they may be waiting for its gradients
                 stop.leave()
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if settings.grad_checkpointing:
         learner.model.set_grad_checkpointing(False)  # type: ignore[operator]
     learner.model.eval()
@@ -206,6 +207,22 @@ def _accelerator(device: torch.device, amp: str) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu", mixed_precision=amp, device_placement=False)
 
 
+@contextmanager
+def _prepared(accelerator: Accelerator, model: nn.Module, compiled: bool) -> Iterator[nn.Module]:
+    """The model for mixed precision and several processes; afterwards it is what it was.
+
+    Accelerate marks a model and wraps its ``forward`` in place, and takes only a part of that back.
+    """
+    patched = ("forward", "_original_forward", "_is_accelerate_prepared", "_is_torch_compile")
+    own = {name: model.__dict__[name] for name in patched if name in model.__dict__}
+    try:
+        yield accelerator.prepare_model(torch.compile(model) if compiled else model, device_placement=False)
+    finally:
+        for name in patched:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(own)
+
+
 def _set_up(model: nn.Module, settings: TrainingSettings) -> None:
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -215,7 +232,9 @@ def _set_up(model: nn.Module, settings: TrainingSettings) -> None:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
 
 
-def _batches(task: Task, phases: tuple[tuple[Task, int], ...], start: int, steps: int, **options: Any) -> Iterator[Any]:
+def _batches(
+    task: Task, phases: tuple[tuple[Task, int], ...], start: int, steps: int, **options: Any
+) -> Generator[Any]:
     for other, end in (*phases, (task, steps)):
         if start < min(end, steps):
             yield from other.train_batches(start=start, steps=min(end, steps), **options)

@@ -33,6 +33,11 @@ def read_origin(experiment: Experiment, row: str) -> dict[str, Any]:
         CheckpointError: it was made with other settings.
     """
     found = read_json(origin_file(row))
-    if not isinstance(found, dict) or found.get("settings") != experiment.row_settings(row):
+    if not isinstance(found, dict) or _but_table(found.get("settings")) != _but_table(experiment.row_settings(row)):
         raise CheckpointError(f"{origin_file(row)}: these artifacts were made with other settings; make them again")
     return {"hardware": found["hardware"], "world_size": found["world_size"]}
+
+
+def _but_table(settings: Any) -> Any:
+    """A table may be renamed without making its rows again."""
+    return {key: value for key, value in settings.items() if key != "table"} if isinstance(settings, dict) else settings

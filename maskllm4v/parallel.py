@@ -83,7 +83,7 @@ def _call(seed: int, position: int) -> Any:
     try:
         return _function(seed, position)
     except (SystemExit, KeyboardInterrupt) as asked:
-        # Asked to end. Left to the pool, this process would get the next seed, or wait for a dead parent's.
+        # Asked to end: the pool would give this process the next seed.
         sys.stdout.flush()
         os._exit(asked.code if isinstance(asked, SystemExit) and isinstance(asked.code, int) else 1)
 

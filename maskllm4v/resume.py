@@ -25,6 +25,7 @@ from maskllm4v.errors import CheckpointError
 from maskllm4v.files import replacing, value_digest
 from maskllm4v.layout import resume_folder
 from maskllm4v.processes import is_main
+from maskllm4v.records import versions
 
 IMPATIENCE = 2.0  # seconds after which a second Ctrl-C means: at once
 _DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
@@ -103,7 +104,7 @@ def resume_of(experiment: Experiment, row: str, seed: int, **inputs: str) -> Res
     return Resume(
         resume_folder(row),
         seed,
-        {"settings": experiment.row_settings(row), "seed": seed, "inputs": inputs, "torch": str(torch.__version__)},
+        {"settings": experiment.row_settings(row), "seed": seed, "inputs": inputs, "versions": versions()},
         minutes=runtime.checkpoint_minutes,
         steps=runtime.checkpoint_steps,
     )

@@ -144,7 +144,7 @@ class MaskLearner(Learner):
         return outputs
 
     def end_step(self, step: int) -> None:
-        self.average.update(step)
+        self.average.update()
 
     def log(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
         self.curve.take((step, lr, self.tau, self.scaling), loss, grad_norm, self.energy)

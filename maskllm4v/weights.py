@@ -48,7 +48,7 @@ class WeightLearner(Learner):
         return loss, loss
 
     def end_step(self, step: int) -> None:
-        self.average.update(step)
+        self.average.update()
 
     def log(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
         self.scalars.append((step, lr))

@@ -93,7 +93,8 @@ def main() -> None:
             "task.eval_batch_size": 8,
             "runtime.loader_workers": 0,
         }
-        overrides |= {f"learned.{row}.steps": arguments.steps for row in params["learned"]}
+        trained = [(section, row) for section in ("learned", "finetuned") for row in params[section]]
+        overrides |= {f"{section}.{row}.steps": arguments.steps for section, row in trained}
         overrides |= {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in arguments.overrides)}
         (project / "params.yaml").write_text(yaml.safe_dump(overridden(params, overrides), sort_keys=False))
         rehearse(project)

@@ -180,7 +180,7 @@ def together(
 
 def started(folder: Path, *command: str, **environment: str) -> subprocess.Popen[bytes]:
     """A program in a session, and so a process group, of its own."""
-    env = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment}
+    env = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     with (folder / "said-0.txt").open("wb") as log:
         return subprocess.Popen(
             command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

@@ -103,6 +103,16 @@ def test_dense_model_measured(here: Path, pipeline: tuple[Path, Experiment]) -> 
     assert found["param_count"] == 0.3
 
 
+def test_data_set_by_timm_s_name(here: Path) -> None:
+    """Of the one split that is needed; folders are data sets, too."""
+    named = ("--dataset", "torch/image_folder", "--train-split", "train")
+    assert measured(*DENSE, "--dataset", "torch/image_folder", "--val-split", "val") == measured(*DENSE)
+    well("train", *TRAIN, *DENSE, *named, "--output", "named.safetensors")
+    well("train", *TRAIN, *DENSE, "--output", "folder.safetensors")
+    found = [load_masks(here / f"{name}.safetensors").digest for name in ("named", "folder")]
+    assert found[0] == found[1]
+
+
 def test_top1_is_what_timm_s_own_data_and_model_give(here: Path) -> None:
     model = timm.create_model("test_vit", num_classes=3, img_size=32)
     model.load_state_dict(torch.load("dense.pt"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from maskllm4v.config import DenseSettings
 from maskllm4v.errors import ConfigError, TrainingError
-from maskllm4v.surgery import fold_, make_learnable
+from maskllm4v.surgery import fold_, learnable_layers, make_learnable
 from maskllm4v.training import Learned, learn_masks
 from maskllm4v.weights import train_dense
 
@@ -257,3 +257,20 @@ def test_speed_counts_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 104.0])  # after the first step, and at the end
     monkeypatch.setattr("maskllm4v.loop._Clock._now", lambda _: next(clock))
     assert trained(steps=11, batch_size=32, accumulate=2)[1].cost.samples_per_second == 10 * 32 / 4
+
+
+@pytest.mark.parametrize("changes", [{"amp": "bf16"}, {"amp": "bf16", "compile": True}, {}])
+def test_model_is_handed_back_as_it_was(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate wraps forward in place; a second training has to start from the model's own."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = learnable()
+    before = set(vars(model))
+    curves = []
+    for _ in range(2):
+        start = {name: layer.clone() for name, layer in logits(model).items()}
+        curves.append(learn_masks(model, Regression(), settings(**changes), seed=1).curve)
+        assert set(vars(model)) == before
+        assert model(torch.randn(2, 16)).dtype is torch.float32
+        for name, layer in learnable_layers(model).items():
+            layer.logits.data.copy_(start[name])
+    assert curves[0] == curves[1]

@@ -228,7 +228,11 @@ BAD_INPUT = {
         ("dense", "small-dense"),
         "'vit_huge'",
     ),
-    "unknown source": (edit(lambda p: p["data"].update(source="cifar")), ("prepare", "digits"), "'digits', 'folder' or 'timm'"),
+    "unknown source": (
+        edit(lambda p: p["data"].update(source="cifar")),
+        ("prepare", "digits"),
+        "'digits', 'folder' or 'timm'",
+    ),
     "misfit": (
         edit(lambda p: (p.update(pattern="3:6"), p["model"]["args"].update(embed_dim=32))),
         ("prior", "small-magnitude"),

@@ -216,7 +216,8 @@ def test_labels_with_more_than_a_class_are_asked_for_one_by_one(tmp_path: Path) 
 @pytest.mark.parametrize(("train", "test"), [("training set", "val"), ("train", "training"), ("train", "train")])
 def test_same_split_twice_is_a_config_error(train: str, test: str, tmp_path: Path) -> None:
     draw_mnist(tmp_path)
-    with pytest.raises(ConfigError, match=f"data.train is '{train}' and data.test is '{test}', which is the same"):
+    said = f"are both '{train}': the reported" if train == test else f"are \\('{train}', '{test}'\\), which torch/"
+    with pytest.raises(ConfigError, match=f"data.train and data.test {said}"):
         prepare(timm_settings(tmp_path, "torch/fashion_mnist", train=train, test=test), tmp_path / "m")
 
 

@@ -53,7 +53,7 @@ def prepare_data(experiment: Experiment, task: Task) -> str:
         DataError: the source is missing or empty, or has not as many classes as the model.
     """
     if is_main():
-        found = len(prepare(experiment.data, data_folder(experiment.data)).classes)
+        found = len(prepare(experiment.data, data_folder(experiment.data), one_split=True).classes)
         if found != (wanted := num_classes(experiment.model)):
             where = experiment.data.dataset or experiment.data.root
             raise DataError(

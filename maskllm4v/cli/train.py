@@ -181,14 +181,13 @@ def run(arguments: argparse.Namespace) -> None:
     import copy
     import shutil
 
-    import torch
-
     from maskllm4v.checkpoints import MaskCheckpoint, save_masks, tensors_digest
     from maskllm4v.cli import inputs
     from maskllm4v.curves import write_curve
     from maskllm4v.distributed import leave
     from maskllm4v.files import value_digest
     from maskllm4v.processes import is_main
+    from maskllm4v.records import versions
     from maskllm4v.resume import Resume
     from maskllm4v.surgery import make_learnable
     from maskllm4v.training import CURVE_COLUMNS, learn_masks
@@ -213,7 +212,7 @@ def run(arguments: argparse.Namespace) -> None:
     identity = {
         "settings": experiment.row_settings(options.LEARNED),
         "inputs": {"manifest": manifest, "dense": base, "prior": tensors_digest(prior)},
-        "torch": str(torch.__version__),
+        "versions": versions(),
     }
     resume = Resume(states, a.seed, identity, minutes=experiment.runtime.checkpoint_minutes)
     learned = learn_masks(model, task, learning, seed=a.seed, prior=prior or None, row=a.output.stem, resume=resume)

@@ -235,7 +235,10 @@ class FinetunedSettings(TrainingSettings):
 
 
 class RuntimeSettings(Settings):
-    """What changes no result beyond rounding, and is therefore neither tracked nor recorded."""
+    """Where and how to compute: not tracked. Records name hardware and number of processes.
+
+    Several processes add in another order and draw noise of their own; nothing else here changes a result.
+    """
 
     device: str = "auto"
     processes: Number = 0  # that train and evaluate together; 0: one a GPU

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskllm4v.config import DataSettings, TaskSettings
 from maskllm4v.data.manifest import Manifest, read_manifest
-from maskllm4v.errors import DataError
+from maskllm4v.errors import ConfigError, DataError
 
 __all__ = ["ImageData", "Manifest", "open_data", "prepare", "read_manifest"]
 
@@ -38,12 +38,22 @@ class ImageData(Protocol):
         """The same images at another size, in pixels."""
 
 
-def prepare(settings: DataSettings, folder: Path) -> Manifest:
+def prepare(settings: DataSettings, folder: Path, *, one_split: bool = False) -> Manifest:
     """Turn a data source into a manifest in ``folder``.
 
+    Args:
+        settings: which source, and its splits.
+        folder: what to write.
+        one_split: only one split is needed, which ``settings`` names as both.
+
     Raises:
+        ConfigError: training and reported images are the same, though both are needed.
         DataError: the source is missing, empty, or has unreadable files.
     """
+    if settings.source != "digits" and not one_split and settings.train == settings.test:
+        raise ConfigError(
+            f"data.train and data.test are both {settings.train!r}: the reported images would be trained on"
+        )
     if settings.source == "digits":
         from maskllm4v.data.digits import prepare_digits
 

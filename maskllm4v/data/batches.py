@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -14,6 +16,8 @@ from maskllm4v.data import ImageData
 from maskllm4v.errors import ConfigError, DataError
 from maskllm4v.randomness import generator
 from maskllm4v.share import WHOLE, Share
+
+GRACE = 60  # seconds that a loader's worker goes on after SIGTERM, if nobody ends it before
 
 
 class StepBatches(Dataset[tuple[Tensor, Tensor]]):
@@ -61,7 +65,29 @@ def step_loader(
     """The parts of the batches of the steps ``start`` to ``steps - 1``, in order."""
     batches = StepBatches(data, seed=seed, batch_size=batch_size, share=share)
     items = range(start * len(share.parts), steps * len(share.parts))
-    yield from DataLoader(batches, batch_size=None, sampler=items, num_workers=workers, pin_memory=pin_memory)
+    yield from _loader(batches, items, workers, pin_memory=pin_memory)
+
+
+def _loader(
+    batches: Dataset[tuple[Tensor, Tensor]], items: range, workers: int, *, pin_memory: bool = False
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Forked workers share the manifest and images in memory, and need no pickling."""
+    forks = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=items,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_main,
+        multiprocessing_context="fork" if forks else None,
+    )
+
+
+def _leave_signals_to_main(_: int) -> None:
+    """Schedulers and terminals signal every process; a step can only be finished while its workers live."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 @lru_cache(maxsize=2)
@@ -89,4 +115,4 @@ def plain_loader(
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """All batches of the given indices, in order."""
     batches = PlainBatches(data, split, indices, batch_size)
-    return DataLoader(batches, batch_size=None, sampler=range(len(batches)), num_workers=workers)
+    return _loader(batches, range(len(batches)), workers)

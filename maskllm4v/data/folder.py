@@ -35,10 +35,9 @@ def prepare_folder(settings: DataSettings, folder: Path) -> Manifest:
         )
     if settings.classes not in (None, len(classes)):
         raise DataError(f"data.classes is {settings.classes}, but {root / settings.train} has {len(classes)} classes")
-    splits = {
-        "train": _entries(root, settings.train, classes, settings.hash_files),
-        "test": _entries(root, settings.test, classes, settings.hash_files),
-    }
+    names = (settings.train, settings.test)
+    listed = {name: _entries(root, name, classes, settings.hash_files) for name in dict.fromkeys(names)}
+    splits = {"train": listed[settings.train], "test": listed[settings.test]}
     return write_manifest(folder, settings=settings, classes=classes, splits=splits, extra={"root": str(root)})
 
 

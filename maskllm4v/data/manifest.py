@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from maskllm4v.randomness import generator
 HEADER = ("path", "label", "bytes", "sha256")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One image: its path (or index) in the source, its class, its size, its digest ("" if not hashed)."""
 
@@ -26,6 +26,39 @@ class Entry:
     label: int
     bytes: int
     sha256: str
+
+
+class Entries(Sequence[Entry]):
+    """The images of a split as arrays: the million of ImageNet take 0.1 GB, which loader workers share.
+
+    Args:
+        rows: path, label, size and digest of each image, as text.
+    """
+
+    def __init__(self, rows: Iterable[Sequence[str]]) -> None:
+        paths, labels, sizes, digests = tuple(zip(*rows, strict=True)) or ((), (), (), ())
+        self._paths = np.array([path.encode() for path in paths], dtype=np.bytes_)
+        self._digests = np.array(digests, dtype=np.bytes_)
+        self._sizes = np.array([int(size) for size in sizes], dtype=np.int64)
+        self.labels = np.array([int(label) for label in labels], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Entry]: ...
+    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        path, digest = self._paths[index].decode(), self._digests[index].decode()
+        return Entry(path, int(self.labels[index]), int(self._sizes[index]), digest)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -52,7 +85,11 @@ class Manifest:
     digest: str
 
     def labels(self, split: str) -> np.ndarray:
-        return np.array([entry.label for entry in self.splits[split]], dtype=np.int64)
+        """Of a split, int64 ``[count]``."""
+        entries = self.splits[split]
+        if isinstance(entries, Entries):
+            return entries.labels.copy()
+        return np.array([entry.label for entry in entries], dtype=np.int64)
 
 
 def hold_out(splits: Mapping[str, Sequence[Entry]], settings: DataSettings) -> dict[str, Sequence[Entry]]:
@@ -141,10 +178,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path} is no manifest: {error}; run the prepare stage again") from error
 
 
-def _read_entries(path: Path, facts: Mapping[str, Any]) -> list[Entry]:
+def _read_entries(path: Path, facts: Mapping[str, Any]) -> Entries:
     if not path.exists() or file_digest(path) != facts["sha256"]:
         raise DataError(f"{path} is missing or is not the one its manifest describes; run the prepare stage again")
     with path.open(newline="", encoding="utf-8") as stream:
         rows = csv.reader(stream)
         next(rows)
-        return [Entry(name, int(label), int(size), digest) for name, label, size, digest in rows]
+        return Entries(rows)

@@ -34,13 +34,13 @@ def prepare_timm(settings: DataSettings, folder: Path) -> Manifest:
     With ``hash_files`` every image is decoded, and its pixels are hashed.
 
     Raises:
-        ConfigError: the data set can only be streamed, or both splits are the same one.
+        ConfigError: the data set can only be streamed, or takes two names for the same split.
         DataError: it is unknown or missing, its splits' classes differ, or images have no class.
     """
     opened = {split: _open(settings, split, download=True) for split in ("train", "test")}
-    if settings.train == settings.test or len({getattr(d, "train", split) for split, d in opened.items()}) == 1:
-        said = f"data.train is {settings.train!r} and data.test is {settings.test!r}"
-        raise ConfigError(f"{said}, which is the same split of {_name(settings)}")
+    asked = (settings.train, settings.test)
+    if len(set(asked)) > len({getattr(dataset, "train", split) for split, dataset in opened.items()}):  # torchvision's
+        raise ConfigError(f"data.train and data.test are {asked}, which {_name(settings)} takes for the same split")
     classes = _classes(opened["train"])
     if _classes(opened["test"]) != classes:
         raise DataError(f"{_name(settings)}: {settings.train} and {settings.test} have different classes")

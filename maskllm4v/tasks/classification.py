@@ -79,6 +79,8 @@ class Classification:
     def calibration_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         manifest = self.data.manifest
         indices = manifest.calibration[self.experiment.calibration_set(seed)]
+        if len(indices) < world_size():
+            raise ConfigError(f"data.calibration is {len(indices)}, fewer than the {world_size()} processes")
         return self._plain(manifest.calibration_split, indices, batch_size)
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -1,0 +1,31 @@
+"""Schedulers signal every process of a job, loader workers too; the step is finished and saved all the same."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from small_project import LONG, begun, ends, family, gone, ready_project, said, saved_steps, tiny_params, until
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_outlive_the_signal(number: signal.Signals, tmp_path: Path) -> None:
+    params = tiny_params()
+    params["learned"]["tiny-distilled"]["steps"] = LONG
+    params["runtime"]["loader_workers"] = 2
+    project = ready_project(tmp_path / "project", params)
+    running = begun(project, "tiny-distilled", 1, sys.executable, "-m", "stages.train", "tiny-distilled")
+    main, *workers = everything = family(running)
+    assert len(workers) >= 2
+    for process in (*workers, main):
+        process.send_signal(number)
+    assert ends(running) != 0
+    until(lambda: gone(everything))
+    assert "DataLoader worker" not in said(project)
+    (step,) = saved_steps(project, "tiny-distilled")
+    assert step % 5  # no state that was due anyway, but the one of the step that the signal came in
+    assert step < LONG
