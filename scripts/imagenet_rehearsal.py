@@ -99,7 +99,7 @@ def main() -> None:
         (project / "params.yaml").write_text(yaml.safe_dump(overridden(params, overrides), sort_keys=False))
         rehearse(project)
         print((project / "reports" / params["table"] / "table.md").read_text())
-        row = next(iter(params["learned"]))
+        row = list(params["learned"])[-1]
         cost = json.loads((project / ".cache" / "timings" / f"{row}-seed0.json").read_text())
         made = json.loads((project / "artifacts" / row / "made.json").read_text())
         cost |= {"batch_size": made["settings"]["learning"]["batch_size"], "amp": made["settings"]["learning"]["amp"]}
