@@ -33,6 +33,14 @@ def _folded(layer: nn.Linear, mask: Tensor) -> nn.Linear:
     return linear
 
 
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """What a matrix product will read the weight as: under autocast it is written so at once."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
 class MaskedLinear(nn.Linear):
     """``y = x (w ⊙ mask)ᵀ + b`` with a fixed boolean mask ``[out, in]``.
 
@@ -121,9 +129,12 @@ class LearnableMaskedLinear(nn.Linear):
 
     Attributes:
         kept_energy: Σ(masked weight)² of the last training forward, for the sparse-weight regulariser.
+        backend: of the mask operation, one of :data:`maskllm4v.gumbel.BACKENDS`.
         draw: the noise used next. Training loops set it (:func:`set_draw`); where nobody does, each
             training forward moves on to the next step by itself.
     """
+
+    candidates: Tensor
 
     def __init__(
         self,
@@ -144,7 +155,9 @@ class LearnableMaskedLinear(nn.Linear):
         self.pattern = NMPattern(N, M)
         self.pattern.check_fits(in_features, name or "weight")
         self.hard, self.tau, self.scaling, self.gate_std = hard, tau, scaling, gate_std
-        self.name, self.draw = name, Draw(seed)
+        self.name = name
+        self.draw = Draw(seed)
+        self.backend = "auto"
         self.kept_energy: Tensor | None = None
         self.advances = True  # by itself, until set_draw takes over
         self.bypassed = False  # see as_dense
@@ -163,53 +176,69 @@ class LearnableMaskedLinear(nn.Linear):
                 parameter.requires_grad_(False)
         shape = (self.pattern.num_candidates, self.weight.numel() // self.pattern.m)
         self.logits = nn.Parameter(torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device))
+        candidates = self.pattern.candidates(self.weight.device, self.weight.dtype)  # no copy a step
+        self.register_buffer("candidates", candidates, persistent=False)
         if self.gate_std and not self.weight.is_meta:
             noise = generator(self.draw.seed, "logits", self.name).standard_normal(shape, dtype="float32")
             self.logits.data.copy_(torch.from_numpy(noise)).mul_(self.gate_std)
 
+    # What moves while training is kept in small tensors on the CPU: a compiled graph takes them as inputs, so new
+    # values compile nothing again, and reading them waits for no device. They are replaced, never written to:
+    # autograd may still hold the old ones.
+
     @property
     def tau(self) -> float:
-        return self._tau
+        return float(self._tau)
 
     @tau.setter
     def tau(self, value: float) -> None:
         if not 0 < value < float("inf"):
             raise ValueError(f"tau is {value}; a temperature is > 0 and finite")
-        self._tau = float(value)
+        self._tau = torch.tensor(value, dtype=torch.float64, device="cpu")
 
     @property
     def scaling(self) -> float:
-        return self._scaling
+        return float(self._scaling)
 
     @scaling.setter
     def scaling(self, value: float) -> None:
         if not 0 < value < float("inf"):
             raise ValueError(f"scaling is {value}; it has to be > 0 and finite")
-        self._scaling = float(value)
+        self._scaling = torch.tensor(value, dtype=torch.float64, device="cpu")
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its noise is NumPy's
-    def masked_weight(self, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    @property
+    def draw(self) -> Draw:
+        return self._draw
+
+    @draw.setter
+    def draw(self, value: Draw) -> None:
+        self._draw = value
+        key = philox_key(value.seed, "gumbel", self.name, value.step, value.micro_step, value.rank)
+        self._key = torch.from_numpy(key.view("int64"))
+
+    def masked_weight(
+        self, uniform: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Sample a mask and apply it.
 
         Args:
             uniform: noise in (0, 1), ``[K, groups]``; by default drawn as :attr:`draw` says.
+            dtype: of the masked weight; by default the weight's.
 
         Returns:
             The masked weight ``[out, in]`` and the sum of its squares (scalar).
         """
-        key = None
-        if uniform is None:
-            d = self.draw
-            key = philox_key(d.seed, "gumbel", self.name, d.step, d.micro_step, d.rank)
         return masked_weight(
             self.weight,
             self.logits,
-            self.pattern.candidates(self.weight.device, self.weight.dtype),
-            tau=self.tau,
-            scaling=self.scaling,
+            self.candidates,
+            tau=self._tau,
+            scaling=self._scaling,
             hard=self.hard,
             uniform=uniform,
-            key=key,
+            key=self._key if uniform is None else None,
+            dtype=dtype,
+            backend=self.backend,
         )
 
     def current_mask(self) -> Tensor:
@@ -221,10 +250,14 @@ class LearnableMaskedLinear(nn.Linear):
             return F.linear(input, self.weight, self.bias)
         if not self.training:
             return F.linear(input, self.weight * self.current_mask(), self.bias)
-        weight, self.kept_energy = self.masked_weight()
+        weight, self.kept_energy = self.masked_weight(dtype=_product_dtype(self.weight))
         if self.advances:
-            self.draw = Draw(self.draw.seed, self.draw.step + 1)
+            self._advance()
         return F.linear(input, weight, self.bias)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _advance(self) -> None:
+        self.draw = Draw(self.draw.seed, self.draw.step + 1)
 
     def fold(self) -> nn.Linear:
         """A plain ``nn.Linear`` whose pruned weights are zero."""

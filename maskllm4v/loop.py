@@ -2,7 +2,7 @@
 
 Accelerate does mixed precision, gradient scaling and the averaging of gradients over processes. What is
 trained, and by which loss, a :class:`Learner` knows; batches come from a :class:`~maskllm4v.tasks.Task`.
-The loop itself never waits for the device in a step. (Gumbel noise is drawn on the CPU and copied there.)
+The loop never waits for the device in a step.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ def run(
         SystemExit, KeyboardInterrupt: on SIGTERM or SIGINT, after the state was saved.
     """
     device = learner.tensors[0].device
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)  # see pick_device
     steps_per_epoch = task.steps_per_epoch(settings.batch_size)
     steps = settings.total_steps(steps_per_epoch)
     share = Share.of(rank(), world_size(), settings.accumulate)

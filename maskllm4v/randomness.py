@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 
 CHUNK = 16_384  # groups drawn from one counter range; part of the noise's definition
 _WORDS = 8  # 32-bit words in one Philox4x64 block
+_ONE = np.uint32(0x3F800000)  # the bits of 1.0
+_OFFSET = np.float32(1 - 2.0**-24)
 
 
 def philox_key(seed: int, *purpose: int | str) -> np.ndarray:
@@ -50,7 +54,9 @@ def seeded_steps(device: torch.device, seed: int) -> Iterator[Callable[[int, int
         yield seed_step
 
 
-def uniforms(key: np.ndarray, chunk: int, candidates: int, groups: int) -> Tensor:
+def uniforms(
+    key: np.ndarray | tuple[int, int], chunk: int, candidates: int, groups: int, out: Tensor | None = None
+) -> Tensor:
     """The noise of one chunk of groups, strictly inside (0, 1).
 
     Group ``g`` of chunk ``c`` owns the Philox blocks with counters ``(1 + g·B + b, c, 0, 0)``, where
@@ -63,12 +69,58 @@ def uniforms(key: np.ndarray, chunk: int, candidates: int, groups: int) -> Tenso
         chunk: index of the chunk of :data:`CHUNK` groups.
         candidates: K.
         groups: how many groups of the chunk exist.
+        out: float32 ``[K, groups]`` on the CPU to write to.
 
     Returns:
         float32 ``[K, groups]``.
     """
+    found = torch.empty(candidates, groups) if out is None else out
     blocks = -(-candidates // _WORDS)
-    stream = np.random.Philox(key=key, counter=np.array([0, chunk, 0, 0], dtype=np.uint64))
+    stream = np.random.Philox(key=np.asarray(key, np.uint64), counter=_counter(chunk))
     words = stream.random_raw(groups * blocks * 4).astype("<u8", copy=False).view("<u4")
-    words = words.reshape(groups, blocks * _WORDS)[:, :candidates].T >> np.uint32(9)
-    return torch.from_numpy(words.astype(np.float32, order="C")).add_(0.5).mul_(2.0**-23)
+    # As the mantissa of a float in [1, 2), t gives 1 + t·2⁻²³; what is taken off leaves (t + ½)·2⁻²³ exactly.
+    np.right_shift(words, 9, out=words)
+    np.bitwise_or(words, _ONE, out=words)
+    rows = words.view("<f4").reshape(groups, blocks * _WORDS)
+    for k, row in enumerate(found.numpy()):
+        np.subtract(rows[:, k], _OFFSET, out=row)
+    return found
+
+
+def fill_uniforms(out: Tensor, key: np.ndarray | tuple[int, int], first: int) -> None:
+    """The noise of several chunks at once, the same numbers, drawn by as many threads as PyTorch uses.
+
+    Args:
+        out: float32 ``[K, groups]`` on the CPU, from the first group of a chunk on.
+        key: from :func:`philox_key`.
+        first: index of the first chunk.
+    """
+    parts = list(enumerate(out.split(CHUNK, dim=1), start=first))
+    if len(parts) == 1 or torch.get_num_threads() == 1:
+        for chunk, part in parts:
+            uniforms(key, chunk, part.shape[0], part.shape[1], out=part)
+        return
+
+    def draw(chunk: int, part: Tensor) -> None:
+        candidates, groups = part.shape
+        blocks = -(-candidates // _WORDS)
+        stream = np.random.Generator(np.random.Philox(key=np.asarray(key, np.uint64), counter=_counter(chunk)))
+        # A third slower than random_raw, but it lets go of Python's lock: the top 24 bits of each 32-bit word.
+        rows = stream.random(groups * blocks * _WORDS, dtype=np.float32).reshape(groups, blocks * _WORDS)
+        for k, row in enumerate(part.numpy()):
+            np.multiply(rows[:, k], np.float32(2**23), out=row)
+            np.floor(row, out=row)
+            np.add(row, np.float32(0.5), out=row)
+            np.multiply(row, np.float32(2.0**-23), out=row)
+
+    for _ in _threads(torch.get_num_threads()).map(draw, *zip(*parts, strict=True)):
+        pass
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="noise")
+
+
+def _counter(chunk: int) -> np.ndarray:
+    return np.array([0, chunk, 0, 0], dtype=np.uint64)
