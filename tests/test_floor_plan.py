@@ -39,7 +39,7 @@ ROOMS = {  # from the ground up: a module, or a package as a whole, and all of o
     "origin": {"config", "devices", "files", "layout", "processes"},
     "parallel": {"config", "devices", "processes"},
     "resume": {"config", "files", "layout", "processes", "records"},
-    "data": {"config", "files", "progress", "randomness", "share"},
+    "data": {"config", "files", "processes", "progress", "randomness", "share"},
     "tasks": {"config", "data", "devices", "distributed", "models", "processes", "progress", "randomness", "share"},
     "loop": {
         *("config", "distributed", "finite", "layers", "processes", "progress"),
@@ -112,6 +112,7 @@ def test_one_room_speaks_to_each_library() -> None:
 
 @pytest.mark.parametrize("module", ALL)
 def test_arrows_point_down(module: str) -> None:
+    assert "benchmarks" not in roots(module)
     if module.startswith("maskllm4v"):
         assert "stages" not in roots(module)
     if module.startswith("maskllm4v.pruners"):

@@ -52,11 +52,11 @@ class DecodedImages:
         if augment is None:
             return torch.stack([self._plain(decode(self._read, entry, self._mode)) for entry in entries])
         seeds = augment.integers(2**31, size=len(indices))[part]
-        images = []
-        for entry, seed in zip(entries, seeds, strict=True):
+        images = torch.empty(len(entries), *self._transform["input_size"])  # filled while each is in cache
+        for image, entry, seed in zip(images, entries, seeds, strict=True):
             with seeded_globals(int(seed)):
-                images.append(self._augmented(decode(self._read, entry, self._mode)))
-        return torch.stack(images)
+                image.copy_(self._augmented(decode(self._read, entry, self._mode)))
+        return images
 
 
 def in_memory(
@@ -137,7 +137,7 @@ def seeded_globals(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone: seeding all devices takes longer than a crop
         try:
             yield
         finally:

@@ -1,0 +1,465 @@
+"""Small copies of an image folder: names, order and pixels; resuming; what cannot be read; other people's files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import run, well
+from images import folder_settings
+from PIL import Image
+
+from maskllm4v.data import Manifest, prepare
+from maskllm4v.data.decoded import decode
+from maskllm4v.data.folder import reader
+from maskllm4v.data.manifest import Entry
+from maskllm4v.data.shrink import RECORD, Recipe, shrink, small_copy, small_size
+from maskllm4v.errors import ConfigError, DataError, UserError
+from maskllm4v.files import read_json
+
+ORIENTATION = 0x0112  # of EXIF
+SIZE = 64
+
+
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours and some detail: noise alone is nothing that JPEG keeps."""
+    draw = np.random.default_rng(seed)
+    whole = np.zeros((height, width, 3))
+    for cells, strength in ((4, 90), (16, 25), (48, 8)):
+        noise = draw.uniform(0, 255, size=(cells, cells, 3)).astype(np.uint8)
+        layer = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        whole += (np.asarray(layer) / 255.0 - 0.5) * 2 * strength
+    return Image.fromarray((whole + 128).clip(0, 255).astype(np.uint8))
+
+
+def draw(root: Path) -> Path:
+    """Every kind of file, 200×150 pixels unless its name says otherwise."""
+    image = photograph(200, 150)
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6
+    palette = image.quantize(16)
+    files: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "train/cat/a.JPEG": (image, {"format": "JPEG", "quality": 90}),
+        "train/cat/b.png": (image, {}),
+        "train/cat/c.bmp": (image, {}),
+        "train/cat/d.webp": (image, {"quality": 90}),
+        "train/cat/cmyk.jpg": (image.convert("CMYK"), {}),
+        "train/dog/exif.jpg": (image, {"exif": turned}),
+        "train/dog/grey.jpg": (image.convert("L"), {}),
+        "train/dog/bits.png": (image.convert("1"), {}),
+        "train/dog/palette.png": (palette, {"transparency": bytes([0, 128, *range(14)])}),
+        "train/dog/alpha.png": (image.convert("RGBA"), {}),
+        "train/dog/grey_alpha.png": (image.convert("LA"), {}),
+        "train/dog/png.JPEG": (image, {"format": "PNG"}),  # ImageNet has one of these
+        "train/dog/gif.jpg": (palette, {"format": "GIF"}),
+        "train/dog/huge.jpg": (photograph(640, 520), {"quality": 95}),  # decoded at half its size
+        "train/dog/tall.jpg": (photograph(100, 300), {}),
+        "val/cat/equal.jpg": (photograph(SIZE, 90), {}),
+        "val/cat/small.jpg": (photograph(40, 100), {"quality": 50, "exif": turned}),
+        "val/dog/small.png": (photograph(30, 30), {}),
+        "val/dog/z.jpg": (image, {}),
+    }
+    for name, (content, options) in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        content.save(root / name, **options)
+    (root / "val" / "dog" / "notes.txt").write_text("no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw(tmp_path_factory.mktemp("drawn") / "pets")
+
+
+@pytest.fixture
+def source(drawn: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(drawn, tmp_path / "pets"))
+
+
+def recipe(source: Path, output: str = "small", **values: Any) -> Recipe:
+    return Recipe(source, source.parent / output, **{"size": SIZE, **values})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def images(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in content(folder).items() if name not in (RECORD, "val/dog/notes.txt")}
+
+
+def manifest(root: Path) -> Manifest:
+    return prepare(folder_settings(root), root.parent / f"{root.name}-manifest")
+
+
+def decoded(root: Path, name: str, mode: str = "RGB") -> Image.Image:
+    """As training reads it."""
+    found: Image.Image = decode(lambda _: (root / name, name), Entry(name, 0, 0, ""), mode)
+    return found
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    error = np.mean((np.asarray(a, dtype=float) - np.asarray(b, dtype=float)) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+# What is made
+
+
+def test_copy_has_the_same_names_classes_and_order(source: Path) -> None:
+    found = shrink(recipe(source))
+    assert (found.made, found.copied, found.kept, found.faults) == (16, 3, 0, ())
+    small = source.parent / "small"
+    originals, copies = images(source), images(small)
+    assert list(originals) == list(copies)
+    assert (found.before, found.after) == tuple(sum(map(len, files.values())) for files in (originals, copies))
+    assert set(content(small)) - set(copies) == {RECORD}
+    a, b = manifest(source), manifest(small)
+    assert a.classes == b.classes
+    for split in ("train", "test"):
+        assert [(e.path, e.label) for e in a.splits[split]] == [(e.path, e.label) for e in b.splits[split]]
+    assert a.digest != b.digest
+    assert reader(b, folder_settings(small))(b.splits["train"][0])[0] == small / "train/cat/a.JPEG"
+
+
+def test_shorter_side_is_reduced_and_never_enlarged(source: Path) -> None:
+    shrink(recipe(source))
+    small = source.parent / "small"
+    sizes = {}
+    for name in images(source):
+        with Image.open(source / name) as original, Image.open(small / name) as copy:
+            sizes[name] = copy.size
+            assert copy.size == small_size(original.size, SIZE)
+    assert (sizes["train/cat/a.JPEG"], sizes["train/dog/tall.jpg"]) == ((85, SIZE), (SIZE, 192))
+    for name in ("val/cat/equal.jpg", "val/cat/small.jpg", "val/dog/small.png"):
+        assert (small / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((500, 375), (384, 288)),
+        ((375, 500), (288, 384)),
+        ((289, 289), (288, 288)),
+        ((5000, 289), (4983, 288)),
+        ((288, 900), (288, 900)),
+        ((1, 9), (1, 9)),
+    ],
+)
+def test_sizes(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert small_size(size, 288) == expected
+
+
+def test_copies_are_what_training_would_see_reduced(source: Path) -> None:
+    """EXIF orientation, alpha and palettes' transparency are ignored by both; CMYK and grey become RGB in both."""
+    shrink(recipe(source))
+    small = source.parent / "small"
+    for name in images(source):
+        for mode in ("RGB", "L"):
+            original, copy = decoded(source, name, mode), decoded(small, name, mode)
+            direct = original.resize(copy.size, Image.Resampling.LANCZOS)
+            assert psnr(direct, copy) > (36 if name.endswith("webp") else 38), name  # WebP halves the chroma
+    for name in ("train/cat/b.png", "train/dog/grey_alpha.png", "train/dog/png.JPEG", "train/dog/palette.png"):
+        direct = decoded(source, name).resize((85, SIZE), Image.Resampling.LANCZOS)
+        assert np.array_equal(np.asarray(direct), np.asarray(decoded(small, name))), name
+
+
+def test_formats_follow_the_content(source: Path) -> None:
+    shrink(recipe(source))
+    found = {}
+    for name in images(source):
+        with Image.open(source.parent / "small" / name) as image:
+            found[name.split("/")[-1]] = (image.format, image.mode)
+            if image.size[1] == SIZE and name.startswith("train"):
+                assert ORIENTATION not in image.getexif()
+                assert "icc_profile" not in image.info
+    assert {name: kind for name, kind in found.items() if kind != ("JPEG", "RGB")} == {
+        **{"b.png": ("PNG", "RGB"), "c.bmp": ("BMP", "RGB"), "d.webp": ("WEBP", "RGB"), "grey.jpg": ("JPEG", "L")},
+        **{"bits.png": ("PNG", "L"), "palette.png": ("PNG", "RGB"), "alpha.png": ("PNG", "RGB")},
+        **{"grey_alpha.png": ("PNG", "L"), "png.JPEG": ("PNG", "RGB"), "gif.jpg": ("PNG", "RGB")},
+        "small.png": ("PNG", "RGB"),
+    }
+
+
+def test_quality_is_that_of_the_file(source: Path) -> None:
+    sizes = [len(small_copy(source / "train/dog/huge.jpg", 200, quality) or b"") for quality in (60, 80, 95)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[2] / 2
+
+
+@pytest.mark.parametrize("size", [64, 90])
+def test_large_images_decoded_at_a_fraction_are_close_to_whole_ones(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.png.jpg"
+    photograph(1203, 801).save(path, format="JPEG", quality=95)
+    with Image.open(path) as image:
+        whole = image.convert("RGB").resize(small_size(image.size, size), Image.Resampling.LANCZOS)
+    (tmp_path / "b.jpg").write_bytes(small_copy(path, size, 100) or b"")
+    assert psnr(whole, decoded(tmp_path, "b.jpg")) > 42
+
+
+def test_any_depth_and_links(source: Path) -> None:
+    deep = source / "train" / "cat" / "more" / "deep"
+    deep.mkdir(parents=True)
+    shutil.copy(source / "train/cat/a.JPEG", deep / "a.jpg")
+    shutil.copy(source / "train/cat/a.JPEG", source / "top.jpg")
+    shutil.move(source / "val", source.parent / "elsewhere")
+    (source / "val").symlink_to(source.parent / "elsewhere")
+    shrink(recipe(source))
+    small = source.parent / "small"
+    assert not any(path.is_symlink() for path in small.rglob("*"))
+    copies = images(small)
+    assert next(iter(copies)) == "top.jpg"
+    assert copies["train/cat/more/deep/a.jpg"] == copies["top.jpg"] == copies["train/cat/a.JPEG"]
+    assert len(copies) == 21
+
+
+# Again, and again after an interruption
+
+
+@pytest.mark.parametrize("splits", [None, ("train",)])
+def test_processes_change_no_byte_and_a_second_run_nothing(source: Path, splits: tuple[str, ...] | None) -> None:
+    one, two = recipe(source, "one", splits=splits), recipe(source, "two", splits=splits)
+    assert shrink(one, 1) == shrink(two, 2)
+    made = content(two.output)
+    assert content(one.output) == made
+    times = {path: path.stat().st_mtime_ns for path in two.output.rglob("*")}
+    again = shrink(two, 2)
+    assert (again.made, again.copied, again.kept) == (0, 0, 19)
+    assert (again.before, again.after) == (
+        sum(map(len, images(source).values())),
+        sum(map(len, images(two.output).values())),
+    )
+    assert {path: path.stat().st_mtime_ns for path in two.output.rglob("*")} == times
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, 0.98])  # of a file's bytes
+def test_resumed_after_a_kill(source: Path, kept: float) -> None:
+    whole, killed = recipe(source, "whole"), recipe(source, "killed")
+    shrink(whole)
+    expected = content(whole.output)
+    shrink(killed)
+    for path in (killed.output / "train" / "cat").iterdir():
+        data = path.read_bytes()
+        path.write_bytes(data[: int(kept * len(data))])
+    small = killed.output / "val" / "cat" / "small.jpg"
+    small.write_bytes(small.read_bytes()[:-1])
+    (killed.output / "val" / "dog" / "z.jpg").unlink()
+    (killed.output / "train" / "dog" / ".exif.jpg.x7_.part").write_bytes(b"half")
+    again = shrink(killed, 2)
+    assert content(killed.output) == expected
+    assert again.kept == 19 - 5 - 2
+
+
+def test_changed_originals_are_made_anew(source: Path) -> None:
+    shrink(recipe(source))
+    other = source / "train" / "cat" / "a.JPEG"
+    photograph(200, 150, seed=1).save(other)
+    later = os.stat(source.parent / "small" / RECORD).st_mtime + 10
+    os.utime(other, (later, later))
+    assert shrink(recipe(source)).made == 1
+    assert (
+        psnr(
+            decoded(source, "train/cat/a.JPEG").resize((85, SIZE)), decoded(source.parent / "small", "train/cat/a.JPEG")
+        )
+        > 30
+    )
+
+
+def test_original_gone_bad_after_it_was_shrunk_is_told(source: Path) -> None:
+    shrink(recipe(source))
+    bad = source / "train" / "cat" / "a.JPEG"
+    bad.write_bytes(b"nothing of the kind")
+    os.utime(bad, (1, 1))
+    assert len(shrink(recipe(source)).faults) == 1
+
+
+# Files that cannot be read
+
+
+def test_damaged_files_are_listed_at_the_end_and_the_rest_is_done(source: Path) -> None:
+    damaged = {
+        "train/cat/b.png": lambda data: data[: len(data) // 2],
+        "train/dog/tall.jpg": lambda data: b"this is text",
+        "val/cat/small.jpg": lambda data: data[: len(data) // 2],  # small ones are read, too
+        "val/dog/z.jpg": lambda data: b"",
+    }
+    for name, damage in damaged.items():
+        (source / name).write_bytes(damage((source / name).read_bytes()))
+    deep = Image.fromarray(np.full((100, 100), 1000, dtype=np.uint16))
+    deep.save(source / "val" / "dog" / "sixteen.png")
+    (source / "val" / "dog" / "missing.jpg").symlink_to("nowhere.jpg")
+    flags = ("--data-dir", str(source), "--output", str(source.parent / "small"), "--size", "64", "-j", "2")
+    done = run("shrink", *flags)
+    assert done.code == 1
+    assert "13 images made smaller, 2 copied, 0 there already" in done.out
+    said = done.err.splitlines()
+    assert said[0] == "shrink: 6 images cannot be read and are left out:"
+    expected = [*sorted(damaged)[:3], "val/dog/missing.jpg", "val/dog/sixteen.png", "val/dog/z.jpg"]
+    assert [line.split(" ")[0] for line in said[1:]] == [str(source / name) for name in expected]
+    assert "has more than 8 bits a channel" in done.err
+    assert "missing.jpg cannot be read: No such file" in done.err
+    assert images(source.parent / "small").keys() == images(source).keys() - set(expected)
+    for name in expected:  # mended
+        (source / name).unlink()
+        shutil.copy(source / "train/cat/a.JPEG", source / name)
+    done = well("shrink", *flags)
+    assert "6 images made smaller, 0 copied, 15 there already" in done.out
+
+
+def test_errors_of_writing_end_the_run(source: Path) -> None:
+    shrink(recipe(source))
+    target = source.parent / "small" / "train" / "cat" / "b.png"
+    target.unlink()
+    target.mkdir()
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=r"cannot write .*b\.png"):
+            shrink(recipe(source), workers)
+
+
+# Splits
+
+
+def test_other_splits_are_copied_byte_for_byte(source: Path) -> None:
+    odd = source / "val" / "dog" / "odd.jpg"
+    odd.write_bytes(b"whatever it is")
+    found = shrink(recipe(source, splits=("train",)))
+    assert (found.made, found.copied, found.faults) == (15, 5, ())
+    for path in (source / "val").rglob("*.[jp][pn]g"):
+        assert (source.parent / "small" / path.relative_to(source)).read_bytes() == path.read_bytes()
+
+
+def test_other_splits_are_linked_if_asked_for(source: Path) -> None:
+    linked = recipe(source, splits=("train",), link=True)
+    shutil.copy(source / "val/dog/z.jpg", source / "top.jpg")  # in no split
+    found = shrink(linked)
+    assert (found.made, found.copied) == (15, 1)
+    link = linked.output / "val"
+    assert os.readlink(link) == os.path.join("..", "pets", "val")
+    a, b = manifest(source), manifest(linked.output)
+    assert a.splits["test"] == b.splits["test"]
+    assert shrink(linked).kept == 16  # again: nothing to do
+    shutil.move(source.parent, source.parent.parent / "moved")
+    assert (source.parent.parent / "moved" / "small" / "val" / "dog" / "z.jpg").is_file()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": 63}, "size is 63; allowed: 64 pixels or more"),
+        ({"quality": 0}, "quality is 0; allowed: 1 to 100"),
+        ({"splits": ("test",)}, r"pets has no split 'test'; allowed: train, val"),
+        ({"link": True}, "link is for the splits that are not shrunk"),
+        ({"output": "pets"}, "lie one inside the other"),
+        ({"output": "pets/small"}, "lie one inside the other"),
+        ({"output": "pets/train/cat/small"}, "lie one inside the other"),
+        ({"output": "."}, "lie one inside the other"),
+        ({"output": "full"}, r"full is not empty and has no shrunk\.json"),
+    ],
+)
+def test_mistakes(source: Path, values: dict[str, Any], message: str) -> None:
+    (source.parent / "full").mkdir()
+    (source.parent / "full" / "thesis.txt").write_text("mine")
+    before = content(source.parent)
+    with pytest.raises(ConfigError, match=message):
+        shrink(recipe(source, **values))
+    assert content(source.parent) == before
+
+
+def test_no_workers(source: Path) -> None:
+    with pytest.raises(ConfigError, match="workers is 0; allowed: 1 or more"):
+        shrink(recipe(source), 0)
+
+
+def test_output_inside_a_linked_split(source: Path) -> None:
+    shutil.move(source / "val", source.parent / "elsewhere")
+    (source / "val").symlink_to(source.parent / "elsewhere")
+    with pytest.raises(ConfigError, match="lie one inside the other"):
+        shrink(recipe(source, "elsewhere/small"))
+
+
+def test_links_in_circles(source: Path) -> None:
+    (source / "val" / "again").symlink_to(source)
+    with pytest.raises(DataError, match=r"val/again links to a folder that it lies in"):
+        shrink(recipe(source))
+
+
+@pytest.mark.parametrize("folders", [[], ["train", "val/cat"]])
+def test_no_images(folders: list[str], tmp_path: Path) -> None:
+    (tmp_path / "pets").mkdir()
+    for folder in folders:
+        (tmp_path / "pets" / folder).mkdir(parents=True)
+    with pytest.raises(DataError, match="pets holds no image to shrink"):
+        shrink(recipe(tmp_path / "pets"))
+    with pytest.raises(DataError, match="nowhere is no folder"):
+        shrink(recipe(tmp_path / "nowhere"))
+    assert not (tmp_path / "small").exists()
+
+
+def test_other_settings_do_not_mix(source: Path) -> None:
+    first = recipe(source)
+    shrink(first)
+    before = content(first.output)
+    for other, said in (
+        (replace(first, size=80), "size 64"),
+        (replace(first, quality=90), "quality 95"),
+        (replace(first, splits=("train",), link=True), "splits None, link False"),
+        (replace(first, source=source.parent / "other"), "source /"),
+    ):
+        shutil.copytree(source, source.parent / "other", dirs_exist_ok=True)
+        with pytest.raises(ConfigError, match=f"small was made otherwise: {said}"):
+            shrink(other)
+    assert content(first.output) == before
+    assert read_json(first.output / RECORD)["size"] == SIZE
+
+
+@pytest.mark.parametrize("place", ["val", "val/cat"])
+def test_originals_are_not_written_through_links(source: Path, place: str) -> None:
+    shrink(recipe(source))
+    small = source.parent / "small"
+    shutil.rmtree(small / place)
+    (small / place).symlink_to(source / place)
+    before = content(source)
+    with pytest.raises(ConfigError, match="is a link or in one"):
+        shrink(recipe(source))
+    assert content(source) == before
+
+
+# The command
+
+
+def test_command(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source.parent)
+    done = well("shrink", "--data-dir", "pets", "--output", "a/b", "--size", "64", "--splits", "train", "--link")
+    assert done.out.startswith("a/b: 15 images made smaller, 0 copied, 0 there already; ")
+    assert (source.parent / "a" / "b" / "val").resolve() == source / "val"
+    done = run("shrink", "--data-dir", "pets", "--output", "pets/small")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == "shrink: output pets/small and pets lie one inside the other; choose another output\n"
+    assert run("shrink", "--data-dir", "pets").code == 2
+    assert run("shrink", "--output", "x").err == "shrink: data/imagenet is no folder\n"
+
+
+# The benchmark
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_benchmark_runs(given: bool, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import loading
+
+    out = source.parent / "found.json"
+    folder = [str(source / "val")] if given else []
+    monkeypatch.setattr(sys, "argv", ["loading", *folder, "--quick", "--out", str(out)])
+    loading.main()
+    found = read_json(out)
+    steps = found["sections"][loading.STEPS]
+    assert [row["images"] for row in steps] == ["originals", "288 px", "256 px"]
+    assert all(row["n"] == 1 for row in steps)
