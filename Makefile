@@ -1,6 +1,7 @@
 # make repro   the whole pipeline: data, dense model, priors, learned masks, tables, MLflow
 # make test    linters, types, tests
 # make proof   the exact tables once more in an empty folder: is every committed byte of them reproduced?
+# make bench   measure speed and memory on this machine; `make repro` then shows it
 # make ui      MLflow's UI on http://127.0.0.1:5000
 # make publish send all committed records to MLFLOW_TRACKING_URI (or ./mlflow.db)
 # make use EXPERIMENT=digits   switch params.yaml to experiments/digits.yaml
@@ -16,7 +17,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONPATH
 
-.PHONY: repro test proof ui publish use lint
+.PHONY: repro test proof bench ui publish use lint
 
 repro: $(READY)
 	@test -e mlflow.db || rm -rf mlruns/published  # the store was deleted: publish again
@@ -41,6 +42,12 @@ proof: $(READY)
 	test -z "$$(git status --porcelain)" || { git status --short; exit 1; }; \
 	python -m maskllm4v report --check; \
 	echo "proof: every committed result was reproduced exactly"
+
+bench: $(READY)
+	python -m benchmarks.mask_op
+	python -m benchmarks.train_step
+	python -m benchmarks.oneshot
+	python -m benchmarks.table_cost
 
 ui: $(READY)
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --port $(PORT)

@@ -78,6 +78,7 @@ def main() -> None:
         for item in PROJECT:
             copy = shutil.copytree if (ROOT / item).is_dir() else shutil.copy
             copy(ROOT / item, project / item)
+        (project / "reports" / "benchmarks").mkdir(parents=True)
         (project / "README.md").write_text("<!-- imagenet_vit_b16 -->\n<!-- /imagenet_vit_b16 -->\n")
         classes = lay_out(arguments.folder, project / "data" / "imagenet", arguments.images)
         params = yaml.safe_load(EXPERIMENT.read_text())

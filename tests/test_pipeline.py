@@ -54,6 +54,7 @@ def new_project(folder: Path, params: Params) -> Path:
     for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "experiments").mkdir()
+    (folder / "reports" / "benchmarks").mkdir(parents=True)  # none ran
     (folder / "README.md").write_text("<!-- small -->\n<!-- /small -->\n")
     write_params(folder, params)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True, env=ENVIRONMENT)

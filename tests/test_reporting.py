@@ -75,7 +75,7 @@ def test_all_seeds_may_be_compared_with_one_dense_model(init: str, tmp_path: Pat
     differences = [metrics(one, "digits-wanda", seed)["top1"] - dense for seed in (0, 1, 2)]
     assert table.loc["digits-wanda", "delta_mean"] == pytest.approx(statistics.mean(differences))
     assert table.loc["digits-wanda", "delta_std"] == pytest.approx(statistics.stdev(differences))
-    assert line_of(one, tmp_path, "ViT (dense)")[4:] == ["80.00", MISSING, "99.00", "0.500", "5.0", MISSING]
+    assert line_of(one, tmp_path, "ViT (dense)")[4:] == ["80.00", MISSING, "99.00", "0.500", "5.0", MISSING, MISSING]
     assert "to the one dense model that all seeds share" in caption(one, records)
     assert "to the dense model of the same seed" in caption(DIGITS, records)
 
@@ -86,7 +86,7 @@ def test_controls_are_rows_like_others(tmp_path: Path) -> None:
     alone, masked = (line_of(controls, tmp_path, f"Trained on: digits-{start}") for start in ("dense", "magnitude"))
     assert alone[1:4] == ["dense", "✔", MISSING]
     assert masked[1:4] == ["2:4", "✔", "Magnitude"]
-    assert MISSING not in alone[4:] + masked[4:]
+    assert MISSING not in alone[4:-1] + masked[4:-1]  # costs were not measured
 
 
 def test_learned_rows_stand_out_and_name_their_prior(experiment: Experiment, reports: Path) -> None:
@@ -143,8 +143,8 @@ def test_row_without_its_record_is_a_dash(experiment: Experiment, reports: Path,
         raw = experiment.model_dump()
         raw["priors"]["digits-wanda"]["propagate"] = "pruned"
         changed = Experiment.model_validate(raw)
-    # no weight update, no prior, and none of six numbers
-    assert line_of(changed, reports, "Wanda") == ["Wanda", "2:4", *[MISSING] * 8]
+    # no weight update, no prior, and none of seven numbers
+    assert line_of(changed, reports, "Wanda") == ["Wanda", "2:4", *[MISSING] * 9]
     assert "digits-wanda" not in table_texts(changed, reports)["metrics.json"]
 
 
@@ -222,7 +222,7 @@ def test_report_writes_the_committed_bytes(tmp_path: Path) -> None:
     for name in ("params.yaml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
-    for runs in REPORTS.glob("*/runs"):  # the README shows all tables
+    for runs in [*REPORTS.glob("*/runs"), REPORTS / "benchmarks"]:  # the README shows all tables
         shutil.copytree(runs, tmp_path / runs.relative_to(ROOT))
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-m", "stages.report"], cwd=tmp_path, check=True, env=environment)

@@ -34,17 +34,21 @@ def seed_metrics(record: Mapping[str, Any]) -> pd.DataFrame:
     return frame.set_index(frame.index.astype(int)).sort_index()
 
 
-def aggregate(experiment: Experiment, records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+def aggregate(
+    experiment: Experiment, records: Mapping[str, Mapping[str, Any]], costs: Mapping[str, float] | None = None
+) -> pd.DataFrame:
     """One line a row of the table, measured or not.
 
     Columns: ``row, label, pattern, update, prior, seeds``, then ``<metric>_mean`` and ``<metric>_std``
     (sample standard deviation, ddof = 1), and ``delta_mean``, ``delta_std``: the paired difference of
-    top-1 to the dense model of the same seed. What was not measured is missing.
+    top-1 to the dense model of the same seed, and ``cost_seconds``, from ``costs`` by row. What was not
+    measured is missing.
     """
     dense = records.get(experiment.dense.row)
     lines = []
     for row, label in experiment.rows.items():
         line: dict[str, Any] = {"row": row, "label": label, **_describe(experiment, row)}
+        line["cost_seconds"] = (costs or {}).get(row, float("nan"))
         if row in records:
             measured = seed_metrics(records[row])
             line["seeds"] = len(measured)
@@ -59,6 +63,7 @@ def aggregate(experiment: Experiment, records: Mapping[str, Mapping[str, Any]]) 
         lines.append(line)
     columns = ["row", "label", "kind", "pattern", "update", "prior", "seeds"]
     columns += [f"{name}_{what}" for name in (*METRICS, "delta") for what in ("mean", "std")]
+    columns.append("cost_seconds")
     return pd.DataFrame(lines, columns=columns)
 
 

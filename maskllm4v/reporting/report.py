@@ -10,11 +10,14 @@ from maskllm4v.errors import UserError
 from maskllm4v.files import write_text
 from maskllm4v.reporting.aggregate import aggregate, current_records
 from maskllm4v.reporting.comparison import comparison_markdown
+from maskllm4v.reporting.costs import cost_caption, row_costs
 from maskllm4v.reporting.figures import draw_figures
+from maskllm4v.reporting.performance import performance_markdown
 from maskllm4v.reporting.readme import splice
 from maskllm4v.reporting.tables import caption, metrics_json, results_csv, results_markdown
 
 PUBLISHED = "published"  # the README section with the original's table
+PERFORMANCE = "performance"  # the one with the benchmarks
 
 
 def experiments(root: Path) -> dict[str, Experiment]:
@@ -27,8 +30,8 @@ def experiments(root: Path) -> dict[str, Experiment]:
 def table_texts(experiment: Experiment, reports: Path) -> dict[str, str]:
     """The files of one table by name, relative to its folder."""
     records = current_records(experiment, reports)
-    table = aggregate(experiment, records)
-    body = results_markdown(table) + "\n" + caption(experiment, records)
+    table = aggregate(experiment, records, row_costs(experiment.table, reports))
+    body = results_markdown(table) + "\n" + caption(experiment, records, cost_caption(experiment.table, reports))
     return {
         "table.md": body,
         "table.csv": results_csv(table),
@@ -40,7 +43,7 @@ def readme_sections(root: Path) -> dict[str, str]:
     """The README's generated sections by marker name."""
     reports = root / "reports"
     sections = {table: table_texts(e, reports)["table.md"] for table, e in experiments(root).items()}
-    return {**sections, PUBLISHED: comparison_markdown(reports)}
+    return {**sections, PUBLISHED: comparison_markdown(reports), PERFORMANCE: performance_markdown(reports)}
 
 
 def write_report(root: Path) -> list[Path]:

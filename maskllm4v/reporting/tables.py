@@ -25,6 +25,15 @@ def number(mean: Any, std: Any, digits: int, sign: bool = False) -> str:
     return text if pd.isna(std) else f"{text} ± {std:.{digits}f}"
 
 
+def significant(value: Any, digits: int = 2) -> str:
+    """A number with so many significant digits and no exponent, such as 0.013, 1.2, 120; ``–`` if it is missing."""
+    if pd.isna(value):
+        return MISSING
+    rounded = float(f"{value:.{digits}g}")
+    exponent = int(f"{rounded:e}".partition("e")[2])
+    return f"{rounded:.{max(0, digits - 1 - exponent)}f}"
+
+
 def results_markdown(table: pd.DataFrame) -> str:
     """The table that the README shows."""
     headers = [
@@ -38,6 +47,7 @@ def results_markdown(table: pd.DataFrame) -> str:
         "Cross-entropy",
         "ECE (%)",
         "Agreement (%)",
+        "Cost (s)",
     ]
     rows = []
     for line in table.to_dict("records"):
@@ -54,13 +64,14 @@ def results_markdown(table: pd.DataFrame) -> str:
                 number(line["nll_mean"], line["nll_std"], 3),
                 number(line["ece_mean"], line["ece_std"], 1),
                 number(line["agreement_mean"], line["agreement_std"], 1),
+                significant(line["cost_seconds"]),
             ]
         )
     return markdown(headers, rows)
 
 
-def caption(experiment: Experiment, records: dict[str, dict[str, Any]]) -> str:
-    """What the numbers are: seeds, hardware, versions, settings that apply to all rows."""
+def caption(experiment: Experiment, records: dict[str, dict[str, Any]], cost: str = "") -> str:
+    """What the numbers are: seeds, hardware, versions, settings that apply to all rows; ``cost``: what costs are."""
     if not records:
         return "Not measured yet.\n"
     first = next(iter(records.values()))
@@ -76,7 +87,7 @@ def caption(experiment: Experiment, records: dict[str, dict[str, Any]]) -> str:
         f"*{experiment.title}. {spread[0].upper()}{spread[1:]}; Δ is the paired difference of top-1 {to_dense}; "
         "ECE: expected calibration error, 15 bins; agreement: same top-1 class as the dense model. "
         + ("**Calibrated on the reported split, which leaks** (as the original does). " if leaks else "")
-        + f"Hardware: {'; '.join(hardware)}: {claim}. {versions}.*\n"
+        + f"Hardware: {'; '.join(hardware)}: {claim}. {versions}.{f' {cost}' if cost else ''}*\n"
     )
 
 

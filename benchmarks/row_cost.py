@@ -1,0 +1,111 @@
+"""Seconds that one row of a table takes for one seed, data loading aside; see :mod:`benchmarks.table_cost`."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import Timing, interleaved, synchronize
+from benchmarks.workloads import RandomImages
+from maskllm4v.config import Experiment, FinetunedSettings, LearnedSettings
+from maskllm4v.loop import Learner, run
+from maskllm4v.models import build_model
+from maskllm4v.pruners import prune
+from maskllm4v.surgery import make_learnable
+from maskllm4v.training import MaskLearner
+from maskllm4v.weights import WeightLearner
+
+# Nothing of it changes how long a step takes, so rows that differ in nothing else are measured once.
+TIMELESS = {"steps", "epochs", "prior", "init", "prior_strength", "gate_std", "lr", "min_lr", "start"}
+
+
+class Rows:
+    """Measures the rows of one experiment.
+
+    Args:
+        experiment: the table.
+        device: where to compute.
+        repeats: repetitions: of a pruning, and of ``log_every`` steps of a training.
+        quick: few steps and calibration images.
+    """
+
+    def __init__(self, experiment: Experiment, device: torch.device, *, repeats: int, quick: bool) -> None:
+        self.experiment, self.repeats, self.quick = experiment, repeats, quick
+        self.task = RandomImages(experiment, device, calibration=16 if quick else None)
+        self.device = device
+        self._steps: dict[str, Timing] = {}  # seconds a step, by settings
+
+    def cost(self, row: str) -> dict[str, float | int]:
+        """``seconds``, the median, and ``n``, of a row that is not dense."""
+        kind = self.experiment.kind(row)
+        if kind == "oneshot":
+            timing, factor = self._time_pruning(row), 1
+        else:
+            training: Any = (self.experiment.learned if kind == "learned" else self.experiment.finetuned)[row]
+            masked = self.experiment.pattern_of(row)
+            key = f"{kind} {masked} {training.model_dump(exclude=TIMELESS)}"
+            if key not in self._steps:
+                self._steps[key] = self._train(row, training)
+            timing, factor = self._steps[key], training.total_steps(self.task.steps_per_epoch(training.batch_size))
+        return {"seconds": factor * timing.median, "n": timing.n}
+
+    def _model(self) -> nn.Module:
+        return build_model(self.experiment.model, 0, pretrained=False).to(self.device)
+
+    def _time_pruning(self, row: str) -> Timing:
+        models = [self._model() for _ in range(1 + self.repeats)]  # before the clock starts
+        return interleaved({row: lambda: self._prune(models.pop(), row)}, repeats=self.repeats)[row]
+
+    def _prune(self, model: nn.Module, row: str) -> Any:
+        settings = self.experiment.priors[row]
+        return prune(
+            model,
+            settings.method,
+            pattern=self.experiment.pattern_of(row) or "",
+            calibration=self.task.calibration_batches(settings.batch_size, 0),
+            exclude=self.experiment.model.exclude,
+            update_weights=settings.update_weights,
+            propagate=settings.propagate,
+            forward=self.task.forward,
+            on_misfit=self.experiment.model.on_misfit,
+        )
+
+    def _train(self, row: str, training: LearnedSettings | FinetunedSettings) -> Timing:
+        """Seconds a step, in the training loop itself with all its bookkeeping."""
+        model, start = self._model(), self.experiment.mask_row(row)
+        masks = (
+            None if start is None else self._prune(model if row in self.experiment.finetuned else self._model(), start)
+        )
+        learner: Learner
+        if isinstance(training, LearnedSettings):
+            make_learnable(
+                model, masks, pattern=self.experiment.pattern_of(row) or "", init=training.init, hard=training.hard
+            )
+            learner = MaskLearner(model, self.task, training, prior=masks, row=row, on_point=None)
+        else:
+            learner = WeightLearner(model, training, row=row, ema=training.ema, new=False)
+        block = 2 if self.quick else training.log_every  # one point of the curve a block
+        settings = training.model_copy(update={"steps": (1 + self.repeats) * block, "epochs": None, "log_every": block})
+        ends = _clocked(learner)
+        run(learner, self.task, settings, seed=0)
+        marks = ends[block - 1 :: block]  # the first block warms up
+        return Timing.of((after - before) / block for before, after in itertools.pairwise(marks))
+
+
+def _clocked(learner: Learner) -> list[float]:
+    """The times at which the learner's steps will have ended."""
+    ends: list[float] = []
+    end_step: Callable[[int], None] = learner.end_step
+
+    def clocked(step: int) -> None:
+        end_step(step)
+        synchronize()
+        ends.append(time.perf_counter())
+
+    learner.end_step = clocked  # type: ignore[method-assign]
+    return ends

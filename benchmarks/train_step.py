@@ -1,0 +1,190 @@
+"""A whole optimiser step of a vision transformer: dense fine-tuning, mask learning here, the textbook's.
+
+    python -m benchmarks.train_step [--models vit_tiny vit_base] [--variants dense ours] [--repeats 7] [--quick]
+
+A step is forward, backward, clipping and AdamW on one batch of random images, random weights; no data is loaded.
+All variants of a model run in turn. Ratios are medians over repetitions of a variant's time to the dense step's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baselines.dense import Dense
+from benchmarks.baselines.textbook import Textbook
+from benchmarks.measure import Timing, interleaved, peak_bytes, ratio, saved_bytes, state_bytes, threads
+from benchmarks.results import Row, save
+from benchmarks.workloads import RandomImages, Workload, workloads
+from maskllm4v.config import LearnedSettings
+from maskllm4v.devices import pick_device
+from maskllm4v.layers import Draw
+from maskllm4v.loop import Learner
+from maskllm4v.surgery import make_learnable, prunable_linears
+from maskllm4v.training import MaskLearner
+
+VARIANTS = {
+    "dense": "dense weights, fused AdamW",
+    "ours": "masks learned",
+    "ours_distilled": "masks learned, self-distilled",
+    "ours_compiled": "masks learned, torch.compile of the model",
+    "textbook": "textbook masks, default AdamW",
+}
+STATISTICS = ("n", "ms", "fastest_ms", "slowest_ms", "ratio", "ratio_low", "ratio_high")
+MB = 2**20
+
+
+class Step:
+    """One step of a learner, as the training loop takes it, on one batch again and again.
+
+    Args:
+        learner: what is trained.
+        task: gives the batch and the loss.
+        learning: precision, clipping, batch size.
+        compiled: whether the model is compiled.
+    """
+
+    def __init__(
+        self, learner: Learner, task: RandomImages, learning: LearnedSettings, *, compiled: bool = False
+    ) -> None:
+        self.learner, self.task, self.clip = learner, task, learning.clip_grad
+        self.batch = task.batch(learning.batch_size)
+        model = torch.compile(learner.model) if compiled else learner.model
+        self.model = _Autocast(model, task.device, learning.amp)
+        self.number = 0
+        learner.train_mode()
+
+    def forward(self) -> Tensor:
+        """What is minimised, with its graph."""
+        self.learner.begin_step(self.number, 0.0, 0.0)
+        self.learner.begin_micro_step(Draw(0, self.number))
+        self.number += 1
+        return self.learner.loss(self.model, self.task, self.batch)[0]
+
+    def __call__(self) -> None:
+        self.forward().backward()
+        torch.nn.utils.clip_grad_norm_(self.learner.tensors, self.clip or float("inf"))
+        self.learner.optimizer.step()
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        self.learner.end_step(self.number - 1)
+
+    def saved(self) -> int:
+        """Bytes kept for backward, but parameters, buffers and the batch."""
+        return saved_bytes(self.forward, [*self.learner.model.parameters(), *self.learner.model.buffers(), *self.batch])
+
+    def peak(self) -> int:
+        """Bytes of parameters, optimiser state and batch, and the most that a step needs on top."""
+        state = state_bytes(self.learner.model, self.learner.optimizer, *self.batch)
+        return state + peak_bytes(self, self.task.device)
+
+
+class _Autocast(nn.Module):
+    """A model whose forward pass runs in mixed precision and gives float32, as accelerate's does."""
+
+    def __init__(self, model: Any, device: torch.device, amp: str) -> None:
+        super().__init__()
+        self.model, self.device, self.enabled = model, device.type, amp == "bf16"
+
+    def forward(self, *args: Any) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.enabled):
+            outputs: Tensor = self.model(*args)
+        return outputs.float()
+
+
+def make(variant: str, workload: Workload, device: torch.device) -> Step:
+    """A variant's step on a model of its own."""
+    experiment, learning = workload.experiment, workload.learning
+    model, task = workload.build(device), RandomImages(experiment, device)
+    exclude = experiment.model.exclude
+    if variant == "dense":
+        return Step(Dense(model), task, learning)
+    if variant == "textbook":
+        learner = Textbook(
+            model,
+            experiment.pattern,
+            exclude=exclude,
+            hard=learning.hard,
+            lr=learning.lr,
+            weight_decay=learning.weight_decay,
+            regularisation=learning.regularisation,
+        )
+        return Step(learner, task, learning)
+    make_learnable(model, None, pattern=experiment.pattern, exclude=exclude, hard=learning.hard)
+    settings = learning.model_copy(update={"distillation": 1.0}) if variant == "ours_distilled" else learning
+    ours = MaskLearner(model, task, settings, prior=None, row=variant, on_point=None)
+    return Step(ours, task, learning, compiled=variant == "ours_compiled")
+
+
+def measure(workload: Workload, variants: list[str], device: torch.device, *, repeats: int, warmup: int) -> list[Row]:
+    """A row a variant; ratios are to the first of them."""
+    torch.compiler.reset()  # or a second model is compiled for shapes that vary
+    steps = {variant: make(variant, workload, device) for variant in variants}
+    times = interleaved(dict[str, Callable[[], Any]](steps), repeats=repeats, warmup=warmup)
+    linears = prunable_linears(workload.build(device), exclude=workload.experiment.model.exclude)
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    first, rows = variants[0], list[Row]()
+    for variant, step in steps.items():
+        saved = step.saved()
+        base = rows[0]["saved_mb"] if rows else saved / MB
+        assert not isinstance(base, str)
+        rows.append(
+            {
+                "model": workload.name,
+                "variant": variant,
+                "batch": workload.learning.batch_size,
+                "precision": {"no": "fp32"}.get(workload.learning.amp, workload.learning.amp),
+                "threads": torch.get_num_threads(),
+                **statistics(times[variant], times[first]),
+                "peak_mb": step.peak() / MB,
+                "saved_mb": saved / MB,
+                "saved_beyond_bytes": (saved - base * MB) / weights,
+            }
+        )
+    return rows
+
+
+def statistics(time: Timing, first: Timing) -> Row:
+    """Milliseconds, and the ratio to the first candidate's."""
+    relative = ratio(time, first)
+    values = (1e3 * time.median, 1e3 * time.low, 1e3 * time.high, relative.median, relative.low, relative.high)
+    return dict(zip(STATISTICS, (time.n, *values), strict=True))
+
+
+NOTES = [
+    "ratio: of a variant's time to the dense step's of the same repetition; median, lowest and highest of n.",
+    "peak_mb: parameters, optimiser state, batch, and the most that a step allocates on top, in MiB.",
+    "saved_mb: what one forward pass keeps for backward, but parameters and images, in MiB;"
+    " saved_beyond_bytes: what of it goes beyond the dense step's, in bytes a masked weight.",
+    *(f"{name}: {text}." for name, text in VARIANTS.items()),
+]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=list(workloads()), help="by default all that are for the device")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="by default all; quick: none compiled")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--quick", action="store_true", help="tiny models, two repetitions: does it run at all?")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    given = parser.parse_args(arguments)
+    device = pick_device(given.device)
+    known = workloads(quick=given.quick)
+    models = given.models or [name for name, workload in known.items() if workload.device in (None, device.type)]
+    variants = given.variants or [name for name in VARIANTS if not (given.quick and name == "ours_compiled")]
+    repeats, warmup = (2, 1) if given.quick else (given.repeats, 2)
+    rows: list[Row] = []
+    with threads(given.threads):
+        for name in models:
+            rows += measure(known[name], variants, device, repeats=repeats, warmup=warmup)
+        save("train_step", {"steps": rows}, NOTES, given.out, device=device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What is trained in the benchmarks: a model, its batch and its settings, on random images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskllm4v.config import Experiment, LearnedSettings, load_experiment, parse_experiment
+from maskllm4v.models import build_model, image_settings, num_classes
+from maskllm4v.share import WHOLE, Share
+from maskllm4v.tasks.classification import Batch, Classification
+
+EXPERIMENTS = Path("experiments")
+
+
+class RandomImages(Classification):
+    """An experiment's task with random images and labels: forward pass and losses are its own, data costs nothing.
+
+    Args:
+        experiment: whose model and task settings count.
+        device: where to compute.
+        calibration: images of the calibration set; by default the experiment's number.
+    """
+
+    def __init__(self, experiment: Experiment, device: torch.device, calibration: int | None = None) -> None:
+        super().__init__(experiment, Path())
+        self.device = device
+        self.calibration = calibration or experiment.data.calibration
+
+    def batch(self, size: int) -> Batch:
+        """Images ``[size, C, H, W]`` of normal noise, and labels ``[size]``."""
+        model = self.experiment.model
+        images = torch.randn(size, *image_settings(model)["input_size"], device=self.device)
+        return images, torch.randint(num_classes(model), (size,), device=self.device)
+
+    def train_batches(
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: Share = WHOLE
+    ) -> Iterator[Batch]:
+        parts = [self.batch(batch_size // share.count) for _ in share.parts]
+        for _ in range(start, steps):
+            yield from parts
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return 1_000_000  # no epoch ends while a benchmark runs
+
+    def calibration_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        for start in range(0, self.calibration, batch_size):
+            yield self.batch(min(batch_size, self.calibration - start))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One model to train.
+
+    Attributes:
+        name: in the tables.
+        experiment: model, task and pattern.
+        learning: how its masks are learned; batch size, precision and clipping hold for all variants.
+        device: its type, the one that this workload is for; None: any.
+    """
+
+    name: str
+    experiment: Experiment
+    learning: LearnedSettings
+    device: str | None = None
+
+    def build(self, device: torch.device) -> nn.Module:
+        """The dense model with random weights; each time the same ones."""
+        return build_model(self.experiment.model, 0, pretrained=False).to(device)
+
+
+def workloads(*, quick: bool = False) -> dict[str, Workload]:
+    """All of them by name. ``quick``: the same names, but tiny models and batches."""
+    found = [
+        _vit("vit_tiny", "vit_tiny_patch16_224", 8, "no", "cpu", quick),
+        _vit("vit_base", "vit_base_patch16_224", 8, "bf16", "cpu", quick),
+        _vit("vit_base_128", "vit_base_patch16_224", 128, "bf16", "cuda", quick),
+        *(_of_table(table, quick) for table in ("digits", "cifar10")),
+    ]
+    return {workload.name: workload for workload in found}
+
+
+def _vit(name: str, model: str, batch_size: int, amp: str, device: str, quick: bool) -> Workload:
+    """A vision transformer on 224×224 images and 1,000 classes, its masks learned as in the one-epoch ImageNet rows."""
+    tiny = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
+    learning = {"steps": 1000, "batch_size": 2 if quick else batch_size, "amp": amp, "prior": "prior"}
+    experiment = parse_experiment(
+        {
+            "table": name,
+            "title": name,
+            "seeds": [0],
+            "data": {"name": "random", "source": "digits"},
+            "task": {"label_smoothing": 0.1},
+            "model": {"name": model, "args": tiny if quick else {}},
+            "dense": {"row": "dense", "init": "scratch", "steps": 1},
+            "priors": {"prior": {"method": "magnitude"}},
+            "learned": {"masks": {**learning, "tau": [1.0, 1.0], "scaling": [100.0, 100.0]}},
+            "rows": {"dense": "", "prior": "", "masks": ""},
+        }
+    )
+    return Workload(name, experiment, experiment.learned["masks"], device)
+
+
+def _of_table(table: str, quick: bool) -> Workload:
+    """The model of one of this repository's tables, its masks learned as in its first learned row."""
+    experiment = load_experiment(EXPERIMENTS / f"{table}.yaml")
+    learning = next(iter(experiment.learned.values()))
+    changes: dict[str, Any] = {"batch_size": 2} if quick else {}
+    return Workload(table, experiment, learning.model_copy(update=changes), "cpu")

@@ -1,0 +1,228 @@
+"""The README's performance section: targets and what was measured, then each benchmark's table.
+
+Everything comes from ``reports/benchmarks/*.json``, which ``make bench`` writes. What was not measured is ``–``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskllm4v.reporting.costs import benchmark, machine
+from maskllm4v.reporting.tables import MISSING, markdown, significant
+
+Row = Mapping[str, Any]
+TEXTBOOK, DEFAULT = "textbook", {"cpu": "chunked", "cuda": "triton"}  # backends that "auto" takes for 2:4
+
+
+MODELS = {"vit_tiny": "ViT-tiny/16", "vit_base": "ViT-B/16", "vit_base_128": "ViT-B/16"}  # of train_step
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number to reach.
+
+    Attributes:
+        what: in words.
+        goal: as it is shown.
+        source: the benchmark's file, without suffix.
+        show: what was measured, from that file; None if it is not in there.
+    """
+
+    what: str
+    goal: str
+    source: str
+    show: Callable[[Row], str | None]
+
+    def cells(self, reports: Path) -> list[str]:
+        """The line of the table."""
+        found = benchmark(self.source, reports)
+        return [self.what, (found and self.show(found)) or MISSING, self.goal]
+
+
+def _number(section: str, column: str, unit: str, **where: Any) -> Callable[[Row], str | None]:
+    """Shows a column of the row that has these values in others."""
+
+    def show(found: Row) -> str | None:
+        row = _find(_section(found, section), where)
+        return None if row is None else f"{significant(row[column], 3)}{unit}"
+
+    return show
+
+
+def _pruning(method: str) -> Callable[[Row], str | None]:
+    """Shows how much faster a whole model is pruned, and its layers alone where there is more to do."""
+
+    def show(found: Row) -> str | None:
+        where = {"method": method, "images": 128}
+        rows = [_find(_section(found, "models"), {**where, "candidate": name}) for name in (TEXTBOOK, "ours")]
+        if rows[0] is None or rows[1] is None:
+            return None
+        text, alone = f"{rows[1]['speedup']:.2f}×", rows[0]["solving_s"] / rows[1]["solving_s"]
+        return text if method == "magnitude" else f"{text} (calibration aside: {alone:.2f}×)"
+
+    return show
+
+
+def _agreement(found: Row) -> str | None:
+    shares = [row[key] for row in _section(found, "agreement") for key in ("sparsegpt", "sparsegpt, update")]
+    return f"{significant(100 * min(shares), 5)} %" if shares else None
+
+
+_GPU, _COLUMNS = "H200-class GPU", "ViT-B/16, 128 images, CPU, column loop's time to ours"
+TARGETS = (
+    Target(
+        "Mask, forward and backward, one CPU thread, textbook's time to ours",
+        "≥ 3.5×",
+        "mask_op",
+        _number("layer", "speedup", "×", candidate=DEFAULT["cpu"], tau=1.0, threads=1),
+    ),
+    Target(
+        "Kept for backward beyond dense, a weight",
+        "≤ 4 B",
+        "mask_op",
+        _number("memory", "saved_bytes", " B", candidate=DEFAULT["cpu"]),
+    ),
+    Target(
+        "Whole step, ViT-tiny, fp32, batch 8, CPU, to dense",
+        "≤ 1.30×",
+        "train_step",
+        _number("steps", "ratio", "×", model="vit_tiny", variant="ours"),
+    ),
+    Target(
+        "Whole step, ViT-B/16, bf16, batch 8, CPU, to dense",
+        "≤ 1.8×",
+        "train_step",
+        _number("steps", "ratio", "×", model="vit_base", variant="ours"),
+    ),
+    Target(
+        f"Whole step, ViT-B/16, bf16, batch 128, {_GPU}, to dense",
+        "≤ 1.05×",
+        "train_step_cuda",
+        _number("steps", "ratio", "×", model="vit_base_128", variant="ours"),
+    ),
+    Target(f"SparseGPT with update, {_COLUMNS}", "≥ 1.6×", "oneshot", _pruning("sparsegpt, update")),
+    Target(f"SparseGPT without update, {_COLUMNS}", "≥ 4×", "oneshot", _pruning("sparsegpt")),
+    Target("Magnitude, ViT-B/16, CPU, textbook's time to ours", "≥ 5×", "oneshot", _pruning("magnitude")),
+    Target(
+        f"SparseGPT with update, ViT-B/16, 128 images, {_GPU}",
+        "≤ 15 s",
+        "oneshot_cuda",
+        _number("models", "s", " s", method="sparsegpt, update", images=128, candidate="ours"),
+    ),
+    Target(
+        "Groups for which SparseGPT chooses as the column loop does, given Hessian and factor, least of all layers",
+        "≥ 99.9 %",
+        "oneshot",
+        _agreement,
+    ),
+)
+
+
+def performance_markdown(reports: Path) -> str:
+    """The section, between its markers."""
+    parts = [markdown(["What", "Measured", "Target"], [target.cells(reports) for target in TARGETS])]
+    for source, table in (("mask_op", mask_table), ("train_step", step_table), ("oneshot", pruning_table)):
+        for name in (source, f"{source}_cuda"):
+            if (found := benchmark(name, reports)) is not None:
+                parts.append(table(found) + "\n" + _caption(found))
+    return "\n".join(parts)
+
+
+def mask_table(found: Row) -> str:
+    """One layer: a line a setting, a column a candidate."""
+    layer = _section(found, "layer")
+    names = _distinct(layer, "candidate")
+    lines: list[list[str]] = []
+
+    def add(label: str, rows: Iterable[Row], cell: Any) -> None:
+        by_name = {row["candidate"]: row for row in rows}
+        lines.append([label, *(cell(by_name[name]) if name in by_name else MISSING for name in names)])
+
+    for threads, tau in dict.fromkeys((row["threads"], row["tau"]) for row in layer):
+        label = f"2:4, τ = {tau:g}, {threads} thread{'s' if threads != 1 else ''}"
+        add(label, [row for row in layer if (row["threads"], row["tau"]) == (threads, tau)], _time)
+    for row in _distinct_rows(_section(found, "width"), "out")[1:]:  # the first ones stand above
+        add(f"2:4, {row['out']}×{row['in']}", [r for r in _section(found, "width") if r["out"] == row["out"]], _time)
+    for pattern in _distinct(_section(found, "patterns"), "pattern")[1:]:
+        add(pattern, [row for row in _section(found, "patterns") if row["pattern"] == pattern], _time)
+    memory = _section(found, "memory")
+    add("kept for backward, a weight", memory, lambda row: f"{significant(row['saved_bytes'], 3)} B")
+    add("most allocated, a weight", memory, lambda row: f"{significant(row['peak_bytes'], 3)} B")
+    roofline = _section(found, "roofline")
+    for threads in _distinct(roofline, "threads"):
+        rows = [row for row in roofline if row["threads"] == threads and row["tau"] == 1]
+        add(
+            f"share of the roofline, {threads} thread{'s' if threads != 1 else ''}",
+            rows,
+            lambda row: f"{significant(100 * row['share'])} %",
+        )
+    return markdown(["One layer's mask operation", *names], lines)
+
+
+def step_table(found: Row) -> str:
+    """Whole steps: a line a model, a column a variant."""
+    rows = _section(found, "steps")
+    variants = _distinct(rows, "variant")
+    lines = []
+    for first in _distinct_rows(rows, "model"):
+        cells = [f"{MODELS.get(first['model'], first['model'])}, {first['precision']}, batch {first['batch']}"]
+        for variant in variants:
+            row = _find(rows, {"model": first["model"], "variant": variant})
+            cells.append(
+                MISSING
+                if row is None
+                else f"{significant(row['ms'], 3)} ms ({row['ratio']:.2f}×), {significant(row['peak_mb'], 3)} MiB"
+            )
+        lines.append(cells)
+    return markdown(["Whole step", *(variant.replace("_", ", ") for variant in variants)], lines)
+
+
+def pruning_table(found: Row) -> str:
+    """One-shot pruning: a line a method; the whole model, and its first layer alone."""
+    models, layers = _section(found, "models"), _section(found, "layers")[:1]
+    headers, lines = ["One-shot pruning"], list[list[str]]()
+    if models:
+        headers += [f"{models[0]['images']} images, {name}" for name in (TEXTBOOK, "ours")]
+    if layers:
+        headers += [f"{layers[0]['out']}×{layers[0]['in']} layer, {name}" for name in (TEXTBOOK, "ours")]
+    for method in _distinct(models, "method"):
+        cells = [str(method)]
+        for section, unit, where in [("models", "s", {}), *(("layers", "ms", {"layer": r["layer"]}) for r in layers)]:
+            for name in (TEXTBOOK, "ours"):
+                row = _find(_section(found, section), {**where, "method": method, "candidate": name})
+                cells.append(MISSING if row is None else _time(row, unit))
+        lines.append(cells)
+    return markdown(headers, lines)
+
+
+def _time(row: Row, unit: str = "ms") -> str:
+    text = f"{significant(row[unit], 3)} {unit}"
+    return text if row["candidate"] == TEXTBOOK else f"{text} ({row['speedup']:.2f}×)"
+
+
+def _caption(found: Row) -> str:
+    """Hardware, releases, and how often each candidate ran."""
+    counts = sorted({row["n"] for rows in found["sections"].values() for row in rows if "n" in row})
+    repetitions = f"median of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs, " if counts else ""
+    torch = found["versions"]["torch"]
+    return f"*{machine(dict(found))}; torch {torch}; {repetitions}all candidates in turn.*\n"
+
+
+def _section(found: Row, name: str) -> list[Row]:
+    return list(found["sections"].get(name, []))
+
+
+def _find(rows: Iterable[Row], where: Mapping[str, Any]) -> Row | None:
+    return next((row for row in rows if all(row.get(key) == value for key, value in where.items())), None)
+
+
+def _distinct(rows: Iterable[Row], column: str) -> list[Any]:
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def _distinct_rows(rows: Iterable[Row], column: str) -> list[Row]:
+    """The first row of each value."""
+    return list({row[column]: row for row in reversed(list(rows))}.values())[::-1]
