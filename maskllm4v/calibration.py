@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -53,15 +54,28 @@ class InputNorm:
         self.rows = int(rows)
 
 
+SET_ONE_BY_ONE = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since torch 2.9
+WIDE = 512  # from this width on, half of a symmetric product is worth several smaller calls
+STRIP = 256
+
+
 class Hessian:
-    """Σ x xᵀ over all input rows, ``[in, in]``, float32 (SparseGPT; half the Hessian of the layer's error)."""
+    """Σ x xᵀ over all input rows, ``[in, in]``, float32 (SparseGPT; half the Hessian of the layer's error).
+
+    Read :attr:`mean`: of a wide layer on a CPU, ``sum_of_products`` holds only strips of rows from the diagonal
+    on, half the work; a GPU needs the whole product at once to be busy.
+    """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.sum_of_products = torch.zeros(in_features, in_features, device=device)
         self.rows = 0
+        height = STRIP if in_features >= WIDE and device.type == "cpu" else in_features
+        self._strips = [(start, min(start + height, in_features)) for start in range(0, in_features, height)]
 
     def update(self, rows: Tensor) -> None:
-        self.sum_of_products.addmm_(rows.t(), rows)
+        with full_float32(rows.device):
+            for start, stop in self._strips:
+                self.sum_of_products[start:stop, start:].addmm_(rows[:, start:stop].t(), rows[:, start:])
         self.rows += rows.shape[0]
 
     def combine(self) -> None:
@@ -71,8 +85,43 @@ class Hessian:
 
     @property
     def mean(self) -> Tensor:
-        """H = 2/n · Σ x xᵀ."""
-        return self.sum_of_products * (2 / self.rows)
+        """H = 2/n · Σ x xᵀ, a new tensor."""
+        mean = self.sum_of_products * (2 / self.rows)
+        for start, stop in self._strips:
+            mean[stop:, start:stop] = mean[start:stop, stop:].t()
+        return mean
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Inside, products of float32 are summed in float32, even where TF32, bfloat16 or autocast is allowed.
+
+    Settings of the whole process change for the time being, and only if they allow less than float32.
+    """
+    try:
+        allowed = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set backend by backend, which this function refuses to sum up
+        allowed = ""
+    with torch.autocast(device.type, enabled=False):
+        if allowed == "highest":
+            yield
+            return
+        backends = torch.backends
+        single = [backends.cuda.matmul, backends.mkldnn.matmul] if SET_ONE_BY_ONE else []  # type: ignore[attr-defined]
+        before = [backend.fp32_precision for backend in single]
+        try:
+            if allowed:
+                torch.set_float32_matmul_precision("highest")
+            else:
+                for backend in single:
+                    backend.fp32_precision = "ieee"
+            yield
+        finally:
+            if allowed:
+                torch.set_float32_matmul_precision(allowed)
+            for backend, precision in zip(single, before, strict=True):
+                if backend.fp32_precision != precision:
+                    backend.fp32_precision = precision
 
 
 @dataclass
@@ -132,7 +181,8 @@ def stream_statistics(
                 seen = _observe(outside, statistic, lambda batch: forward(model, batch), batches)
             if chain:
                 stream = _inputs_of(next(iter(chain.values())), model, batches, forward)
-        for unit in units:
+        last = max((i for i, unit in enumerate(units) if unit.block is not None), default=-1)
+        for i, unit in enumerate(units):
             if unit.block is None:
                 if propagate == "dense":
                     yield {name: seen[name] for name in unit.layers}
@@ -145,14 +195,16 @@ def stream_statistics(
                 if block is unit.block:
                     break
                 stream = [_step(block, args) for args in stream]  # a block without layers of interest
+            if propagate == "pruned" or i == last:  # nobody needs what comes out of the block as it is
+                yield _observe(unit.layers, statistic, partial(_step, unit.block), stream, inputs_only=True)
+                stream = [] if i == last else [_step(unit.block, args) for args in stream]
+                continue
             outputs: list[tuple[Any, ...]] = []
 
             def run(args: tuple[Any, ...], block: nn.Module = unit.block, into: list[Any] = outputs) -> None:
                 into.append(_step(block, args))
 
             yield _observe(unit.layers, statistic, run, stream)
-            if propagate == "pruned":
-                outputs = [_step(unit.block, args) for args in stream]
             stream = outputs
 
 
@@ -285,21 +337,33 @@ def _observe(
     statistic: type[Statistic],
     run: Callable[[Any], Any],
     batches: Iterable[Any],
+    *,
+    inputs_only: bool = False,
 ) -> dict[str, Any]:
-    """Run something on all batches and sum a statistic over the inputs of some layers."""
+    """Run something on all batches and sum a statistic over the inputs of some layers.
+
+    With ``inputs_only``, which needs layers that are called once a batch, a run ends as soon as it has reached
+    them all: in a ViT's block, a third of the work lies behind the input of its last layer.
+    """
     found = {name: statistic(layer.in_features, layer.weight.device) for name, layer in layers.items()}
+    ahead: set[str] = set()
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def take(_: nn.Module, args: tuple[Any, ...]) -> None:
             with torch.autocast(args[0].device.type, enabled=False):
                 found[name].update(args[0].detach().float().reshape(-1, args[0].shape[-1]))
+            ahead.discard(name)
+            if inputs_only and not ahead:
+                raise _ReachedError
 
         return take
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
         for batch in batches:
-            run(batch)
+            ahead.update(layers)
+            with suppress(_ReachedError):
+                run(batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -177,29 +177,20 @@ def test_own_statistic(tiny_vit: nn.Module) -> None:
             torch.testing.assert_close(found.value.double(), expected[name].abs().amax(0), rtol=1e-5, atol=1e-5)
 
 
-def test_hessian_mean() -> None:
-    statistic = Hessian(3, torch.device("cpu"))
-    first, second = torch.randn(5, 3), torch.randn(2, 3)
-    statistic.update(first)
-    statistic.update(second)
-    rows = torch.cat([first, second]).double()
-    expected = sum(2 * torch.outer(row, row) for row in rows) / 7
-    torch.testing.assert_close(statistic.mean.double(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(statistic.mean, statistic.mean)
+@both_ways
+def test_nothing_is_computed_that_nobody_needs(tiny_vit: nn.Module, propagate: str) -> None:
+    done: dict[str, int] = {}
 
+    def count(name: str) -> Callable[..., None]:
+        return lambda *_: done.__setitem__(name, done.get(name, 0) + 1)
 
-@pytest.mark.parametrize("statistic", [InputNorm, Hessian])
-def test_statistics_of_all_processes_are_added(statistic: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = torch.randn(7, 3)
-    here, there, whole = (statistic(3, torch.device("cpu")) for _ in range(3))
-    for one, part in ((here, rows[:4]), (there, rows[4:]), (whole, rows)):
-        one.update(part)
-
-    def add(summed: Tensor, count: Tensor) -> None:
-        summed += there.sum_of_products if isinstance(there, Hessian) else there.sum_of_squares
-        count += there.rows
-
-    monkeypatch.setattr("maskllm4v.calibration.sum_", add)
-    here.combine()
-    check(here, rows.double())
-    check(whole, rows.double())
+    layers = prunable_linears(tiny_vit, exclude=["head"])
+    for name, layer in layers.items():
+        layer.register_forward_hook(count(name))
+    for _ in stream_statistics(tiny_vit, layers, images()[:1], InputNorm, propagate=propagate):
+        pass
+    again = propagate == "pruned"
+    # Once to see what feeds what; once for the statistics, but for what lies behind the last input, where outputs
+    # are not needed; once more where they are needed as pruned.
+    assert (done["blocks.0.attn.qkv"], done["blocks.0.mlp.fc2"]) == (2 + again, 2)
+    assert (done["blocks.1.attn.qkv"], done["blocks.1.mlp.fc2"]) == (2, 1)

@@ -71,9 +71,10 @@ def test_some_layers_only(tiny_vit: nn.Module, propagate: str) -> None:
 
 
 def runs_of_first_block(model: nn.Module, blocks: Callable[[nn.Module], nn.Module], propagate: str) -> int:
-    """How often the first block is computed while all statistics are streamed over one batch."""
+    """How often the first layer of the first block is computed while all statistics are streamed over one batch."""
     runs = []
-    blocks(model)[0].register_forward_hook(lambda *_: runs.append(1))
+    first = next(layer for layer in blocks(model)[0].modules() if isinstance(layer, nn.Linear))
+    first.register_forward_hook(lambda *_: runs.append(1))
     layers = prunable_linears(model, exclude=["head*"])
     size = (2, 1, 8, 8) if isinstance(model, VisionTransformer) else (2, 3, 64, 64)
     for _ in stream_statistics(model, layers, [torch.randn(size)], InputNorm, propagate=propagate):

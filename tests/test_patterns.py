@@ -212,11 +212,24 @@ def test_topn_with_infinities() -> None:
     assert kept_positions(NMPattern("2:4").topn_mask(scores), 4) == [(0, 1), (0, 2), (1, 3)]
 
 
-def test_topn_refuses_nan() -> None:
-    scores = torch.ones(2, 8)
-    scores[1, 5] = math.nan
+@pytest.mark.parametrize("other", [1.0, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 5, 15, 4000, 8191])
+def test_topn_refuses_nan(at: int, other: float) -> None:
+    scores = torch.full((2, 4096), other)
+    scores.view(-1)[at] = math.nan
     with pytest.raises(PatternError, match=r"'blocks\.0\.fc'.*NaN"):
         NMPattern("2:4").topn_mask(scores, "blocks.0.fc")
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (1, 2), (3, 6), (1, 12)])
+def test_topn_of_many_groups(n: int, m: int) -> None:
+    scores = torch.randn(90, 1000 * m).mul_(3).round_()  # ties in most groups; more groups than are taken at a time
+    ranks = scores.reshape(-1, m).sort(descending=True, stable=True).indices.argsort()
+    assert torch.equal(NMPattern(n, m).topn_mask(scores), (ranks < n).reshape(scores.shape))
+
+
+def test_topn_of_nothing() -> None:
+    assert NMPattern("2:4").topn_mask(torch.empty(0, 8)).shape == (0, 8)
 
 
 def test_topn_of_a_transposed_tensor() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from maskllm4v.gumbel.backends import BACKENDS, choose
 from maskllm4v.gumbel.chunked import energy_dtype
@@ -161,6 +162,7 @@ class _MaskedWeight(torch.autograd.Function):
         return _forward(*inputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, _backward, *grads)
 

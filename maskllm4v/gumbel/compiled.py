@@ -32,7 +32,7 @@ def forward(
     energy = torch.zeros((), dtype=energy_dtype(weight), device=weight.device)
     scalars, soft_mask, at_one = _scalars(sampling, logits), _compiled(_soft_mask), sampling.tau == 1
     for span in spans(logits):
-        mask = soft_mask(logits.detach()[:, span].contiguous(), *scalars, _start(span, logits), at_one)
+        mask = soft_mask(_part(logits, span), *scalars, _start(span, logits), at_one)
         product = masked[span] if dtype == weight.dtype else torch.empty_like(weight[span])
         multiply_transposed(weight[span], mask, out=product)
         if dtype != weight.dtype:
@@ -57,8 +57,7 @@ def backward(
     scalars, gradients, at_one = _scalars(sampling, logits), _compiled(_gradients), sampling.tau == 1
     for span in spans(logits):
         w, upstream = _rows(weight[span]), _rows(grad_masked[span])
-        part, start = logits.detach()[:, span].contiguous(), _start(span, logits)
-        found = gradients(part, *scalars, start, w, upstream, grad_energy, at_one)
+        found = gradients(_part(logits, span), *scalars, _start(span, logits), w, upstream, grad_energy, at_one)
         grad_logits[:, span] = found[0]
         if grad_weight is not None:
             grad_weight[span][..., None].transpose(0, 1).copy_(found[1][..., None])
@@ -70,6 +69,11 @@ def _scalars(sampling: Sampling, logits: Tensor) -> tuple[Tensor, Tensor, Tensor
     signed = [word - 2**64 if word >> 63 else word for word in sampling.key or ()]
     tau, scaling = (logits.new_tensor(value) for value in (sampling.tau, sampling.scaling))
     return tau, scaling, logits.new_tensor(signed, dtype=torch.int64)
+
+
+def _part(logits: Tensor, span: slice) -> Tensor:
+    """Contiguous, and never a view, for which everything would be compiled once more."""
+    return logits[:, span].contiguous().data
 
 
 def _start(span: slice, logits: Tensor) -> Tensor:
@@ -94,7 +98,7 @@ def _probabilities(
 ) -> list[Tensor]:
     """p = softmax((s·l + g)/τ), six tensors ``[n]``."""
     uniform = uniforms_of(key, start, logits.shape[1], 6)
-    e = [-torch.log(u).to(logits.dtype) for u in uniform]
+    e = [-torch.log(u.to(logits.dtype)) for u in uniform]
     z = [row * scaling for row in logits]
     if not at_one:
         z = [(row - torch.log(noise)) / tau for row, noise in zip(z, e, strict=True)]

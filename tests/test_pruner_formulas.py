@@ -1,0 +1,165 @@
+"""One-shot methods on whole models and single layers, against their papers' formulas in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from small_layers import (
+    agreement,
+    every_layer,
+    images,
+    inputs_of,
+    keep_best,
+    layer_case,
+    names_in,
+    numbers,
+    sparsegpt_mask,
+)
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from maskllm4v import prune
+from maskllm4v.calibration import InputNorm
+from maskllm4v.patterns import NMPattern
+from maskllm4v.pruners.wanda import prune_wanda
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    """Width 64, depth 3: enough groups for a share of 99.9 % to mean something."""
+    model = VisionTransformer(
+        img_size=8,
+        patch_size=2,
+        in_chans=1,
+        embed_dim=64,
+        depth=3,
+        num_heads=4,
+        class_token=False,
+        global_pool="avg",
+        num_classes=10,
+    )
+    for parameter in model.blocks.parameters():  # as far from its initialisation as training would bring it
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+# Whole models
+
+
+def magnitude_reference(model: nn.Module, batches: list[Tensor], n: int, m: int) -> dict[str, Tensor]:
+    return {name: keep_best(model.get_submodule(name).weight.detach().abs(), n, m) for name in names_in(model)}
+
+
+def wanda_reference(model: nn.Module, batches: list[Tensor], n: int, m: int) -> dict[str, Tensor]:
+    return {
+        name: keep_best(model.get_submodule(name).weight.detach().double().abs() * rows.norm(dim=0), n, m)
+        for name, rows in inputs_of(model, names_in(model), batches).items()
+    }
+
+
+def block_by_block(choose: Callable[..., Tensor]) -> Callable[..., dict[str, Tensor]]:
+    """Prune the layers of one block at a time, on inputs from the model as pruned so far."""
+
+    def reference(model: nn.Module, batches: list[Tensor], n: int, m: int) -> dict[str, Tensor]:
+        model, masks = copy.deepcopy(model), {}
+        for i in range(len(model.blocks)):
+            for name, rows in inputs_of(model, names_in(model, f"blocks.{i}."), batches).items():
+                weight = model.get_submodule(name).weight.data
+                masks[name] = choose(weight, rows, n, m)
+                weight.mul_(masks[name])
+        return masks
+
+    return reference
+
+
+def by_hessian(weight: Tensor, rows: Tensor, n: int, m: int) -> Tensor:
+    return sparsegpt_mask(weight, 2 / len(rows) * rows.t() @ rows, n, m)
+
+
+def by_norm(weight: Tensor, rows: Tensor, n: int, m: int) -> Tensor:
+    return keep_best(weight.double().abs() * rows.norm(dim=0), n, m)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+@pytest.mark.parametrize(
+    ("method", "how", "reference"),
+    [
+        ("magnitude", {}, magnitude_reference),
+        ("wanda", {}, wanda_reference),
+        ("wanda", {"propagate": "pruned"}, block_by_block(by_norm)),
+        ("sparsegpt", {}, block_by_block(by_hessian)),
+    ],
+    ids=["magnitude", "wanda", "wanda-pruned", "sparsegpt"],
+)
+def test_masks_of_a_vit(vit: nn.Module, method: str, how: dict, reference: Callable, pattern: str) -> None:
+    batches, (n, m) = images(), numbers(pattern)
+    expected = reference(vit, batches, n, m)
+    masks = prune(vit, method, pattern=pattern, calibration=batches, exclude=["head"], **how)
+    assert agreement(masks, expected, m) >= (1 if method == "magnitude" else 0.999)
+
+
+@pytest.mark.parametrize(
+    ("method", "how", "other"),
+    [
+        ("wanda", {}, magnitude_reference),
+        ("wanda", {"propagate": "pruned"}, wanda_reference),
+        ("sparsegpt", {}, wanda_reference),
+        ("sparsegpt", {"propagate": "dense"}, block_by_block(by_hessian)),
+    ],
+)
+def test_agreement_tells_methods_apart(vit: nn.Module, method: str, how: dict, other: Callable) -> None:
+    batches = images()
+    expected = other(vit, batches, 2, 4)
+    assert agreement(prune(vit, method, calibration=batches, exclude=["head"], **how), expected, 4) < 0.995
+
+
+@pytest.mark.parametrize("propagate", ["dense", "pruned"])
+def test_masks_of_an_mlp(propagate: str) -> None:
+    """The layers' numbered parent is the chain itself, with activations between them."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32)).eval()
+    batches, expected = [torch.randn(200, 32)], {}
+    reference = copy.deepcopy(model)
+    for name in names_in(model, ""):
+        seen_by = model if propagate == "dense" else reference
+        weight = reference.get_submodule(name).weight.data
+        expected[name] = by_norm(weight, inputs_of(seen_by, [name], batches)[name], 2, 4)
+        weight.mul_(expected[name])
+    masks = prune(model, "wanda", calibration=batches, propagate=propagate)
+    assert agreement(masks, expected, 4) >= 0.999
+
+
+# Layer by layer
+
+
+@every_layer
+def test_wanda_scores(out: int, width: int, pattern: str) -> None:
+    weight, inputs = layer_case(out, width, dead=5)
+    n, m = numbers(pattern)
+    statistic = InputNorm(width, torch.device("cpu"))
+    for part in inputs.split(300):
+        statistic.update(part)
+    found = prune_wanda(weight, statistic, NMPattern(pattern), update_weights=False, layer="fc1", seed=0)
+    live = inputs.any(0).reshape(-1, m).sum(1) >= n  # among dead inputs, ties
+    expected = keep_best(weight.double().abs() * inputs.double().norm(dim=0), n, m)
+    same = (found.mask == expected).reshape(out, -1, m).all(2)
+    assert same[:, live].all()
+
+
+def test_random_masks_are_uniform_and_repeatable() -> None:
+    def masks(seed: int) -> dict[str, Tensor]:
+        return prune(nn.Sequential(nn.Linear(256, 96), nn.Linear(96, 8)), "random", seed=seed)
+
+    first = masks(1)
+    assert all(torch.equal(mask, masks(1)[name]) for name, mask in first.items())
+    assert not torch.equal(first["0"], masks(2)["0"])
+    counts = NMPattern("2:4").to_index(first["0"]).long().bincount(minlength=6).double()
+    expected = counts.sum() / 6
+    assert float(((counts - expected) ** 2 / expected).sum()) < 20.5  # chi-square, 5 degrees, 0.1 %
+
+
+def test_random_masks_differ_between_layers() -> None:
+    masks = prune(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), "random")
+    assert not torch.equal(masks["0"], masks["1"])
