@@ -54,9 +54,7 @@ def seeded_steps(device: torch.device, seed: int) -> Iterator[Callable[[int, int
         yield seed_step
 
 
-def uniforms(
-    key: np.ndarray | tuple[int, int], chunk: int, candidates: int, groups: int, out: Tensor | None = None
-) -> Tensor:
+def uniforms(key: np.ndarray | tuple[int, int], chunk: int, candidates: int, groups: int) -> Tensor:
     """The noise of one chunk of groups, strictly inside (0, 1).
 
     Group ``g`` of chunk ``c`` owns the Philox blocks with counters ``(1 + g·B + b, c, 0, 0)``, where
@@ -69,58 +67,70 @@ def uniforms(
         chunk: index of the chunk of :data:`CHUNK` groups.
         candidates: K.
         groups: how many groups of the chunk exist.
-        out: float32 ``[K, groups]`` on the CPU to write to.
 
     Returns:
         float32 ``[K, groups]``.
     """
-    found = torch.empty(candidates, groups) if out is None else out
-    blocks = -(-candidates // _WORDS)
-    stream = np.random.Philox(key=np.asarray(key, np.uint64), counter=_counter(chunk))
-    words = stream.random_raw(groups * blocks * 4).astype("<u8", copy=False).view("<u4")
-    # As the mantissa of a float in [1, 2), t gives 1 + t·2⁻²³; what is taken off leaves (t + ½)·2⁻²³ exactly.
-    np.right_shift(words, 9, out=words)
-    np.bitwise_or(words, _ONE, out=words)
-    rows = words.view("<f4").reshape(groups, blocks * _WORDS)
-    for k, row in enumerate(found.numpy()):
-        np.subtract(rows[:, k], _OFFSET, out=row)
+    found = torch.empty(candidates, groups, dtype=torch.float32, device="cpu")
+    fill_uniforms(found, key, chunk * CHUNK)
     return found
 
 
 def fill_uniforms(out: Tensor, key: np.ndarray | tuple[int, int], first: int) -> None:
-    """The noise of several chunks at once, the same numbers, drawn by as many threads as PyTorch uses.
+    """The same noise of any range of groups, drawn by as many threads as PyTorch uses.
 
     Args:
-        out: float32 ``[K, groups]`` on the CPU, from the first group of a chunk on.
+        out: float32 ``[K, groups]`` on the CPU.
         key: from :func:`philox_key`.
-        first: index of the first chunk.
+        first: the first group.
     """
-    parts = list(enumerate(out.split(CHUNK, dim=1), start=first))
-    if len(parts) == 1 or torch.get_num_threads() == 1:
-        for chunk, part in parts:
-            uniforms(key, chunk, part.shape[0], part.shape[1], out=part)
-        return
+    parts, start = [], 0
+    while start < out.shape[1]:
+        stop = min(start + CHUNK - (first + start) % CHUNK, out.shape[1])
+        parts.append((_stream(key, first + start, out.shape[0]), out[:, start:stop].numpy()))
+        start = stop
+    if len(parts) > 1 and torch.get_num_threads() > 1:
+        for _ in _threads(torch.get_num_threads()).map(_draw_beside_others, *zip(*parts, strict=True)):
+            pass
+    else:
+        for stream, part in parts:
+            _draw(stream, part)
 
-    def draw(chunk: int, part: Tensor) -> None:
-        candidates, groups = part.shape
-        blocks = -(-candidates // _WORDS)
-        stream = np.random.Generator(np.random.Philox(key=np.asarray(key, np.uint64), counter=_counter(chunk)))
-        # A third slower than random_raw, but it lets go of Python's lock: the top 24 bits of each 32-bit word.
-        rows = stream.random(groups * blocks * _WORDS, dtype=np.float32).reshape(groups, blocks * _WORDS)
-        for k, row in enumerate(part.numpy()):
-            np.multiply(rows[:, k], np.float32(2**23), out=row)
-            np.floor(row, out=row)
-            np.add(row, np.float32(0.5), out=row)
-            np.multiply(row, np.float32(2.0**-23), out=row)
 
-    for _ in _threads(torch.get_num_threads()).map(draw, *zip(*parts, strict=True)):
-        pass
+def _stream(key: np.ndarray | tuple[int, int], group: int, candidates: int) -> np.random.Philox:
+    """The words of a group and of those after it in its chunk."""
+    counter = np.array([group % CHUNK * _blocks(candidates), group // CHUNK, 0, 0], dtype=np.uint64)
+    return np.random.Philox(key=np.asarray(key, np.uint64), counter=counter)  # it counts up before it draws
+
+
+def _blocks(candidates: int) -> int:
+    return -(-candidates // _WORDS)
+
+
+def _draw(stream: np.random.Philox, out: np.ndarray) -> None:
+    candidates, groups = out.shape
+    width = _blocks(candidates) * _WORDS
+    words = stream.random_raw(groups * width // 2).astype("<u8", copy=False).view("<u4")
+    # As the mantissa of a float in [1, 2), t gives 1 + t·2⁻²³; what is taken off leaves (t + ½)·2⁻²³ exactly.
+    np.right_shift(words, 9, out=words)
+    np.bitwise_or(words, _ONE, out=words)
+    rows = words.view("<f4").reshape(groups, width)
+    for k, row in enumerate(out):
+        np.subtract(rows[:, k], _OFFSET, out=row)
+
+
+def _draw_beside_others(stream: np.random.Philox, out: np.ndarray) -> None:
+    """A third slower than ``random_raw``, but it lets go of Python's lock: the top 24 bits of each 32-bit word."""
+    candidates, groups = out.shape
+    width = _blocks(candidates) * _WORDS
+    rows = np.random.Generator(stream).random(groups * width, dtype=np.float32).reshape(groups, width)
+    for k, row in enumerate(out):
+        np.multiply(rows[:, k], np.float32(2**23), out=row)
+        np.floor(row, out=row)
+        np.add(row, np.float32(0.5), out=row)
+        np.multiply(row, np.float32(2.0**-23), out=row)
 
 
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="noise")
-
-
-def _counter(chunk: int) -> np.ndarray:
-    return np.array([0, chunk, 0, 0], dtype=np.uint64)

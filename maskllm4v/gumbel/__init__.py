@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from maskllm4v.gumbel.backends import BACKENDS, choose
 from maskllm4v.gumbel.chunked import energy_dtype
@@ -162,8 +161,9 @@ class _MaskedWeight(torch.autograd.Function):
         return _forward(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the mask operation cannot be differentiated twice (create_graph=True)")
         return _gradients(ctx, _backward, *grads)
 
 

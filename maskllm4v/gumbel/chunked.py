@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from maskllm4v.gumbel.sampling import Sampling
-from maskllm4v.randomness import CHUNK, fill_uniforms
+from maskllm4v.randomness import fill_uniforms
 
-CUDA_SPAN = 64 * CHUNK  # there is no cache to stay in, and every launch costs
+CPU_SPAN = 32_768  # groups: more leave the cache, fewer are not worth a call
+THREAD_SPAN = 16_384  # groups a thread, where there are many
+CUDA_SPAN = 2**20  # there is no cache to stay in, and every launch costs
 
 
 def forward(
@@ -33,13 +35,14 @@ def forward(
     """
     masked = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     energy = torch.zeros((), dtype=energy_dtype(weight), device=weight.device)
-    for span, p in _probabilities(logits, sampling):
-        product = masked[span] if dtype == weight.dtype else torch.empty_like(weight[span])
-        apply_mask(weight[span], p, candidates, sampling.hard, out=product)
-        if dtype != weight.dtype:
-            masked[span] = product
-        for part in product.split(CHUNK):
-            energy += part.square().sum(dtype=energy.dtype)
+    with torch.inference_mode():  # calls cost less
+        for span, p in _probabilities(logits, sampling):
+            w = wide(weight[span])
+            product = masked[span] if dtype == w.dtype else torch.empty_like(w)
+            apply_mask(w, p, candidates, sampling.hard, out=product)
+            if dtype != w.dtype:
+                masked[span] = product
+            energy += product.square().sum(dtype=energy.dtype)
     return masked, energy
 
 
@@ -62,15 +65,26 @@ def backward(
     """
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if weight_grad else None
-    slope, twice = sampling.scaling / sampling.tau, 2 * grad_energy
-    for span, p in _probabilities(logits, sampling):
-        w = weight[span]
-        wm = apply_mask(w, p, candidates, sampling.hard)
-        upstream = torch.addcmul(grad_masked[span], wm, twice, out=wm)
-        if grad_weight is not None:
-            apply_mask(upstream, p, candidates, sampling.hard, out=grad_weight[span])
-        t = _candidate_sums(upstream, w, candidates)  # [K, n]
-        torch.mul(t.sub_((p * t).sum(0)), p, out=grad_logits[:, span]).mul_(slope)
+    slope, twice = _number(sampling.scaling / sampling.tau, logits), 2 * grad_energy
+    with torch.inference_mode():
+        for span, p in _probabilities(logits, sampling):
+            w, g = wide(weight[span]), wide(grad_masked[span])
+            if candidates.shape == (6, 4) and not sampling.hard:
+                w, g, mask = to_rows(w), to_rows(g), _mask_2_4(p)
+                upstream = torch.addcmul(g, w * mask, twice)
+                t = _pair_sums(w.mul_(upstream))
+                if grad_weight is not None:
+                    from_rows(upstream.mul_(mask), grad_weight[span])
+            else:
+                upstream = torch.addcmul(g, apply_mask(w, p, candidates, sampling.hard), twice)
+                t = _candidate_sums(upstream * w, candidates)
+                if grad_weight is not None:
+                    grad_weight[span] = apply_mask(upstream, p, candidates, sampling.hard)
+            t.sub_((p * t).sum(0)).mul_(p)
+            if t.dtype == logits.dtype:
+                torch.mul(t, slope, out=grad_logits[:, span])
+            else:
+                grad_logits[:, span] = t * slope
     return grad_logits, grad_weight
 
 
@@ -79,9 +93,14 @@ def energy_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: 16 bits are too few to compute masks in."""
+    return x.to(energy_dtype(x))
+
+
 def spans(logits: Tensor) -> list[slice]:
-    """Slices of whole chunks of noise: one a thread on a CPU."""
-    width = CUDA_SPAN if logits.is_cuda else CHUNK * torch.get_num_threads()
+    """Slices of the groups that are worked on together."""
+    width = CUDA_SPAN if logits.is_cuda else max(CPU_SPAN, THREAD_SPAN * torch.get_num_threads())
     return [slice(a, min(a + width, logits.shape[1])) for a in range(0, logits.shape[1], width)]
 
 
@@ -91,19 +110,27 @@ def _probabilities(logits: Tensor, sampling: Sampling) -> Iterator[tuple[slice, 
     All share their memory, so that it stays in cache.
     """
     p = row = noise = torch.empty(0)
+    scaling, tau = _number(sampling.scaling, logits), _number(sampling.tau, logits)
     for span in spans(logits):
-        part = logits[:, span]
+        part = wide(logits[:, span])
         if p.shape != part.shape:
-            p, row, noise = torch.empty_like(part), torch.empty_like(part[0]), torch.empty(part.shape)
-        torch.mul(part, sampling.scaling, out=p)
+            p, row = torch.empty_like(part), torch.empty_like(part[0])
+            noise = torch.empty(part.shape, dtype=torch.float32, device="cpu")
+        torch.mul(part, scaling, out=p)
         u = _noise(p, noise, span, sampling)
-        if u is not None and sampling.tau == 1:  # exp(s·l + g) = exp(s·l)/E with E = −log u: a logarithm less
-            _exp_(p, row).div_(u.log_().neg_())
+        if u is not None and sampling.tau == 1:
+            # exp(s·l + g) = exp(s·l)/E with E = −log u: a logarithm less. The sign cancels in what follows.
+            _exp_(p, row).div_(u.log_())
         else:
             if u is not None:
                 p.sub_(u.log_().neg_().log_())
-            _exp_(p.div_(sampling.tau), row)
+            _exp_(p.div_(tau), row)
         yield span, p.div_(torch.sum(p, 0, out=row))
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    """As a tensor that no operation has to convert; on the CPU."""
+    return torch.tensor(value, dtype=energy_dtype(like))
 
 
 def _exp_(z: Tensor, row: Tensor) -> Tensor:
@@ -122,7 +149,7 @@ def _noise(like: Tensor, buffer: Tensor, span: slice, sampling: Sampling) -> Ten
 
         candidates, groups = like.shape
         return fused.uniforms(sampling.key, candidates, groups, like.device, first=span.start).to(like)
-    fill_uniforms(buffer, sampling.key, span.start // CHUNK)
+    fill_uniforms(buffer, sampling.key, span.start)
     return buffer.to(like)
 
 
@@ -137,42 +164,54 @@ def apply_mask(values: Tensor, p: Tensor, candidates: Tensor, hard: bool, out: T
     if hard:
         return torch.mul(values, candidates[p.argmax(0)], out=out)
     if candidates.shape == (6, 4):
-        return multiply_transposed(values, _mask_2_4(p), out=torch.empty_like(values) if out is None else out)
+        return torch.mul(from_rows(_mask_2_4(p), torch.empty_like(values)), values, out=out)
     with torch.autocast(p.device.type, enabled=False):
-        return torch.mul(values, p.t() @ candidates, out=out)
+        return torch.mul(values, p.t() @ candidates.to(p.dtype), out=out)
 
 
 def _mask_2_4(p: Tensor) -> Tensor:
     """The soft mask ``[4, n]`` in closed form: candidates k and 5 − k are complements."""
-    d0, d1, d2 = p[0] - p[5], p[1] - p[4], p[2] - p[3]
-    both, rest = d1 + d2, d1 - d2
-    up, down = 1 + d0, 1 - d0
+    p0, p1, p2, p3, p4, p5 = p.unbind(0)
+    d0, d1, d2 = p0 - p5, p1 - p4, p2 - p3
+    both, rest = d1 + d2, d1.sub_(d2)
+    one = _number(1.0, p)
+    up, down = one + d0, one - d0
     mask = torch.empty((4, *d0.shape), dtype=p.dtype, device=p.device)
-    torch.add(up, both, out=mask[0])
-    torch.sub(up, both, out=mask[1])
-    torch.add(down, rest, out=mask[2])
-    torch.sub(down, rest, out=mask[3])
+    for row, base, change, sign in zip(
+        mask.unbind(0), (up, up, down, down), (both, both, rest, rest), (1, -1, 1, -1), strict=True
+    ):
+        torch.add(base, change, alpha=sign, out=row)
     return mask.mul_(0.5)
 
 
-def multiply_transposed(values: Tensor, mask: Tensor, out: Tensor) -> Tensor:
-    """Values ``[n, 4]`` times a mask ``[4, n]``, into ``out`` ``[n, 4]``.
+def _pair_sums(q: Tensor) -> Tensor:
+    """t_k = Σ_j S_kj q_j, ``[6, n]``, of q ``[4, n]``, for 2:4."""
+    a, b, c, d = q.unbind(0)
+    t = torch.empty((6, *a.shape), dtype=q.dtype, device=q.device)
+    for row, left, right in zip(t.unbind(0), (a, a, a, b, b, c), (b, c, d, c, d, d), strict=True):
+        torch.add(left, right, out=row)
+    return t
 
-    A third axis keeps PyTorch off its blocked transposition, which is slow at four rows.
-    """
-    torch.mul(values[..., None], mask[..., None].transpose(0, 1), out=out[..., None])
-    return out
 
-
-def _candidate_sums(upstream: Tensor, weight: Tensor, candidates: Tensor) -> Tensor:
-    """t_k = Σ_j S_kj q_j, ``[K, n]``, with q = upstream ⊙ weight, ``[n, M]``."""
+def _candidate_sums(q: Tensor, candidates: Tensor) -> Tensor:
+    """t_k = Σ_j S_kj q_j, ``[K, n]``, of q ``[n, M]``."""
     if candidates.shape == (6, 4):
-        q = torch.empty(upstream.shape[::-1], dtype=upstream.dtype, device=upstream.device)
-        torch.mul(upstream[..., None].transpose(0, 1), weight[..., None].transpose(0, 1), out=q[..., None])
-        a, b, c, d = q
-        t = torch.empty((6, *a.shape), dtype=q.dtype, device=q.device)
-        for row, left, right in zip(t, (a, a, a, b, b, c), (b, c, d, c, d, d), strict=True):
-            torch.add(left, right, out=row)
-        return t
-    with torch.autocast(upstream.device.type, enabled=False):
-        return candidates @ (upstream * weight).t()
+        return _pair_sums(to_rows(q))
+    with torch.autocast(q.device.type, enabled=False):
+        return candidates.to(q.dtype) @ q.t()
+
+
+# A third axis keeps PyTorch off its blocked transposition, which is slow at four rows.
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """``[n, 4]`` as contiguous ``[4, n]``."""
+    rows = torch.empty(x.shape[::-1], dtype=x.dtype, device=x.device)
+    rows[..., None].copy_(x[..., None].transpose(0, 1))
+    return rows
+
+
+def from_rows(rows: Tensor, out: Tensor) -> Tensor:
+    """The reverse, into ``out`` ``[n, 4]``."""
+    out[..., None].copy_(rows[..., None].transpose(0, 1))
+    return out

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskllm4v.gumbel.chunked import energy_dtype, multiply_transposed, spans
+from maskllm4v.gumbel.chunked import energy_dtype, from_rows, spans, to_rows, wide
 from maskllm4v.gumbel.philox import uniforms_of
 from maskllm4v.gumbel.sampling import Sampling
-from maskllm4v.randomness import CHUNK
 
 
 def supported(candidates: Tensor, sampling: Sampling) -> bool:
@@ -33,12 +32,12 @@ def forward(
     scalars, soft_mask, at_one = _scalars(sampling, logits), _compiled(_soft_mask), sampling.tau == 1
     for span in spans(logits):
         mask = soft_mask(_part(logits, span), *scalars, _start(span, logits), at_one)
-        product = masked[span] if dtype == weight.dtype else torch.empty_like(weight[span])
-        multiply_transposed(weight[span], mask, out=product)
-        if dtype != weight.dtype:
+        w = wide(weight[span])
+        product = masked[span] if dtype == w.dtype else torch.empty_like(w)
+        from_rows(mask, product).mul_(w)
+        if dtype != w.dtype:
             masked[span] = product
-        for part in product.split(CHUNK):
-            energy += part.square().sum(dtype=energy.dtype)
+        energy += product.square().sum(dtype=energy.dtype)
     return masked, energy
 
 
@@ -56,35 +55,29 @@ def backward(
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if weight_grad else None
     scalars, gradients, at_one = _scalars(sampling, logits), _compiled(_gradients), sampling.tau == 1
     for span in spans(logits):
-        w, upstream = _rows(weight[span]), _rows(grad_masked[span])
+        w, upstream = to_rows(wide(weight[span])), to_rows(wide(grad_masked[span]))
         found = gradients(_part(logits, span), *scalars, _start(span, logits), w, upstream, grad_energy, at_one)
         grad_logits[:, span] = found[0]
         if grad_weight is not None:
-            grad_weight[span][..., None].transpose(0, 1).copy_(found[1][..., None])
+            from_rows(found[1], grad_weight[span])
     return grad_logits, grad_weight
 
 
 def _scalars(sampling: Sampling, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """τ, s and the key as tensors: other values compile nothing again."""
     signed = [word - 2**64 if word >> 63 else word for word in sampling.key or ()]
-    tau, scaling = (logits.new_tensor(value) for value in (sampling.tau, sampling.scaling))
+    numbers = (sampling.tau, sampling.scaling)
+    tau, scaling = (logits.new_tensor(value, dtype=energy_dtype(logits)) for value in numbers)
     return tau, scaling, logits.new_tensor(signed, dtype=torch.int64)
 
 
 def _part(logits: Tensor, span: slice) -> Tensor:
     """Contiguous, and never a view, for which everything would be compiled once more."""
-    return logits[:, span].contiguous().data
+    return wide(logits[:, span]).contiguous().data
 
 
 def _start(span: slice, logits: Tensor) -> Tensor:
     return logits.new_tensor(span.start, dtype=torch.int64)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``[n, 4]`` as contiguous ``[4, n]``; see :func:`~maskllm4v.gumbel.chunked.multiply_transposed`."""
-    rows = torch.empty(x.shape[::-1], dtype=x.dtype, device=x.device)
-    rows[..., None].copy_(x[..., None].transpose(0, 1))
-    return rows
 
 
 @cache
