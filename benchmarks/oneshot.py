@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 import maskllm4v
+from benchmarks import roofline
 from benchmarks.baselines import columns
-from benchmarks.measure import Timing, interleaved, ratio, synchronize
+from benchmarks.measure import Timing, ceilings, interleaved, ratio, synchronize
 from benchmarks.results import Row, save
 from maskllm4v.calibration import Hessian, InputNorm
 from maskllm4v.devices import pick_device
@@ -34,6 +35,7 @@ from maskllm4v.pruners import Pruned
 from maskllm4v.pruners.magnitude import prune_magnitude
 from maskllm4v.pruners.sparsegpt import prune_columns, prune_sparsegpt
 from maskllm4v.pruners.wanda import prune_wanda
+from maskllm4v.surgery import prunable_linears
 
 TEXTBOOK, OURS = CANDIDATES = ("textbook", "ours")
 METHODS = (("magnitude", False), ("wanda", False), ("sparsegpt", False), ("sparsegpt", True))  # with update?
@@ -145,6 +147,24 @@ def whole_model(
     return rows
 
 
+def tokens(model: Any) -> int:
+    """Rows that an image gives to each layer of the blocks."""
+    return int(model.pos_embed.shape[1])
+
+
+def roofline_rows(model: Any, rows: list[Row], count: int, device: torch.device, quick: bool) -> list[Row]:
+    """A line a method of ours: what it has to do, and the share of the device's ceilings that it reaches."""
+    most = ceilings(device, quick=quick)
+    linears = prunable_linears(model, exclude=[model.get_classifier()]).values()
+    found: list[Row] = []
+    for row in rows:
+        if row["candidate"] == OURS:
+            time = Timing.of([float(row["s"])])
+            line = roofline.pruning_row(linears, str(row["method"]), count, time, most)
+            found.append({"method": row["method"], "candidate": OURS, **line, "n": row["n"]})
+    return found
+
+
 def label(method: str, update: bool) -> str:
     return f"{method}, update" if update else method
 
@@ -218,6 +238,8 @@ NOTES = [
     "speedup: of the textbook's time to a candidate's of the same repetition; median, lowest and highest of n.",
     "solving_s: in the functions that prune a layer; calibration_s: everything else, namely forward passes, Hessians"
     " or norms, and putting masks in place.",
+    "roofline: gflop counted from the layers' shapes (benchmarks/roofline.py); share: of the time measured, what these"
+    " take at the measured peak of a float32 product.",
     "agreement: share of equal groups between both candidates; with update given the same factor of the Hessian.",
 ]
 
@@ -255,6 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = whole_model(model, count, (("sparsegpt", False),), stopwatch, 1, size)
         sections.setdefault("images", []).extend(rows)
     sections["models"] = whole_model(model, images, METHODS, stopwatch, repeats, size)
+    sections["roofline"] = roofline_rows(model, sections["models"], images * tokens(model), device, given.quick)
     save("oneshot", sections, NOTES, given.out, device=device)
 
 

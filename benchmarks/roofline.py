@@ -1,13 +1,17 @@
-"""What the 2:4 mask operation has to do at least, counted by hand, against what the device can do.
+"""What the mask operation, a training step and a pruning have to do at least, against what the device can do.
 
-Counted a group of 4 weights with its 6 logits, in float32, forward and backward once each, noise drawn in both.
+The 2:4 mask operation is counted by hand, a group of 4 weights with its 6 logits, in float32, forward and backward
+once each, noise drawn in both; a step's matrix products by PyTorch; pruning by the formulas below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Ceilings, Timing, ceilings
 from benchmarks.results import Row
@@ -82,4 +86,62 @@ def least_seconds(found: Ceilings, groups: float, tau: float) -> dict[str, float
         "memory": groups * BYTES / found.bandwidth,
         "special": groups * SPECIAL[tau == 1] / found.special,
         "floating": groups * FLOATING[tau == 1] / found.fp32,
+    }
+
+
+# Fused AdamW reads parameter, gradient and two moments and writes all but the gradient, in float32: bytes each.
+ADAMW = 4 * (4 + 3)
+
+
+def step_row(
+    call: Callable[[], Any], time: Timing, found: Ceilings, *, trained: int, masked: int, precision: str
+) -> Row:
+    """A training step: its matrix products and attention, and the memory that only its size in weights asks for.
+
+    Args:
+        call: the step.
+        time: what it took.
+        found: ceilings, ``bf16`` among them where that is the precision.
+        trained: parameters that AdamW updates.
+        masked: weights under a learned mask; 0 for a dense step.
+        precision: ``"bf16"`` or ``"fp32"``.
+    """
+    with FlopCounterMode(display=False) as counter:
+        call()
+    flop = counter.get_total_flops()
+    size = ADAMW * trained + BYTES * masked / GROUP
+    return _shares(flop, found.bf16 if precision == "bf16" else found.fp32, size, found.bandwidth, time)
+
+
+def pruning_row(linears: Iterable[nn.Linear], method: str, tokens: int, time: Timing, found: Ceilings) -> Row:
+    """One-shot pruning of a chain of blocks: forward passes, Hessians, factors, updates, all in float32.
+
+    A pass of ``tokens`` rows through a layer takes 2·out·in·tokens operations; SparseGPT makes two, since later layers
+    see pruned ones. A Hessian takes in²·tokens, being symmetric; its Cholesky factor in³/3, the inverse of that as
+    much again, and the update out·in². Attention and element-wise work are left out. Bytes: each weight is read and
+    its mask written.
+    """
+    shapes = [(linear.out_features, linear.in_features) for linear in linears]
+    weights = sum(out * width for out, width in shapes)
+    flop = 0.0
+    if method != "magnitude":
+        flop += 2 * weights * tokens * (2 if method.startswith("sparsegpt") else 1)
+    if method.startswith("sparsegpt"):
+        flop += sum(width**2 * tokens + width**3 / 3 for _, width in shapes)
+    if method == "sparsegpt, update":
+        flop += sum(width**3 / 3 + out * width**2 for out, width in shapes)
+    return _shares(flop, found.fp32, 5 * weights, found.bandwidth, time)
+
+
+def _shares(flop: float, peak: float, size: float, bandwidth: float, time: Timing) -> Row:
+    least = {"products_s": flop / peak, "memory_s": size / bandwidth}
+    return {
+        "n": time.n,
+        "gflop": flop / 1e9,
+        "gb": size / 1e9,
+        **least,
+        "s": time.median,
+        "share": sum(least.values()) / time.median,
+        "gflops_peak": peak / 1e9,
+        "gb_a_second": bandwidth / 1e9,
     }

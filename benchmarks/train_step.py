@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import roofline
 from benchmarks.baselines.dense import Dense
 from benchmarks.baselines.textbook import Textbook
-from benchmarks.measure import Timing, interleaved, peak_bytes, ratio, saved_bytes, state_bytes, threads
+from benchmarks.measure import Timing, ceilings, interleaved, peak_bytes, ratio, saved_bytes, state_bytes, threads
 from benchmarks.results import Row, save
 from benchmarks.workloads import RandomImages, Workload, workloads
 from maskllm4v.config import LearnedSettings
@@ -73,6 +74,10 @@ class Step:
         self.learner.optimizer.zero_grad(set_to_none=True)
         self.learner.end_step(self.number - 1)
 
+    def trained(self) -> int:
+        """Parameters that the optimiser updates."""
+        return sum(tensor.numel() for tensor in self.learner.tensors)
+
     def saved(self) -> int:
         """Bytes kept for backward, but parameters, buffers and the batch."""
         return saved_bytes(self.forward, [*self.learner.model.parameters(), *self.learner.model.buffers(), *self.batch])
@@ -120,14 +125,18 @@ def make(variant: str, workload: Workload, device: torch.device) -> Step:
     return Step(ours, task, learning, compiled=variant == "ours_compiled")
 
 
-def measure(workload: Workload, variants: list[str], device: torch.device, *, repeats: int, warmup: int) -> list[Row]:
-    """A row a variant; ratios are to the first of them."""
+def measure(
+    workload: Workload, variants: list[str], device: torch.device, *, repeats: int, warmup: int, quick: bool
+) -> tuple[list[Row], list[Row]]:
+    """A row a variant; ratios are to the first of them. Then one line each against the roofline."""
     torch.compiler.reset()  # or a second model is compiled for shapes that vary
     steps = {variant: make(variant, workload, device) for variant in variants}
     times = interleaved(dict[str, Callable[[], Any]](steps), repeats=repeats, warmup=warmup)
     linears = prunable_linears(workload.build(device), exclude=workload.experiment.model.exclude)
     weights = sum(linear.weight.numel() for linear in linears.values())
-    first, rows = variants[0], list[Row]()
+    first, rows, roof = variants[0], list[Row](), list[Row]()
+    precision = {"no": "fp32"}.get(workload.learning.amp, workload.learning.amp)
+    most = ceilings(device, bf16=precision == "bf16", quick=quick)
     for variant, step in steps.items():
         saved = step.saved()
         base = rows[0]["saved_mb"] if rows else saved / MB
@@ -137,7 +146,7 @@ def measure(workload: Workload, variants: list[str], device: torch.device, *, re
                 "model": workload.name,
                 "variant": variant,
                 "batch": workload.learning.batch_size,
-                "precision": {"no": "fp32"}.get(workload.learning.amp, workload.learning.amp),
+                "precision": precision,
                 "threads": torch.get_num_threads(),
                 **statistics(times[variant], times[first]),
                 "peak_mb": step.peak() / MB,
@@ -145,7 +154,13 @@ def measure(workload: Workload, variants: list[str], device: torch.device, *, re
                 "saved_beyond_bytes": (saved - base * MB) / weights,
             }
         )
-    return rows
+        if variant in ("dense", "ours"):
+            masked = 0 if variant == "dense" else weights
+            line = roofline.step_row(
+                step, times[variant], most, trained=step.trained(), masked=masked, precision=precision
+            )
+            roof.append({"model": workload.name, "variant": variant, **line})
+    return rows, roof
 
 
 def statistics(time: Timing, first: Timing) -> Row:
@@ -160,6 +175,9 @@ NOTES = [
     "peak_mb: parameters, optimiser state, batch, and the most that a step allocates on top, in MiB.",
     "saved_mb: what one forward pass keeps for backward, but parameters and images, in MiB;"
     " saved_beyond_bytes: what of it goes beyond the dense step's, in bytes a masked weight.",
+    "roofline: products_s, the step's matrix products and attention at the device's measured peak; memory_s, bytes that"
+    " AdamW and the mask operation have to move at its measured bandwidth; share: both of the time measured."
+    " Activations, normalisation and softmax are left out.",
     *(f"{name}: {text}." for name, text in VARIANTS.items()),
 ]
 
@@ -179,11 +197,13 @@ def main(arguments: list[str] | None = None) -> None:
     models = given.models or [name for name, workload in known.items() if workload.device in (None, device.type)]
     variants = given.variants or [name for name in VARIANTS if not (given.quick and name == "ours_compiled")]
     repeats, warmup = (2, 1) if given.quick else (given.repeats, 2)
-    rows: list[Row] = []
+    sections: dict[str, list[Row]] = {"steps": [], "roofline": []}
     with threads(given.threads):
         for name in models:
-            rows += measure(known[name], variants, device, repeats=repeats, warmup=warmup)
-        save("train_step", {"steps": rows}, NOTES, given.out, device=device)
+            rows, roof = measure(known[name], variants, device, repeats=repeats, warmup=warmup, quick=given.quick)
+            sections["steps"] += rows
+            sections["roofline"] += roof
+        save("train_step", sections, NOTES, given.out, device=device)
 
 
 if __name__ == "__main__":

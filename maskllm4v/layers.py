@@ -257,6 +257,8 @@ class LearnableMaskedLinear(nn.Linear):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance(self) -> None:
+        if torch._C._current_graph_task_id() != -1:  # within backward, where checkpointing repeats this forward
+            raise RuntimeError("activation checkpointing needs set_draw: a layer would draw anew when recomputed")
         self.draw = Draw(self.draw.seed, self.draw.step + 1)
 
     def fold(self) -> nn.Linear:

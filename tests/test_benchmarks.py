@@ -16,7 +16,7 @@ from import_graph import ROOT
 from made_records import DIGITS, make_records
 from torch import Tensor, nn
 
-from benchmarks import mask_op, results, table_cost, train_step
+from benchmarks import mask_op, results, roofline, table_cost, train_step
 from benchmarks.baselines import textbook
 from benchmarks.baselines.dense import Dense
 from benchmarks.baselines.textbook import Textbook, TextbookLinear
@@ -409,3 +409,26 @@ def test_readme_has_the_performance_section() -> None:
 def test_two_significant_digits(value: float, text: str) -> None:
     assert significant(value) == text
     assert significant(math.nan) == MISSING
+
+
+def test_roofline_of_a_step_counts_products_and_what_adamw_moves() -> None:
+    weight, inputs = torch.randn(8, 16, requires_grad=True), torch.randn(4, 16)
+    most = Ceilings(bandwidth=1e9, fp32=1e6, special=1.0)
+    row = roofline.step_row(
+        lambda: (inputs @ weight.t()).sum().backward(), Timing.of([0.5]), most, trained=100, masked=40, precision="fp32"
+    )
+    assert row["gflop"] == pytest.approx(2 * (2 * 4 * 8 * 16) / 1e9)  # forward, and the weight's gradient
+    assert row["gb"] == pytest.approx((28 * 100 + roofline.BYTES * 10) / 1e9)
+    assert row["share"] == pytest.approx((2048 / 1e6 + (2800 + 10 * roofline.BYTES) / 1e9) / 0.5)
+
+
+def test_roofline_of_pruning_grows_with_what_a_method_does() -> None:
+    layers, most = [torch.nn.Linear(16, 8)], Ceilings(bandwidth=1e9, fp32=1e6, special=1.0)
+    work = [
+        roofline.pruning_row(layers, method, 10, Timing.of([1.0]), most)["gflop"]
+        for method in ("magnitude", "wanda", "sparsegpt", "sparsegpt, update")
+    ]
+    assert work[0] == 0
+    assert work[1] == pytest.approx(2 * 8 * 16 * 10 / 1e9)
+    assert work[2] == pytest.approx((2 * 2 * 8 * 16 * 10 + 16**2 * 10 + 16**3 / 3) / 1e9)
+    assert work[3] == pytest.approx((float(str(work[2])) * 1e9 + 16**3 / 3 + 8 * 16**2) / 1e9)

@@ -68,7 +68,7 @@ def test_oneshot_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pruners, "_METHODS", dict(pruners._METHODS))  # what it registers is gone afterwards
     oneshot.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "x.json")])
     sections = read_json(tmp_path / "x.json")["sections"]
-    assert set(sections) == {"agreement", "images", "layers", "models", "patterns", "width"}
+    assert set(sections) == {"agreement", "images", "layers", "models", "patterns", "roofline", "width"}
     methods = ["magnitude", "wanda", "sparsegpt", "sparsegpt, update"]
     pairs = [(method, candidate) for method in methods for candidate in ("textbook", "ours")]
     assert [(row["method"], row["candidate"]) for row in sections["models"]] == pairs

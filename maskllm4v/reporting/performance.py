@@ -177,6 +177,9 @@ def step_table(found: Row) -> str:
                 else f"{significant(row['ms'], 3)} ms ({row['ratio']:.2f}×), {significant(row['peak_mb'], 3)} MiB"
             )
         lines.append(cells)
+        shares = [_find(_section(found, "roofline"), {"model": first["model"], "variant": name}) for name in variants]
+        if any(shares):
+            lines.append(["share of the roofline", *map(_share, shares)])
     return markdown(["Whole step", *(variant.replace("_", ", ") for variant in variants)], lines)
 
 
@@ -188,14 +191,22 @@ def pruning_table(found: Row) -> str:
         headers += [f"{models[0]['images']} images, {name}" for name in (TEXTBOOK, "ours")]
     if layers:
         headers += [f"{layers[0]['out']}×{layers[0]['in']} layer, {name}" for name in (TEXTBOOK, "ours")]
+    shares = _section(found, "roofline")
+    headers += ["whole model, ours: share of the roofline"] if shares else []
     for method in _distinct(models, "method"):
         cells = [str(method)]
         for section, unit, where in [("models", "s", {}), *(("layers", "ms", {"layer": r["layer"]}) for r in layers)]:
             for name in (TEXTBOOK, "ours"):
                 row = _find(_section(found, section), {**where, "method": method, "candidate": name})
                 cells.append(MISSING if row is None else _time(row, unit))
+        if shares:
+            cells.append(_share(_find(shares, {"method": method})))
         lines.append(cells)
     return markdown(headers, lines)
+
+
+def _share(row: Row | None) -> str:
+    return MISSING if row is None else f"{significant(100 * row['share'], 2)} %"
 
 
 def _time(row: Row, unit: str = "ms") -> str:
