@@ -243,7 +243,7 @@ class LearnableMaskedLinear(nn.Linear):
 
     def current_mask(self) -> Tensor:
         """The most probable candidate of each group, boolean ``[out, in]``."""
-        return self.pattern.from_index(self.logits.detach().argmax(0), self.weight.shape)
+        return self.candidates[self.logits.detach().argmax(0)].bool().reshape(self.weight.shape)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.bypassed:

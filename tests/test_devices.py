@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -77,3 +81,26 @@ def test_device_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert words == words.strip()
     assert ":" not in words
     assert "\n" not in words
+
+
+DENORMALS = """
+import sys
+import torch
+
+if sys.argv[1] == "picked":
+    from maskllm4v.devices import pick_device
+
+    pick_device("cpu")
+torch.set_num_threads(3)
+denormal = torch.full((3_000_000,), 1000, dtype=torch.int32).view(torch.float32)  # 1.4e-42, by its bits
+print(int(denormal.mul(1.5).view(torch.int32).count_nonzero()))
+"""
+
+
+@pytest.mark.parametrize(("how", "left"), [("picked", 0), ("not picked", 3_000_000)])
+def test_picking_the_cpu_flushes_denormals_in_every_thread(how: str, left: int) -> None:
+    """In a process of its own: threads inherit it when they are started."""
+    command = [sys.executable, "-c", DENORMALS, how]
+    folder = Path(__file__).parents[1]
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=300)
+    assert int(found.stdout) == left
