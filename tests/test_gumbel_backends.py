@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from mask_oracle import Case, equal_in_float64, errors, norm, textbook
+from torch import Tensor
 
 from maskllm4v.errors import ConfigError
 from maskllm4v.gumbel import BACKENDS, chunked, compiled, masked_weight
@@ -35,20 +36,36 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 # The same masks from each
 
 
-@pytest.mark.parametrize(("threads", "tau"), [(1, 1.0), (3, 0.5)])  # so many times as much is done at once
-@pytest.mark.parametrize("backend", ["chunked", "compiled"])
-def test_several_spans_equal_textbook(
-    backend: str, threads: int, tau: float, set_threads: Callable[[int], None]
-) -> None:
-    set_threads(threads)
-    width = chunked.spans(torch.empty(6, 10**7, device="meta"))[0].stop
-    case = Case(out=2 * width + 3, groups_per_row=1)
-    assert [span.stop - span.start for span in chunked.spans(case.logits)] == [width, width, 3]
+def equal_textbook(backend: str, groups: int, tau: float) -> None:
+    case = Case(out=groups, groups_per_row=1)
     found = case.drawn(backend, torch.float64, tau=tau, scaling=20.0)
     exact = case.run(textbook, torch.float64, tau=tau, scaling=20.0)
     equal_in_float64(found, exact)
     for a, b in ((found[2][:, -3:], exact[2][:, -3:]), (found[3][-3:], exact[3][-3:])):
         assert norm(a - b, b) <= 1e-10
+
+
+@pytest.mark.parametrize("threads", [1, 3])  # more of PyTorch's threads, more at a time
+@pytest.mark.parametrize("tau", [1.0, 0.5])
+def test_several_spans_equal_textbook(tau: float, threads: int, set_threads: Callable[[int], None]) -> None:
+    set_threads(threads)
+    width = chunked.spans(torch.empty(6, 10**7, device="meta"))[0].stop
+    spans = chunked.spans(torch.empty(6, 2 * width + 3, device="meta"))
+    assert [span.stop - span.start for span in spans] == [width, width, 3]
+    equal_textbook("chunked", 2 * width + 3, tau)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "compiled"])
+@pytest.mark.parametrize("tau", [1.0, 0.5])
+def test_spans_need_not_be_chunks(tau: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spans(logits: Tensor) -> list[slice]:
+        groups = logits.shape[1]
+        return [slice(start, min(start + 5000, groups)) for start in range(0, groups, 5000)]
+
+    monkeypatch.setattr(chunked, "spans", spans)
+    monkeypatch.setattr(compiled, "spans", spans)
+    assert 15_000 < CHUNK < 20_000  # the fourth span crosses into the second chunk
+    equal_textbook(backend, 20_003, tau)
 
 
 @pytest.mark.parametrize(("tau", "hard"), [(1.0, False), (0.5, False), (1.0, True)])

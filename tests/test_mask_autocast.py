@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from mask_oracle import Case
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskllm4v.gumbel import masked_weight
 from maskllm4v.layers import Draw, LearnableMaskedLinear
@@ -37,6 +40,23 @@ def test_layer_multiplies_the_rounded_masked_weight(n: int, hard: bool, half: to
     assert torch.equal(layer.kept_energy, energy)
     assert layer.kept_energy.dtype is torch.float32
     assert not torch.equal(energy, masked.to(half).float().square().sum())
+
+
+def test_masked_weight_is_written_rounded() -> None:
+    """No whole one in 32 bits that would be copied."""
+    layer, x = fixed(), torch.randn(5, 32)
+    copied: list[int] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.overloadpacket is torch.ops.aten._to_copy:
+                copied.append(args[0].numel())
+            return function(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Copies():
+        layer(x)
+    assert x.numel() in copied
+    assert layer.weight.numel() not in copied
 
 
 @every_half
