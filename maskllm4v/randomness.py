@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 
 import numpy as np
 import torch
@@ -77,24 +75,18 @@ def uniforms(key: np.ndarray | tuple[int, int], chunk: int, candidates: int, gro
 
 
 def fill_uniforms(out: Tensor, key: np.ndarray | tuple[int, int], first: int) -> None:
-    """The same noise of any range of groups, drawn by as many threads as PyTorch uses.
+    """The same noise of any range of groups.
 
     Args:
         out: float32 ``[K, groups]`` on the CPU.
         key: from :func:`philox_key`.
         first: the first group.
     """
-    parts, start = [], 0
+    start = 0
     while start < out.shape[1]:
         stop = min(start + CHUNK - (first + start) % CHUNK, out.shape[1])
-        parts.append((_stream(key, first + start, out.shape[0]), out[:, start:stop].numpy()))
+        _draw(_stream(key, first + start, out.shape[0]), out[:, start:stop].numpy())
         start = stop
-    if len(parts) > 1 and torch.get_num_threads() > 1:
-        for _ in _threads(torch.get_num_threads()).map(_draw_beside_others, *zip(*parts, strict=True)):
-            pass
-    else:
-        for stream, part in parts:
-            _draw(stream, part)
 
 
 def _stream(key: np.ndarray | tuple[int, int], group: int, candidates: int) -> np.random.Philox:
@@ -117,20 +109,3 @@ def _draw(stream: np.random.Philox, out: np.ndarray) -> None:
     rows = words.view("<f4").reshape(groups, width)
     for k, row in enumerate(out):
         np.subtract(rows[:, k], _OFFSET, out=row)
-
-
-def _draw_beside_others(stream: np.random.Philox, out: np.ndarray) -> None:
-    """A third slower than ``random_raw``, but it lets go of Python's lock: the top 24 bits of each 32-bit word."""
-    candidates, groups = out.shape
-    width = _blocks(candidates) * _WORDS
-    rows = np.random.Generator(stream).random(groups * width, dtype=np.float32).reshape(groups, width)
-    for k, row in enumerate(out):
-        np.multiply(rows[:, k], np.float32(2**23), out=row)
-        np.floor(row, out=row)
-        np.add(row, np.float32(0.5), out=row)
-        np.multiply(row, np.float32(2.0**-23), out=row)
-
-
-@cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="noise")
