@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from mask_oracle import Case, equal_in_float64, errors, norm, textbook
-from torch import Tensor
 
 from maskllm4v.errors import ConfigError
 from maskllm4v.gumbel import BACKENDS, chunked, compiled, masked_weight
@@ -49,21 +48,22 @@ def equal_textbook(backend: str, groups: int, tau: float) -> None:
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 def test_several_spans_equal_textbook(tau: float, threads: int, set_threads: Callable[[int], None]) -> None:
     set_threads(threads)
-    width = chunked.spans(torch.empty(6, 10**7, device="meta"))[0].stop
-    spans = chunked.spans(torch.empty(6, 2 * width + 3, device="meta"))
-    assert [span.stop - span.start for span in spans] == [width, width, 3]
+    width = max(chunked.CPU_SPAN, threads * chunked.THREAD_SPAN)
     equal_textbook("chunked", 2 * width + 3, tau)
+
+
+def test_spans_cover_all_groups_once() -> None:
+    assert chunked.spans(10, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    assert chunked.spans(8, 4) == [slice(0, 4), slice(4, 8)]
+    assert chunked.spans(0, 4) == []
 
 
 @pytest.mark.parametrize("backend", ["chunked", "compiled"])
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 def test_spans_need_not_be_chunks(tau: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spans(logits: Tensor) -> list[slice]:
-        groups = logits.shape[1]
-        return [slice(start, min(start + 5000, groups)) for start in range(0, groups, 5000)]
-
-    monkeypatch.setattr(chunked, "spans", spans)
-    monkeypatch.setattr(compiled, "spans", spans)
+    monkeypatch.setattr(chunked, "CPU_SPAN", 5000)
+    monkeypatch.setattr(chunked, "THREAD_SPAN", 0)
+    monkeypatch.setattr(compiled, "SPAN", 5000)
     assert 15_000 < CHUNK < 20_000  # the fourth span crosses into the second chunk
     equal_textbook(backend, 20_003, tau)
 

@@ -68,14 +68,14 @@ def backward(
     slope, twice = _number(sampling.scaling / sampling.tau, logits), 2 * grad_energy
     with torch.inference_mode():
         for span, p in _probabilities(logits, sampling):
-            w, g = wide(weight[span]), wide(grad_masked[span])
             if candidates.shape == (6, 4) and not sampling.hard:
-                w, g, mask = to_rows(w), to_rows(g), _mask_2_4(p)
+                w, g, mask = to_rows(weight[span]), to_rows(grad_masked[span]), _mask_2_4(p)
                 upstream = torch.addcmul(g, w * mask, twice)
                 t = _pair_sums(w.mul_(upstream))
                 if grad_weight is not None:
                     from_rows(upstream.mul_(mask), grad_weight[span])
             else:
+                w, g = wide(weight[span]), wide(grad_masked[span])
                 upstream = torch.addcmul(g, apply_mask(w, p, candidates, sampling.hard), twice)
                 t = _candidate_sums(upstream * w, candidates)
                 if grad_weight is not None:
@@ -98,10 +98,9 @@ def wide(x: Tensor) -> Tensor:
     return x.to(energy_dtype(x))
 
 
-def spans(logits: Tensor) -> list[slice]:
+def spans(groups: int, width: int) -> list[slice]:
     """Slices of the groups that are worked on together."""
-    width = CUDA_SPAN if logits.is_cuda else max(CPU_SPAN, THREAD_SPAN * torch.get_num_threads())
-    return [slice(a, min(a + width, logits.shape[1])) for a in range(0, logits.shape[1], width)]
+    return [slice(a, min(a + width, groups)) for a in range(0, groups, width)]
 
 
 def _probabilities(logits: Tensor, sampling: Sampling) -> Iterator[tuple[slice, Tensor]]:
@@ -111,7 +110,8 @@ def _probabilities(logits: Tensor, sampling: Sampling) -> Iterator[tuple[slice, 
     """
     p = row = noise = torch.empty(0)
     scaling, tau = _number(sampling.scaling, logits), _number(sampling.tau, logits)
-    for span in spans(logits):
+    width = CUDA_SPAN if logits.is_cuda else max(CPU_SPAN, THREAD_SPAN * torch.get_num_threads())
+    for span in spans(logits.shape[1], width):
         part = wide(logits[:, span])
         if p.shape != part.shape:
             p, row = torch.empty_like(part), torch.empty_like(part[0])
@@ -205,8 +205,8 @@ def _candidate_sums(q: Tensor, candidates: Tensor) -> Tensor:
 
 
 def to_rows(x: Tensor) -> Tensor:
-    """``[n, 4]`` as contiguous ``[4, n]``."""
-    rows = torch.empty(x.shape[::-1], dtype=x.dtype, device=x.device)
+    """``[n, 4]`` as contiguous ``[4, n]``, :func:`wide`."""
+    rows = torch.empty(x.shape[::-1], dtype=energy_dtype(x), device=x.device)
     rows[..., None].copy_(x[..., None].transpose(0, 1))
     return rows
 

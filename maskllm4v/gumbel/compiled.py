@@ -17,6 +17,8 @@ from maskllm4v.gumbel.chunked import energy_dtype, from_rows, spans, to_rows, wi
 from maskllm4v.gumbel.philox import uniforms_of
 from maskllm4v.gumbel.sampling import Sampling
 
+SPAN = 2**19  # groups: calls cost more than leaving the cache, for only inputs and results take room
+
 
 def supported(candidates: Tensor, sampling: Sampling) -> bool:
     """Whether this backend computes that: soft 2:4 masks of drawn noise."""
@@ -29,15 +31,11 @@ def forward(
     """As :func:`maskllm4v.gumbel.chunked.forward`."""
     masked = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     energy = torch.zeros((), dtype=energy_dtype(weight), device=weight.device)
-    scalars, soft_mask, at_one = _scalars(sampling, logits), _compiled(_soft_mask), sampling.tau == 1
-    for span in spans(logits):
-        mask = soft_mask(_part(logits, span), *scalars, _start(span, logits), at_one)
-        w = wide(weight[span])
-        product = masked[span] if dtype == w.dtype else torch.empty_like(w)
-        from_rows(mask, product).mul_(w)
-        if dtype != w.dtype:
-            masked[span] = product
-        energy += product.square().sum(dtype=energy.dtype)
+    scalars, masked_rows, at_one = _scalars(sampling, logits), _compiled(_masked_rows), sampling.tau == 1
+    for span in spans(logits.shape[1], SPAN):
+        rows = masked_rows(_part(logits, span), *scalars, _start(span, logits), to_rows(weight[span]), at_one)
+        from_rows(rows, masked[span])
+        energy += torch.dot(rows.view(-1), rows.view(-1))
     return masked, energy
 
 
@@ -54,8 +52,8 @@ def backward(
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if weight_grad else None
     scalars, gradients, at_one = _scalars(sampling, logits), _compiled(_gradients), sampling.tau == 1
-    for span in spans(logits):
-        w, upstream = to_rows(wide(weight[span])), to_rows(wide(grad_masked[span]))
+    for span in spans(logits.shape[1], SPAN):
+        w, upstream = to_rows(weight[span]), to_rows(grad_masked[span])
         found = gradients(_part(logits, span), *scalars, _start(span, logits), w, upstream, grad_energy, at_one)
         grad_logits[:, span] = found[0]
         if grad_weight is not None:
@@ -114,9 +112,12 @@ def _mask(p: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return 0.5 * (up + both), 0.5 * (up - both), 0.5 * (down + rest), 0.5 * (down - rest)
 
 
-def _soft_mask(logits: Tensor, tau: Tensor, scaling: Tensor, key: Tensor, start: Tensor, at_one: bool) -> Tensor:
-    """``[4, n]``."""
-    return torch.stack(_mask(_probabilities(logits, tau, scaling, key, start, at_one)))
+def _masked_rows(
+    logits: Tensor, tau: Tensor, scaling: Tensor, key: Tensor, start: Tensor, weight: Tensor, at_one: bool
+) -> Tensor:
+    """Masked weight ``[4, n]`` of a weight ``[4, n]``."""
+    mask = _mask(_probabilities(logits, tau, scaling, key, start, at_one))
+    return torch.stack([w * m for w, m in zip(weight, mask, strict=True)])
 
 
 def _gradients(
