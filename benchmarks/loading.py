@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.measure import Timing, interleaved, ratio, threads
 from benchmarks.results import Row, save
-from maskllm4v.config import DataSettings, Experiment, load_experiment
+from maskllm4v.config import DataSettings, Experiment, ModelSettings, TaskSettings, load_experiment
 from maskllm4v.data import ImageData, open_data, prepare
 from maskllm4v.data.decoded import decode, seeded_globals, training_transform
 from maskllm4v.data.folder import reader
@@ -93,6 +93,7 @@ def main() -> None:
 
 def notes(experiment: Experiment, made: bool) -> list[str]:
     task = experiment.task
+    assert isinstance(task, TaskSettings)
     return [
         f"Images: {'made (noise of all scales over gradients)' if made else 'given'}, in the page cache: a disk may be "
         f"slower. Augmentation of experiments/{EXPERIMENT.name}: {task.auto_augment}, erasing {task.random_erasing}, "
@@ -119,8 +120,11 @@ def opened(folder: Path, root: Path, experiment: Experiment, shrinking: float = 
     settings = DataSettings(name="all", source="folder", root=str(folder), train="train", test="train", calibration=1)
     manifest = root / f"{folder.name}-manifest"
     prepare(settings, manifest, one_split=True)
-    transform = image_settings(experiment.model)
-    data = open_data(manifest, settings, experiment.task, transform)
+    task, model = experiment.task, experiment.model
+    assert isinstance(task, TaskSettings)
+    assert isinstance(model, ModelSettings)
+    transform = image_settings(model)
+    data = open_data(manifest, settings, task, transform)
     read, entries = reader(data.manifest, settings), data.manifest.splits["train"]
 
     def decoded() -> list[Any]:
@@ -128,7 +132,7 @@ def opened(folder: Path, root: Path, experiment: Experiment, shrinking: float = 
 
     found: list[Any] = decoded()
     steps: dict[str, Callable[[], Any]] = {"read and decode": decoded}
-    for name, part in parts(training_transform(transform, experiment.task)).items():
+    for name, part in parts(training_transform(transform, task)).items():
         steps[name] = partial(applied, part, found)
         found = steps[name]()
     return Source(data, folder, steps, shrinking)

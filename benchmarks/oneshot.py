@@ -28,13 +28,13 @@ from benchmarks import roofline
 from benchmarks.baselines import columns
 from benchmarks.measure import Timing, ceilings, interleaved, ratio, synchronize
 from benchmarks.results import Row, save
-from maskllm4v.calibration import Hessian, InputNorm
 from maskllm4v.devices import pick_device
 from maskllm4v.patterns import NMPattern
 from maskllm4v.pruners import Pruned
 from maskllm4v.pruners.magnitude import prune_magnitude
 from maskllm4v.pruners.sparsegpt import prune_columns, prune_sparsegpt
 from maskllm4v.pruners.wanda import prune_wanda
+from maskllm4v.statistics import Hessian, InputNorm
 from maskllm4v.surgery import prunable_linears
 
 TEXTBOOK, OURS = CANDIDATES = ("textbook", "ours")

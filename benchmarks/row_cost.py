@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from benchmarks.measure import Timing, interleaved, synchronize
-from benchmarks.workloads import RandomImages
+from benchmarks.workloads import random_task
 from maskllm4v.config import Experiment, FinetunedSettings, LearnedSettings
 from maskllm4v.loop import Learner, run
-from maskllm4v.models import build_model
 from maskllm4v.pruners import prune
 from maskllm4v.surgery import make_learnable
 from maskllm4v.training import MaskLearner
@@ -36,8 +35,7 @@ class Rows:
 
     def __init__(self, experiment: Experiment, device: torch.device, *, repeats: int, quick: bool) -> None:
         self.experiment, self.repeats, self.quick = experiment, repeats, quick
-        self.task = RandomImages(experiment, device, calibration=16 if quick else None)
-        self.device = device
+        self.task = random_task(experiment, device, calibration=16 if quick else None)
         self._steps: dict[str, Timing] = {}  # seconds a step, by settings
 
     def cost(self, row: str) -> dict[str, float | int]:
@@ -55,7 +53,7 @@ class Rows:
         return {"seconds": factor * timing.median, "n": timing.n}
 
     def _model(self) -> nn.Module:
-        return build_model(self.experiment.model, 0, pretrained=False).to(self.device)
+        return self.task.build_model(0)
 
     def _time_pruning(self, row: str) -> Timing:
         models = [self._model() for _ in range(1 + self.repeats)]  # before the clock starts
@@ -67,11 +65,10 @@ class Rows:
             model,
             settings.method,
             pattern=self.experiment.pattern_of(row) or "",
-            calibration=self.task.calibration_batches(settings.batch_size, 0),
-            exclude=self.experiment.model.exclude,
+            calibration=self.task.calibration(settings.batch_size, 0),
+            exclude=self.experiment.model.dense_layers,
             update_weights=settings.update_weights,
             propagate=settings.propagate,
-            forward=self.task.forward,
             on_misfit=self.experiment.model.on_misfit,
         )
 
@@ -88,7 +85,7 @@ class Rows:
             )
             learner = MaskLearner(model, self.task, training, prior=masks, row=row, on_point=None)
         else:
-            learner = WeightLearner(model, training, row=row, ema=training.ema, new=False)
+            learner = WeightLearner(model, self.task, training, row=row, ema=training.ema, new=False)
         block = 2 if self.quick else training.log_every  # one point of the curve a block
         settings = training.model_copy(update={"steps": (1 + self.repeats) * block, "epochs": None, "log_every": block})
         ends = _clocked(learner)

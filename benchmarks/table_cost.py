@@ -1,6 +1,6 @@
 """What each row of a table costs on this machine, in seconds for one seed, in the setting that its stage runs in.
 
-    python -m benchmarks.table_cost                 # digits, digits_patterns and cifar10, a process each
+    python -m benchmarks.table_cost                 # all of the tables made here, a process each
     python -m benchmarks.table_cost digits_patterns # one of them; the others' numbers stay
 
 One-shot rows: pruning, calibration on random images included. Trained rows: a step of the training loop on random
@@ -23,7 +23,7 @@ from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.files import read_json, write_json
 from maskllm4v.layout import REPORTS
 
-TABLES = ("digits", "digits_patterns", "cifar10")
+TABLES = ("digits", "digits_patterns", "cifar10", "dit_digits")
 DEFAULT = REPORTS / "benchmarks" / "table_cost.json"
 
 

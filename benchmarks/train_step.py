@@ -105,7 +105,7 @@ def make(variant: str, workload: Workload, device: torch.device) -> Step:
     """A variant's step on a model of its own."""
     experiment, learning = workload.experiment, workload.learning
     model, task = workload.build(device), RandomImages(experiment, device)
-    exclude = experiment.model.exclude
+    exclude = experiment.model.dense_layers
     if variant == "dense":
         return Step(Dense(model), task, learning)
     if variant == "textbook":
@@ -132,7 +132,7 @@ def measure(
     torch.compiler.reset()  # or a second model is compiled for shapes that vary
     steps = {variant: make(variant, workload, device) for variant in variants}
     times = interleaved(dict[str, Callable[[], Any]](steps), repeats=repeats, warmup=warmup)
-    linears = prunable_linears(workload.build(device), exclude=workload.experiment.model.exclude)
+    linears = prunable_linears(workload.build(device), exclude=workload.experiment.model.dense_layers)
     weights = sum(linear.weight.numel() for linear in linears.values())
     first, rows, roof = variants[0], list[Row](), list[Row]()
     precision = {"no": "fp32"}.get(workload.learning.amp, workload.learning.amp)

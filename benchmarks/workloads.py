@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from maskllm4v.calibration import Calibration
 from maskllm4v.config import Experiment, LearnedSettings, load_experiment, parse_experiment
-from maskllm4v.models import build_model, image_settings, num_classes
+from maskllm4v.models import image_settings, num_classes
 from maskllm4v.share import WHOLE, Share
 from maskllm4v.tasks.classification import Batch, Classification
+from maskllm4v.tasks.diffusion import Diffusion
+from maskllm4v.tasks.diffusion.noising import NoisyBatch
 
 EXPERIMENTS = Path("experiments")
 
@@ -30,13 +33,12 @@ class RandomImages(Classification):
     def __init__(self, experiment: Experiment, device: torch.device, calibration: int | None = None) -> None:
         super().__init__(experiment, Path())
         self.device = device
-        self.calibration = calibration or experiment.data.calibration
+        self.calibration_images = calibration or experiment.data.calibration
 
     def batch(self, size: int) -> Batch:
         """Images ``[size, C, H, W]`` of normal noise, and labels ``[size]``."""
-        model = self.experiment.model
-        images = torch.randn(size, *image_settings(model)["input_size"], device=self.device)
-        return images, torch.randint(num_classes(model), (size,), device=self.device)
+        images = torch.randn(size, *image_settings(self.model)["input_size"], device=self.device)
+        return images, torch.randint(num_classes(self.model), (size,), device=self.device)
 
     def train_batches(
         self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: Share = WHOLE
@@ -48,9 +50,45 @@ class RandomImages(Classification):
     def steps_per_epoch(self, batch_size: int) -> int:
         return 1_000_000  # no epoch ends while a benchmark runs
 
-    def calibration_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        for start in range(0, self.calibration, batch_size):
-            yield self.batch(min(batch_size, self.calibration - start))
+    def calibration(self, batch_size: int, seed: int) -> list[Calibration]:
+        sizes = (min(batch_size, self.calibration_images - n) for n in range(0, self.calibration_images, batch_size))
+        return [Calibration((self.batch(size) for size in sizes), self.forward)]
+
+
+class RandomNoise(Diffusion):
+    """The same of a diffusion task: noised inputs, timesteps and labels at random."""
+
+    def __init__(self, experiment: Experiment, device: torch.device, calibration: int | None = None) -> None:
+        super().__init__(experiment, Path())
+        self.device = device
+        self.calibration_images = calibration or experiment.data.calibration
+
+    def random_batch(self, size: int) -> NoisyBatch:
+        inputs, noise = torch.randn(2, size, *self.shape, device=self.device)
+        timesteps = torch.randint(len(self.alphas), (size,), device=self.device)
+        return NoisyBatch(inputs, timesteps, torch.randint(self.classes, (size,), device=self.device), noise)
+
+    def train_batches(
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: Share = WHOLE
+    ) -> Iterator[NoisyBatch]:
+        parts = [self.random_batch(batch_size // share.count) for _ in share.parts]
+        for _ in range(start, steps):
+            yield from parts
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return 1_000_000
+
+    def _calibration_batches(self, batch_size: int, seed: int) -> Iterator[NoisyBatch]:
+        for n in range(0, self.calibration_images, batch_size):
+            yield self.random_batch(min(batch_size, self.calibration_images - n))
+
+
+def random_task(
+    experiment: Experiment, device: torch.device, calibration: int | None = None
+) -> RandomImages | RandomNoise:
+    """An experiment's task on random data."""
+    kind = RandomNoise if experiment.task.name == "diffusion" else RandomImages
+    return kind(experiment, device, calibration)
 
 
 @dataclass(frozen=True)
@@ -71,7 +109,7 @@ class Workload:
 
     def build(self, device: torch.device) -> nn.Module:
         """The dense model with random weights; each time the same ones."""
-        return build_model(self.experiment.model, 0, pretrained=False).to(device)
+        return RandomImages(self.experiment, device).build_model(0)
 
 
 def workloads(*, quick: bool = False) -> dict[str, Workload]:

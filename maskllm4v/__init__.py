@@ -18,6 +18,7 @@ _HOMES = {
     "current_masks": "surgery",
     "fold_": "surgery",
     "prune": "pruners",
+    "Calibration": "calibration",
     "register_pruner": "pruners",
     "learn_masks": "training",
     "LearningSettings": "config",
@@ -27,6 +28,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
+    from maskllm4v.calibration import Calibration as Calibration
     from maskllm4v.config import LearningSettings as LearningSettings
     from maskllm4v.errors import UserError as UserError
     from maskllm4v.layers import LearnableMaskedLinear as LearnableMaskedLinear

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskllm4v.calibration import Calibration, names_by_part
 from maskllm4v.checkpoints import MaskCheckpoint
 from maskllm4v.distributed import sum_
 from maskllm4v.surgery import linear
-from maskllm4v.tasks import Task
 
 COLUMNS = (
     "layer",
@@ -24,29 +23,37 @@ COLUMNS = (
 
 @torch.no_grad()
 def layer_diagnostics(
-    dense: nn.Module, checkpoint: MaskCheckpoint, task: Task, batches: Iterable[Any]
+    dense: nn.Module, checkpoint: MaskCheckpoint, calibration: Sequence[Calibration]
 ) -> list[tuple[str, str, str, str]]:
     """Rows of :data:`COLUMNS`, a layer each.
 
     Args:
         dense: the dense model, in evaluation mode.
         checkpoint: masks, and updated weights if any.
-        task: runs the model.
-        batches: calibration batches.
+        calibration: the error of each layer's output is measured on the batches of its own part.
+
+    Raises:
+        ConfigError: a layer that no part names.
+        DataError: no parts.
     """
     in_order = {name: checkpoint.masks[name] for name, _ in dense.named_modules() if name in checkpoint.masks}
     errors = {name: torch.zeros(2, dtype=torch.float64) for name in checkpoint.masks}  # Σ error², Σ output²
-    handles = []
-    for name, mask in checkpoint.masks.items():
-        layer = linear(dense, name)
-        weight = checkpoint.weights.get(f"{name}.weight", layer.weight).to(layer.weight) * mask.to(layer.weight.device)
-        handles.append(layer.register_forward_hook(_measure(weight, layer, errors[name])))
-    try:
-        for batch in batches:
-            task.forward(dense, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for part, names in zip(calibration, names_by_part(checkpoint.masks, calibration), strict=True):
+        if not names:
+            continue
+        handles = []
+        for name in names:
+            layer, mask = linear(dense, name), checkpoint.masks[name]
+            weight = checkpoint.weights.get(f"{name}.weight", layer.weight).to(layer.weight) * mask.to(
+                layer.weight.device
+            )
+            handles.append(layer.register_forward_hook(_measure(weight, layer, errors[name])))
+        try:
+            for batch in part.batches:
+                part.forward(dense, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
     sum_(*errors.values())
     return [
         (name, _agreement(checkpoint, name), f"{_kept_energy(dense, name, mask):.6g}", f"{_relative(errors[name]):.6g}")

@@ -26,15 +26,15 @@ def main(experiment: Experiment, row: str) -> None:
     def one(seed: int, position: int) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))
         base = load_dense(dense, model, experiment.model.name)
+        calibrated_on = task if settings.inputs == "data" else task.generated(model, seed)
         masks = prune(
             model,
             settings.method,
             pattern=pattern,
-            calibration=task.calibration_batches(settings.batch_size, seed),
-            exclude=experiment.model.exclude,
+            calibration=calibrated_on.calibration(settings.batch_size, seed),
+            exclude=experiment.model.dense_layers,
             update_weights=settings.update_weights,
             propagate=settings.propagate,
-            forward=task.forward,
             on_misfit=experiment.model.on_misfit,
             seed=seed,
         )

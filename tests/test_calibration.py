@@ -12,8 +12,9 @@ import torch
 from streaming import AWKWARD, BetweenBlocks, Block, Plain, both_ways, check, check_stream, images, whole_model_inputs
 from torch import Tensor, nn
 
-from maskllm4v.calibration import Hessian, InputNorm, default_forward, stream_statistics
+from maskllm4v.calibration import default_forward, stream_statistics
 from maskllm4v.errors import DataError
+from maskllm4v.statistics import Hessian, InputNorm
 from maskllm4v.surgery import prunable_linears
 
 # What the caller can count on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -24,7 +25,9 @@ from streaming import (
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from maskllm4v.calibration import Hessian, InputNorm, default_forward, stream_statistics
+from maskllm4v.calibration import default_forward, stream_statistics
+from maskllm4v.chains import find_units
+from maskllm4v.statistics import Hessian, InputNorm
 from maskllm4v.surgery import prunable_linears
 
 # Models that are chains of blocks, and such that are not
@@ -107,6 +110,49 @@ def test_hierarchical_models_are_run_as_a_whole(kind: str, request: pytest.Fixtu
 @pytest.mark.parametrize("kind", AWKWARD)
 def test_awkward_models(kind: str, propagate: str) -> None:
     check_stream(AWKWARD[kind]().eval(), [torch.randn(n, 8) for n in (3, 2)], propagate)
+
+
+CHAINS = {"plain", "second argument", "keyword", "keyword tensor", "sequential", "mixtures", "feed-forwards"}
+NO_CHAINS = {  # some only because the proof asks for the very same objects
+    *("between blocks", "in place between blocks", "changing argument", "changing keyword", "keyword changed in place"),
+    *("keyword changed by a block", "keyword changed inside", "keyword grows", "a keyword less", "another keyword"),
+    *(
+        "new container",
+        "in place",
+        "tuples",
+        "bare linears",
+        "equal keyword",
+        "keyword then position",
+        "all by keyword",
+        "lender",
+        "renamed",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", AWKWARD)
+def test_chains_are_found_where_nothing_speaks_against_them(kind: str) -> None:
+    model = AWKWARD[kind]().eval()
+    with torch.no_grad():
+        units, chain = find_units(model, prunable_linears(model), lambda: model(torch.randn(2, 8)))
+    blocks = [block for name, block in model.named_modules() if re.fullmatch(r"(blocks\.)?\d", name)]
+    if kind == "skips along":
+        assert chain in ([], blocks)
+        return
+    assert kind in CHAINS | NO_CHAINS
+    assert chain == (blocks if kind in CHAINS else [])
+    assert [unit.block for unit in units if unit.block is not None] == chain
+    if kind == "mixtures":
+        parts = ("first", "second", "experts.0.fc", "experts.1.fc", "last")
+        assert [list(unit.layers) for unit in units[1:]] == [[f"blocks.{i}.{part}" for part in parts] for i in range(3)]
+
+
+def test_parts_of_feed_forwards_are_streamed_alone_too() -> None:
+    model = AWKWARD["feed-forwards"]().eval()
+    layers = prunable_linears(model, exclude=["embed", "blocks.*.net.2"])
+    assert len(layers) == 3
+    units, chain = find_units(model, layers, lambda: model(torch.randn(2, 8)))
+    assert chain == list(model.blocks) == [unit.block for unit in units]
 
 
 @both_ways

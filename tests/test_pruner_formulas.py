@@ -22,9 +22,9 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from maskllm4v import prune
-from maskllm4v.calibration import InputNorm
 from maskllm4v.patterns import NMPattern
 from maskllm4v.pruners.wanda import prune_wanda
+from maskllm4v.statistics import InputNorm
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from small_layers import agreement, images, names_in
 from torch import Tensor, nn
 
 from maskllm4v import MaskedLinear, current_masks, fold_, prune, pruners, register_pruner
-from maskllm4v.calibration import InputNorm
 from maskllm4v.errors import ConfigError, DataError, PatternError
 from maskllm4v.patterns import NMPattern
 from maskllm4v.pruners import Pruned
+from maskllm4v.statistics import InputNorm
 
 METHODS = ["magnitude", "random", "wanda", "sparsegpt"]
 PATTERNS = ["2:4", "1:4", "2:8", "4:8"]

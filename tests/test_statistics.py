@@ -11,7 +11,8 @@ from streaming import both_ways, check, images
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskllm4v.calibration import Hessian, InputNorm, stream_statistics
+from maskllm4v.calibration import stream_statistics
+from maskllm4v.statistics import Hessian, InputNorm
 from maskllm4v.surgery import prunable_linears
 
 
@@ -58,7 +59,7 @@ def test_statistics_of_all_processes_are_added(statistic: type, width: int, monk
         summed += there.sum_of_products if isinstance(there, Hessian) else there.sum_of_squares
         count += there.rows
 
-    monkeypatch.setattr("maskllm4v.calibration.sum_", add)
+    monkeypatch.setattr("maskllm4v.statistics.sum_", add)
     here.combine()
     for one in (here, whole):
         if width == 3:

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from maskllm4v.checkpoints import load_state, save_dense, tensors_digest
-from maskllm4v.config import DataSettings, Experiment
+from maskllm4v.config import DataSettings, Experiment, ModelSettings
 from maskllm4v.data import prepare
 from maskllm4v.dense import obtain_dense
 from maskllm4v.devices import pick_device
@@ -52,6 +52,7 @@ def prepare_data(experiment: Experiment, task: Task) -> str:
     Raises:
         DataError: the source is missing or empty, or has not as many classes as the model.
     """
+    assert isinstance(experiment.model, ModelSettings)
     if is_main():
         found = len(prepare(experiment.data, data_folder(experiment.data), one_split=True).classes)
         if found != (wanted := num_classes(experiment.model)):
@@ -121,7 +122,7 @@ def load_original(found: State, experiment: Experiment, task: Task) -> nn.Module
     model = task.build_model(experiment.seeds[0])
     load_state(model, found.weights, str(found.path))
     if found.masks:
-        layers = prunable_linears(model, exclude=experiment.model.exclude)
+        layers = prunable_linears(model, exclude=experiment.model.dense_layers)
         if missing := [name for name in layers if name not in found.masks]:
             more = f" and {len(missing) - 1} more have" if len(missing) > 1 else " has"
             raise CheckpointError(

@@ -68,14 +68,15 @@ def run(arguments: argparse.Namespace) -> None:
 
     def calibration() -> Iterator[Any]:  # only methods that look at inputs ask for them
         inputs.prepare_data(experiment, task)
-        yield from task.calibration_batches(prior.batch_size, a.seed)
+        (part,) = task.calibration(prior.batch_size, a.seed)
+        yield from part.batches
 
     masks = prune(
         model,
         prior.method,
         pattern=pattern,
         calibration=calibration(),
-        exclude=experiment.model.exclude,
+        exclude=experiment.model.dense_layers,
         update_weights=prior.update_weights,
         propagate=prior.propagate,
         forward=task.forward,

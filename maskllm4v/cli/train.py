@@ -206,7 +206,7 @@ def run(arguments: argparse.Namespace) -> None:
         init=learning.init,
         hard=learning.hard,
         seed=a.seed,
-        exclude=() if prior else experiment.model.exclude,
+        exclude=() if prior else experiment.model.dense_layers,
     )
     states = inputs.CACHE / "resume" / value_digest([str(a.output.resolve())])[:16]
     identity = {

@@ -12,15 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from maskllm4v.calibration import (
-    Forward,
-    Hessian,
-    InputNorm,
-    Propagate,
-    Statistic,
-    default_forward,
-    stream_statistics,
-)
+from maskllm4v.calibration import Calibration, Forward, Propagate, as_parts, part_statistics
 from maskllm4v.errors import ConfigError
 from maskllm4v.layers import MaskedLinear
 from maskllm4v.patterns import NMPattern
@@ -30,6 +22,7 @@ from maskllm4v.pruners.random import prune_random
 from maskllm4v.pruners.result import Pruned
 from maskllm4v.pruners.sparsegpt import prune_sparsegpt
 from maskllm4v.pruners.wanda import prune_wanda
+from maskllm4v.statistics import Hessian, InputNorm, Statistic
 from maskllm4v.surgery import Exclude, OnMisfit, prunable_linears, replace_
 
 __all__ = ["Method", "Pruned", "available", "prune", "register_pruner"]
@@ -102,7 +95,7 @@ def prune(
     method: str,
     *,
     pattern: NMPattern | str | tuple[int, int] = "2:4",
-    calibration: Iterable[Any] | Tensor | None = None,
+    calibration: Iterable[Any] | Tensor | Calibration | None = None,
     exclude: Exclude = (),
     update_weights: bool = False,
     propagate: Propagate | None = None,
@@ -117,12 +110,14 @@ def prune(
             updated ones if asked for.
         method: one of :func:`available`.
         pattern: e.g. ``"2:4"``.
-        calibration: an input tensor or an iterable of batches, for methods that look at inputs.
+        calibration: for methods that look at inputs: an input tensor, an iterable of batches, or a sequence of
+            :class:`maskllm4v.calibration.Calibration` parts, where not all layers see the same batches.
         exclude: modules or name patterns that stay dense.
         update_weights: let the method correct the kept weights for the pruned ones.
         propagate: whether later layers are calibrated on the ``"dense"`` or the already ``"pruned"``
             network; by default what the method's authors (Wanda: the vision original) do.
-        forward: ``forward(model, batch)``; by default :func:`maskllm4v.calibration.default_forward`.
+        forward: ``forward(model, batch)``; by default :func:`maskllm4v.calibration.default_forward`. Parts have
+            their own.
         on_misfit: ``"error"`` or ``"skip"`` for layers that the pattern does not fit.
         seed: for methods that draw.
 
@@ -130,7 +125,9 @@ def prune(
         Boolean masks ``[out, in]`` by module name.
 
     Raises:
-        ConfigError: unknown method, no calibration data for one that needs it, no update on offer.
+        ConfigError: unknown method, no calibration data for one that needs it or for a layer, no update on
+            offer.
+        DataError: no batch, or none that reaches a layer.
         PatternError: the pattern does not fit a layer.
     """
     if method not in _METHODS:
@@ -164,14 +161,8 @@ def prune(
         return masks
     if calibration is None:
         raise ConfigError(f"{method!r} needs calibration data; none was given")
-    statistics = stream_statistics(
-        model,
-        layers,
-        [calibration] if isinstance(calibration, Tensor) else calibration,
-        chosen.statistic,
-        propagate=propagate or chosen.propagate,
-        forward=forward or default_forward,
-    )
+    parts = as_parts(calibration, forward)
+    statistics = part_statistics(model, layers, parts, chosen.statistic, propagate=propagate or chosen.propagate)
     for unit in bar(statistics, method):
         for name in unit:
             prune_layer(name, unit[name])

@@ -18,10 +18,10 @@ import warnings
 import torch
 from torch import Tensor
 
-from maskllm4v.calibration import WIDE, Hessian, full_float32
 from maskllm4v.errors import DataError, PatternError
 from maskllm4v.patterns import NMPattern
 from maskllm4v.pruners.result import Pruned
+from maskllm4v.statistics import WIDE, Hessian, full_float32
 
 DAMPING = 0.01  # share of the mean diagonal, as in the original
 BLOCK_SIZES = (128, 32)  # columns between two propagations to the rest of the row, and of the block

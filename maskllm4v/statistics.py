@@ -1,0 +1,111 @@
+"""Sums over a layer's inputs that one-shot pruning needs, in float32 whatever the process allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from maskllm4v.distributed import sum_
+
+
+class Statistic(Protocol):
+    """Something summed over a layer's inputs."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None: ...
+
+    def update(self, rows: Tensor) -> None:
+        """Take in float32 rows ``[tokens, in]``."""
+
+    def combine(self) -> None:
+        """Add up what all processes have taken in."""
+
+
+class InputNorm:
+    """‖x_j‖² of each input feature, ``[in]``, float32 (Wanda)."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.sum_of_squares = torch.zeros(in_features, device=device)
+        self.rows = 0
+
+    def update(self, rows: Tensor) -> None:
+        self.sum_of_squares += rows.square().sum(0)
+        self.rows += rows.shape[0]
+
+    def combine(self) -> None:
+        rows = torch.tensor(self.rows, device=self.sum_of_squares.device)
+        sum_(self.sum_of_squares, rows)
+        self.rows = int(rows)
+
+
+SET_ONE_BY_ONE = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since torch 2.9
+WIDE = 512  # from this width on, half of a symmetric product is worth several smaller calls
+STRIP = 256
+
+
+class Hessian:
+    """Σ x xᵀ over all input rows, ``[in, in]``, float32 (SparseGPT; half the Hessian of the layer's error).
+
+    Read :attr:`mean`: of a wide layer on a CPU, ``sum_of_products`` holds only strips of rows from the diagonal
+    on, half the work; a GPU needs the whole product at once to be busy.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.sum_of_products = torch.zeros(in_features, in_features, device=device)
+        self.rows = 0
+        height = STRIP if in_features >= WIDE and device.type == "cpu" else in_features
+        self._strips = [(start, min(start + height, in_features)) for start in range(0, in_features, height)]
+
+    def update(self, rows: Tensor) -> None:
+        with full_float32(rows.device):
+            for start, stop in self._strips:
+                self.sum_of_products[start:stop, start:].addmm_(rows[:, start:stop].t(), rows[:, start:])
+        self.rows += rows.shape[0]
+
+    def combine(self) -> None:
+        rows = torch.tensor(self.rows, device=self.sum_of_products.device)
+        sum_(self.sum_of_products, rows)
+        self.rows = int(rows)
+
+    @property
+    def mean(self) -> Tensor:
+        """H = 2/n · Σ x xᵀ, a new tensor."""
+        mean = self.sum_of_products * (2 / self.rows)
+        for start, stop in self._strips:
+            mean[stop:, start:stop] = mean[start:stop, stop:].t()
+        return mean
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Inside, products of float32 are summed in float32, even where TF32, bfloat16 or autocast is allowed.
+
+    Settings of the whole process change for the time being, and only if they allow less than float32.
+    """
+    try:
+        allowed = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set backend by backend, which this function refuses to sum up
+        allowed = ""
+    with torch.autocast(device.type, enabled=False):
+        if allowed == "highest":
+            yield
+            return
+        backends = torch.backends
+        single = [backends.cuda.matmul, backends.mkldnn.matmul] if SET_ONE_BY_ONE else []  # type: ignore[attr-defined]
+        before = [backend.fp32_precision for backend in single]
+        try:
+            if allowed:
+                torch.set_float32_matmul_precision("highest")
+            else:
+                for backend in single:
+                    backend.fp32_precision = "ieee"
+            yield
+        finally:
+            if allowed:
+                torch.set_float32_matmul_precision(allowed)
+            for backend, precision in zip(single, before, strict=True):
+                if backend.fp32_precision != precision:
+                    backend.fp32_precision = precision
