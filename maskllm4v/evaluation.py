@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,10 +25,11 @@ class Measured:
 
     Attributes:
         metrics: by name, from the task.
-        summary: the same in the original's form.
+        summary: the same in the original's form; empty where it has none.
         layers: rows of :data:`maskllm4v.diagnostics.COLUMNS`.
         parameters: counts: of the dense model, kept after pruning, of logits that were trained.
         dense, masks: digests of the tensors evaluated; no masks for the dense row.
+        pictures: what shows the model at work, uint8 ``[H, W, 3]`` or ``[H, W]`` by file stem; the first seed's alone.
     """
 
     metrics: dict[str, float]
@@ -36,6 +38,7 @@ class Measured:
     parameters: dict[str, int]
     dense: str
     masks: str | None
+    pictures: dict[str, np.ndarray]
 
 
 def measure(
@@ -49,14 +52,15 @@ def measure(
     model = task.build_model(seed)
     base = load_dense(dense, model, experiment.model.name)
     total = sum(parameter.numel() for parameter in model.parameters())
+    first = seed == experiment.seeds[0]
     if masks is None:
         metrics = task.evaluate(model)
         counts = {"dense": total, "kept": total, "logits": 0}
-        return Measured(metrics, task.summary(model, metrics, 0), [], counts, base, None)
+        pictures = task.pictures(model) if first else {}
+        return Measured(metrics, task.summary(model, metrics, 0), [], counts, base, None, pictures)
     found = load_masks(masks, pattern=pattern, base=base)
     check_fits(model, found, str(masks))
-    batches = task.calibration_batches(experiment.task.eval_batch_size, seed)
-    layers = layer_diagnostics(model, found, task, batches)
+    layers = layer_diagnostics(model, found, task.calibration(experiment.task.eval_batch_size, seed))
     sparse = install(copy.deepcopy(model), found, str(masks))
     fold_(sparse)
     metrics = task.evaluate(sparse, dense=model)
@@ -66,7 +70,8 @@ def measure(
         groups = sum(mask.numel() // found.pattern.m for mask in found.masks.values())
         logits = groups * found.pattern.num_candidates
     counts = {"dense": total, "kept": total - pruned, "logits": logits}
-    return Measured(metrics, task.summary(model, metrics, logits), layers, counts, base, found.digest)
+    summary, pictures = task.summary(model, metrics, logits), task.pictures(sparse) if first else {}
+    return Measured(metrics, summary, layers, counts, base, found.digest, pictures)
 
 
 def install(model: nn.Module, checkpoint: MaskCheckpoint, origin: str) -> nn.Module:

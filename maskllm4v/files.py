@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,20 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def empty_folder(folder: Path) -> None:
+    """Leave a folder that holds nothing, whatever an earlier run wrote there.
+
+    Raises:
+        UserError: something in it cannot be removed.
+    """
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot empty {folder}: {error.strerror}") from error
 
 
 def write_text(path: Path, text: str) -> None:

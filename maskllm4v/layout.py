@@ -19,6 +19,11 @@ def checkpoint(row: str, seed: int) -> Path:
     return ARTIFACTS / row / f"seed{seed}.safetensors"
 
 
+def judge_file(row: str) -> Path:
+    """The classifier that a dense row's samples, and those of all rows made from it, are judged by."""
+    return ARTIFACTS / row / "judge.safetensors"
+
+
 def cost_file(row: str, seed: int) -> Path:
     """Speed and memory of a training on its machine; no result."""
     return TIMINGS / f"{row}-seed{seed}.json"
@@ -35,16 +40,25 @@ def resume_folder(row: str) -> Path:
 
 
 def run_folder(table: str, row: str, reports: Path = REPORTS) -> Path:
-    """All that is committed of one row: its record, its diagnostics, its training curves."""
+    """All that is committed of one row: what it was measured as, and its training curves."""
     return reports / table / "runs" / row
 
 
+def evaluation_folder(table: str, row: str, reports: Path = REPORTS) -> Path:
+    """All that evaluating a row gives; one folder, for the pictures in it are the task's to name."""
+    return run_folder(table, row, reports) / "evaluation"
+
+
 def record_file(table: str, row: str, reports: Path = REPORTS) -> Path:
-    return run_folder(table, row, reports) / "record.json"
+    return evaluation_folder(table, row, reports) / "record.json"
 
 
 def layers_file(table: str, row: str, reports: Path = REPORTS) -> Path:
-    return run_folder(table, row, reports) / "layers.csv"
+    return evaluation_folder(table, row, reports) / "layers.csv"
+
+
+def picture_file(table: str, row: str, name: str, reports: Path = REPORTS) -> Path:
+    return evaluation_folder(table, row, reports) / f"{name}.png"
 
 
 def curve_file(table: str, row: str, seed: int, reports: Path = REPORTS) -> Path:

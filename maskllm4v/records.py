@@ -17,6 +17,7 @@ from maskllm4v.files import file_digest, read_json, value_digest, write_json
 FORMAT = 2
 DIGITS = 6
 PACKAGES = ("accelerate", "numpy", "scikit-learn", "timm", "torch", "torchvision")
+TASK_PACKAGES = {"diffusion": ("diffusers", "torchmetrics")}  # those that one task alone needs
 REQUIRED = (
     "format",
     "row",
@@ -50,10 +51,10 @@ def build_record(
 
     Args:
         row: its key.
-        kind: ``"dense"``, ``"oneshot"`` or ``"learned"``.
+        kind: ``"dense"``, ``"oneshot"``, ``"learned"`` or ``"finetuned"``.
         settings: everything the result depends on, as plain values.
         metrics: by seed, then by name.
-        summaries: by seed: the original's JSON object.
+        summaries: by seed: the original's JSON object; empty for tasks that the original has not.
         inputs: digests of what was evaluated.
         parameters: counts: of the dense model, kept after pruning, of logits.
         made, evaluated: hardware and number of processes (for exact runs, where they may run).
@@ -73,13 +74,14 @@ def build_record(
         "settings": dict(settings),
         "settings_digest": value_digest(settings),
         "inputs": dict(inputs),
-        "versions": versions(),
+        "versions": versions(settings["task"]["name"]),
     }
 
 
-def versions() -> dict[str, str]:
-    """Releases that a result may depend on; Python's without the patch level, which changes no number."""
-    found = {name: metadata.version(name) for name in PACKAGES}
+def versions(task: str = "classification") -> dict[str, str]:
+    """Releases that a task's result may depend on; Python's without the patch level, which changes no number."""
+    packages = sorted((*PACKAGES, *TASK_PACKAGES.get(task, ())))
+    found = {name: metadata.version(name) for name in packages}
     return {"python": ".".join(platform.python_version_tuple()[:2]), **found}
 
 
@@ -102,11 +104,11 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def read_records(reports: Path, table: str) -> dict[str, dict[str, Any]]:
     """All records of a table by row; rows without one are simply absent."""
-    paths = sorted((reports / table / "runs").glob("*/record.json"))
+    paths = sorted((reports / table / "runs").glob("*/evaluation/record.json"))
     return {record["row"]: record for record in map(read_record, paths)}
 
 
 def run_digest(folder: Path) -> str:
-    """SHA-256 over all committed files of a row (record, diagnostics, curves), in hex."""
+    """SHA-256 over all committed files of a row (record, diagnostics, pictures, curves), in hex."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return value_digest({path.relative_to(folder).as_posix(): file_digest(path) for path in files})

@@ -104,7 +104,12 @@ def resume_of(experiment: Experiment, row: str, seed: int, **inputs: str) -> Res
     return Resume(
         resume_folder(row),
         seed,
-        {"settings": experiment.row_settings(row), "seed": seed, "inputs": inputs, "versions": versions()},
+        {
+            "settings": experiment.row_settings(row),
+            "seed": seed,
+            "inputs": inputs,
+            "versions": versions(experiment.task.name),
+        },
         minutes=runtime.checkpoint_minutes,
         steps=runtime.checkpoint_steps,
     )

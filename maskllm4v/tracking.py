@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
-from maskllm4v.layout import ARTIFACTS, run_folder
+from maskllm4v.layout import ARTIFACTS, evaluation_folder, run_folder
+from maskllm4v.metrics import METRICS, by_timestep
+from maskllm4v.pictures import read_picture
 from maskllm4v.progress import bar
 from maskllm4v.records import run_digest
-from maskllm4v.reporting.aggregate import METRICS, aggregate, current_records, seed_metrics
+from maskllm4v.reporting.aggregate import aggregate, current_records, seed_metrics, timestep_metrics
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -111,9 +113,8 @@ def _create(
 
     params = [Param(key, str(value)[:6000]) for key, value in flatten(record["settings"]).items()]
     metrics = [Metric(key, value, 0, 0) for key, value in final_metrics(record, line).items()]
-    metrics += [
-        Metric(key, value, step, step) for key, step, value in curve_metrics(run_folder(experiment.table, row, reports))
-    ]
+    lines = [*curve_metrics(run_folder(experiment.table, row, reports)), *timestep_lines(record)]
+    metrics += [Metric(key, value, step, step) for key, step, value in lines]
     for first in range(0, max(len(params), 1), 100):
         client.log_batch(run_id, params=params[first : first + 100])
     for first in range(0, len(metrics), BATCH):
@@ -124,6 +125,10 @@ def _create(
     data = Dataset(experiment.data.name, record["inputs"]["manifest"][:32], "local", source)
     client.log_inputs(run_id, [DatasetInput(data)])
 
+    for path in sorted(evaluation_folder(experiment.table, row, reports).glob("*.png")):
+        # The same key, step and time in every run, so that the UI's grid lays rows side by side; no time of 0, which
+        # MLflow takes for none and puts today's in its place.
+        client.log_image(run_id, read_picture(path), key=path.stem, step=0, timestamp=1)
     for path, folder in _artifact_files(root, experiment, row):
         client.log_artifact(run_id, str(path), folder)
     for key, value in {**_tags(root, experiment, record), "record_digest": digest, "current": "true"}.items():
@@ -143,13 +148,15 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def final_metrics(record: Mapping[str, Any], line: pd.Series[Any]) -> dict[str, float]:
-    """``top1`` (mean), ``top1_std``, ``top1/seed0`` and so on, and the paired difference to dense."""
+    """``top1`` (mean), ``top1_std``, ``top1/seed0`` and so on, and the headline's paired difference to dense."""
+    task = METRICS[record["settings"]["task"]["name"]]
     found: dict[str, float] = {}
-    measured = seed_metrics(record)
-    for name in [name for name in METRICS if name in measured]:
-        found |= {name: line[f"{name}_mean"], f"{name}_std": line[f"{name}_std"]}
-        found |= {f"{name}/seed{seed}": value for seed, value in measured[name].items()}
-    found |= {"top1_delta": line["delta_mean"], "top1_delta_std": line["delta_std"]}
+    for name, values in seed_metrics(record).items():
+        if not any(by_timestep({str(name): 0.0})):  # those are lines of their own
+            found |= {str(name): values.mean(), f"{name}_std": values.std()}
+            found |= {f"{name}/seed{seed}": value for seed, value in values.items()}
+    delta = f"{task.headline.name}_delta"
+    found |= {delta: line["delta_mean"], f"{delta}_std": line["delta_std"]}
     found |= {f"parameters_{name}": float(count) for name, count in record["parameters"].items()}
     return {name: float(value) for name, value in found.items() if not math.isnan(value)}
 
@@ -163,6 +170,13 @@ def curve_metrics(folder: Path) -> Iterator[tuple[str, int, float]]:
     for column in mean.columns:
         for step, value in mean[column].items():
             yield f"train/{column}", int(str(step)), float(value)
+
+
+def timestep_lines(record: Mapping[str, Any]) -> Iterator[tuple[str, int, float]]:
+    """Metrics by timestep of the noise schedule, as (``timesteps/<metric>``, timestep, mean over seeds)."""
+    for name, values in timestep_metrics(record).items():
+        for timestep, value in values.items():
+            yield f"timesteps/{name}", timestep, value
 
 
 def _tags(root: Path, experiment: Experiment, record: Mapping[str, Any]) -> dict[str, str]:

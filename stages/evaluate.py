@@ -1,9 +1,9 @@
-"""Measure one row, dense or sparse: its record and per-layer diagnostics in ``reports/<table>/runs/<row>/``."""
+"""Measure one row, dense or sparse: record, per-layer diagnostics and pictures in ``…/runs/<row>/evaluation/``."""
 
 from __future__ import annotations
 
 from maskllm4v.config import Experiment
-from maskllm4v.layout import checkpoint, data_folder, layers_file, record_file
+from maskllm4v.layout import checkpoint, data_folder, evaluation_folder, layers_file, picture_file, record_file
 from stages.entry import run
 
 
@@ -12,9 +12,10 @@ def main(experiment: Experiment, row: str) -> None:
 
     from maskllm4v.diagnostics import COLUMNS
     from maskllm4v.evaluation import Measured, measure
-    from maskllm4v.files import write_csv
+    from maskllm4v.files import empty_folder, write_csv
     from maskllm4v.origin import read_origin, where
     from maskllm4v.parallel import map_seeds
+    from maskllm4v.pictures import write_picture
     from maskllm4v.processes import is_main
     from maskllm4v.records import build_record, write_record
     from maskllm4v.tasks import open_task
@@ -31,12 +32,15 @@ def main(experiment: Experiment, row: str) -> None:
     measured = dict(zip(seeds, map_seeds(experiment, seeds, one), strict=True))
     if not is_main():
         return
+    empty_folder(evaluation_folder(experiment.table, row))  # no picture of an earlier run survives
     lines = ((seed, *line) for seed, found in measured.items() for line in found.layers)
     write_csv(layers_file(experiment.table, row), ("seed", *COLUMNS), lines)
+    for name, pixels in measured[seeds[0]].pictures.items():
+        write_picture(picture_file(experiment.table, row, name), pixels)
     record = build_record(
         row=row,
         kind=kind,
-        settings=experiment.row_settings(row),
+        settings=experiment.record_settings(row),
         metrics={seed: found.metrics for seed, found in measured.items()},
         summaries={seed: found.summary for seed, found in measured.items()},
         inputs={
@@ -48,9 +52,10 @@ def main(experiment: Experiment, row: str) -> None:
         made=made,
         evaluated=where(experiment),
     )
-    write_record(record_file(experiment.table, row), record)
+    write_record(record_file(experiment.table, row), record)  # the last one: no record of half an evaluation
     for found in measured.values():
-        print(json.dumps(found.summary, indent=4))
+        if found.summary:
+            print(json.dumps(found.summary, indent=4))
     print(f"{row}: {record['metrics']}")
 
 

@@ -47,7 +47,7 @@ def make_records(experiment: Experiment, reports: Path, rows: Iterable[str] | No
         record = build_record(
             row=row,
             kind=kind,
-            settings=experiment.row_settings(row),
+            settings=experiment.record_settings(row),
             metrics=measured,
             summaries={seed: {"top1": values["top1"]} for seed, values in measured.items()},
             inputs={"manifest": "ab" * 32, "dense": [f"dense{seed}" for seed in seeds], "masks": []},

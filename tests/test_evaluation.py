@@ -93,6 +93,30 @@ def test_sparse_row_is_measured(method: str, updated: bool, folder: Path, tmp_pa
     assert found.summary == task.summary(model, found.metrics, logits)
 
 
+class Pictured(Classification):
+    """A task that draws a layer's weights, so that one sees whose they are."""
+
+    def pictures(self, model: nn.Module) -> dict[str, np.ndarray]:
+        weight = model.get_submodule("blocks.0.mlp.fc1").weight.detach()
+        return {"samples": (100 * weight.clamp(0, 2)).to(torch.uint8).numpy()}
+
+
+def test_pictures_are_of_the_model_measured_and_of_the_first_seed(folder: Path, tmp_path: Path) -> None:
+    task = Pictured(experiment(), folder)
+    model = task.build_model(5)
+    nn.init.normal_(model.blocks[0].mlp.fc1.weight)
+    base = save_dense(tmp_path / "dense", model, PLAIN_VIT)
+    masks = random_masks(model)
+    save_masks(tmp_path / "masks", checkpoint(masks, base=base))
+    first, second = experiment().seeds[0], experiment().seeds[0] + 1
+    dense = task.pictures(model)["samples"]
+    found = measure(experiment(), task, first, tmp_path / "dense", None)
+    assert np.array_equal(found.pictures["samples"], dense)
+    found = measure(experiment(), task, first, tmp_path / "dense", tmp_path / "masks")
+    assert np.array_equal(found.pictures["samples"], dense * masks["blocks.0.mlp.fc1"].numpy())
+    assert measure(experiment(), task, second, tmp_path / "dense", None).pictures == {}
+
+
 @pytest.mark.parametrize("start", ["dense", "wanda"])
 def test_finetuned_row_is_measured(start: str, folder: Path, tmp_path: Path) -> None:
     """Every tensor may have changed, and there may be no mask at all."""
@@ -207,9 +231,7 @@ def test_diagnostics_are_brute_force(updated: bool, task: Classification) -> Non
     del prior["blocks.1.mlp.fc2"]
     weights = {"blocks.0.mlp.fc1.weight": torch.randn(64, 16)} if updated else {}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = layer_diagnostics(
-        model, checkpoint(masks, prior=prior, weights=weights), task, task.calibration_batches(16, 0)
-    )
+    found = layer_diagnostics(model, checkpoint(masks, prior=prior, weights=weights), task.calibration(16, 0))
 
     inputs: dict[str, Tensor] = {}
 
@@ -246,7 +268,7 @@ def test_diagnostics_of_a_zero_layer_are_numbers(task: Classification) -> None:
     model = task.build_model(0)
     nn.init.zeros_(model.blocks[0].mlp.fc1.weight)
     masks = {"blocks.0.mlp.fc1": random_masks(model)["blocks.0.mlp.fc1"]}
-    found = layer_diagnostics(model, checkpoint(masks), task, task.calibration_batches(50, 0))
+    found = layer_diagnostics(model, checkpoint(masks), task.calibration(50, 0))
     assert found == [("blocks.0.mlp.fc1", "", "1", "0")]
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from maskllm4v.errors import UserError
 from maskllm4v.files import (
+    empty_folder,
     file_digest,
     read_json,
     replacing,
@@ -149,6 +150,25 @@ def test_unreadable_json_is_a_user_error(content: bytes | None, tmp_path: Path) 
     with pytest.raises(UserError) as caught:
         read_json(path)
     assert str(path) in str(caught.value)
+
+
+def test_emptied_folder_holds_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    empty_folder(folder)
+    assert folder.is_dir()
+    (folder / "old" / "deep").mkdir(parents=True)
+    (folder / "old" / "deep" / "file").write_text("stale")
+    (folder / ".hidden").write_text("stale")
+    (tmp_path / "beside").write_text("kept")
+    empty_folder(folder)
+    assert list(folder.iterdir()) == []
+    assert (tmp_path / "beside").read_text() == "kept"
+
+
+def test_folder_that_cannot_be_emptied_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot empty .*file: Not a directory"):
+        empty_folder(tmp_path / "file")
 
 
 def test_file_digest_is_sha256(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from maskllm4v.layout import (
     cost_file,
     curve_file,
     data_folder,
+    evaluation_folder,
     layers_file,
     origin_file,
+    picture_file,
     record_file,
     resume_folder,
     run_folder,
@@ -41,7 +43,13 @@ def record(row: str = "one", **changes: Any) -> Record:
     arguments: dict[str, Any] = {
         "row": row,
         "kind": "oneshot",
-        "settings": {"table": "t", "exact": True, "data": {"name": "ä", "seed": 3}, "pattern": "2:4"},
+        "settings": {
+            "table": "t",
+            "exact": True,
+            "data": {"name": "ä", "seed": 3},
+            "pattern": "2:4",
+            "task": {"name": "classification"},
+        },
         "metrics": {3: {"top1": 0.12345678, "nll": 2.0}, 1: {"top1": 1 / 3, "nll": 1e-9}},
         "summaries": {3: {"top1": 12.3457, "img_size": 8}, 1: {"top1": 33.3333, "img_size": 8}},
         "inputs": {"manifest": "m", "dense": ["d3", "d1"]},
@@ -74,7 +82,8 @@ def test_record_says_what_it_was_given() -> None:
 
 
 def test_settings_digest_is_sha256_of_canonical_json() -> None:
-    text = r'{"data":{"name":"\u00e4","seed":3},"exact":true,"pattern":"2:4","table":"t"}'
+    text = r'{"data":{"name":"\u00e4","seed":3},"exact":true,"pattern":"2:4","table":"t",'
+    text += '"task":{"name":"classification"}}'
     assert record()["settings_digest"] == hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -84,6 +93,15 @@ def test_versions_name_packages_and_python_without_patch_level() -> None:
     assert found["python"] == f"{sys.version_info[0]}.{sys.version_info[1]}"
     for name in set(found) - {"python"}:
         assert found[name] == metadata.version(name)
+
+
+def test_a_task_adds_the_packages_that_it_alone_needs() -> None:
+    added = set(versions("diffusion")) - set(versions())
+    assert added == {"diffusers", "torchmetrics"}
+    assert versions("classification") == versions()
+    of_diffusion = record(settings={"table": "t", "exact": True, "task": {"name": "diffusion"}})
+    assert of_diffusion["versions"] == versions("diffusion")
+    assert record()["versions"] == versions()
 
 
 def test_two_digit_minor_version_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,15 +253,15 @@ def test_table_without_records_is_empty(tmp_path: Path) -> None:
 def test_one_spoilt_record_is_named(tmp_path: Path) -> None:
     write_record(record_file("t", "one", tmp_path), record("one"))
     write_record(record_file("t", "two", tmp_path), {**record("two"), "settings": {}})
-    with pytest.raises(UserError, match=r"two.record\.json: settings"):
+    with pytest.raises(UserError, match=r"two.evaluation.record\.json: settings"):
         read_records(tmp_path, "t")
 
 
 def test_committed_records_can_be_read() -> None:
     found = read_records(ROOT / "reports", "digits")
-    paths = list((ROOT / "reports" / "digits" / "runs").glob("*/record.json"))
+    paths = list((ROOT / "reports" / "digits" / "runs").glob("*/evaluation/record.json"))
     assert paths
-    assert set(found) == {path.parent.name for path in paths}
+    assert set(found) == {path.parent.parent.name for path in paths}
 
 
 def test_layout_of_files() -> None:
@@ -256,7 +274,9 @@ def test_layout_of_files() -> None:
         ".cache/timings/one-seed3.json",
         ".cache/resume/one",
     ]
-    assert str(record_file("t", "one")) == "reports/t/runs/one/record.json"
-    assert str(record_file("t", "one", reports)) == "r/t/runs/one/record.json"
-    assert str(layers_file("t", "one", reports)) == "r/t/runs/one/layers.csv"
+    assert str(record_file("t", "one")) == "reports/t/runs/one/evaluation/record.json"
+    assert str(evaluation_folder("t", "one", reports)) == "r/t/runs/one/evaluation"
+    assert str(record_file("t", "one", reports)) == "r/t/runs/one/evaluation/record.json"
+    assert str(layers_file("t", "one", reports)) == "r/t/runs/one/evaluation/layers.csv"
+    assert str(picture_file("t", "one", "samples", reports)) == "r/t/runs/one/evaluation/samples.png"
     assert str(curve_file("t", "one", 3, reports)) == "r/t/runs/one/curves/seed3.csv"

@@ -13,18 +13,23 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from import_graph import ROOT
+from made_diffusion import TIMESTEPS, diffusion
+from made_diffusion import make_records as make_diffusion_records
 from made_records import DIGITS, make_records, metrics, with_controls
 
 from maskllm4v.config import Experiment
 from maskllm4v.files import read_json, write_json
 from maskllm4v.layout import record_file
-from maskllm4v.reporting.aggregate import aggregate, current_records
+from maskllm4v.metrics import METRICS
+from maskllm4v.reporting.aggregate import aggregate, current_records, timestep_metrics
 from maskllm4v.reporting.comparison import comparison_markdown
 from maskllm4v.reporting.published import ROWS
 from maskllm4v.reporting.report import table_texts
 from maskllm4v.reporting.tables import MISSING, caption, number, results_markdown
 
 REPORTS = ROOT / "reports"
+CLASSIFICATION = METRICS["classification"]
+DIFFUSION = diffusion()
 
 
 @pytest.fixture
@@ -76,8 +81,8 @@ def test_all_seeds_may_be_compared_with_one_dense_model(init: str, tmp_path: Pat
     assert table.loc["digits-wanda", "delta_mean"] == pytest.approx(statistics.mean(differences))
     assert table.loc["digits-wanda", "delta_std"] == pytest.approx(statistics.stdev(differences))
     assert line_of(one, tmp_path, "ViT (dense)")[4:] == ["80.00", MISSING, "99.00", "0.500", "5.0", MISSING, MISSING]
-    assert "to the one dense model that all seeds share" in caption(one, records)
-    assert "to the dense model of the same seed" in caption(DIGITS, records)
+    assert "to the one dense model that all seeds share" in caption(one, CLASSIFICATION, records)
+    assert "to the dense model of the same seed" in caption(DIGITS, CLASSIFICATION, records)
 
 
 def test_controls_are_rows_like_others(tmp_path: Path) -> None:
@@ -119,10 +124,10 @@ def test_caption_names_all_machines(tmp_path: Path) -> None:
     loose = Experiment.model_validate({**raw, "exact": False})
     records = current_records(loose, make_records(loose, tmp_path))
     records["digits-wanda"]["made"] = {"hardware": "another one", "world_size": 8}
-    text = caption(loose, records)
+    text = caption(loose, CLASSIFICATION, records)
     assert "Hardware: a machine; another one: a recording of that machine." in text
     assert "Mean ± standard deviation over 3 seeds;" in text
-    assert "bit-identical there" in caption(DIGITS, records)
+    assert "bit-identical there" in caption(DIGITS, CLASSIFICATION, records)
 
 
 def test_stable_orders_of_the_table(experiment: Experiment) -> None:
@@ -158,7 +163,7 @@ def test_without_dense_no_difference(experiment: Experiment, reports: Path) -> N
 def test_empty_reports_render(experiment: Experiment, tmp_path: Path) -> None:
     texts = table_texts(experiment, tmp_path)
     assert "Not measured yet" in texts["table.md"]
-    assert len(results_markdown(aggregate(experiment, {})).splitlines()) == 2 + len(experiment.rows)
+    assert len(results_markdown(aggregate(experiment, {}), CLASSIFICATION).splitlines()) == 2 + len(experiment.rows)
     assert texts["metrics.json"] == '{\n  "top1": {},\n  "nll": {}\n}\n'
 
 
@@ -214,6 +219,57 @@ def test_reproduced_column_fills_from_records(tmp_path: Path) -> None:
     record["metrics"] = {"0": {"top1": 66.0, "top5": 86.1, "nll": 1.5}}
     write_json(record_file("imagenet_vit_b16", "imagenet-magnitude", tmp_path), record)
     assert "| 65.92 | 86.058 | 66.00 | 86.10 |" in comparison_markdown(tmp_path)
+
+
+# Diffusion
+
+
+def test_errors_of_diffusion_are_compared_with_the_dense_model_s(tmp_path: Path) -> None:
+    make_diffusion_records(DIFFUSION, tmp_path)
+    wanted = ["Magnitude", "2:4", MISSING, MISSING, "0.0610 ± 0.0014", "+0.0100 ± 0.0000"]
+    wanted += ["0.0032 ± 0.0003", "87.5 ± 0.7", "3.62 ± 0.18", "0.0246 ± 0.0000", MISSING]
+    assert line_of(DIFFUSION, tmp_path, "Magnitude") == wanted
+    assert line_of(DIFFUSION, tmp_path, "DiT (dense)")[5:7] == [MISSING, MISSING]
+    header = table_texts(DIFFUSION, tmp_path)["table.md"].splitlines()[0]
+    assert "| ε-MSE | Δ to dense | MSE to dense | Conditional accuracy (%) | FD (our classifier) |" in header
+    table = aggregate(DIFFUSION, current_records(DIFFUSION, tmp_path))
+    assert not [column for column in table.columns if "/t" in column]
+
+
+def test_caption_of_diffusion_says_what_its_metrics_are(tmp_path: Path) -> None:
+    make_diffusion_records(DIFFUSION, tmp_path)
+    text = table_texts(DIFFUSION, tmp_path)["table.md"]
+    assert "Δ is the paired difference of ε-MSE to the dense model of the same seed; ε-MSE: " in text
+    assert "a classifier trained here, not FID" in text
+    assert "top-1" not in text
+    assert "diffusers " in text
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_metrics_of_diffusion_for_dvc(judged: bool, tmp_path: Path) -> None:
+    make_diffusion_records(DIFFUSION, tmp_path, judged=judged)
+    texts = table_texts(DIFFUSION, tmp_path)
+    found = json.loads(texts["metrics.json"])
+    assert list(found) == (["eps_mse", "accuracy", "fd"] if judged else ["eps_mse"])
+    assert found["eps_mse"]["tiny-wanda"] == 0.071
+    assert "tiny-wanda,Wanda,oneshot,2:4,False,,2,0.071000,0.001414," in texts["table.csv"]
+    if not judged:
+        assert line_of(DIFFUSION, tmp_path, "Wanda")[7:] == [MISSING] * 4
+
+
+def test_settings_of_the_evaluation_belong_to_a_record(tmp_path: Path) -> None:
+    make_diffusion_records(DIFFUSION, tmp_path)
+    assert len(current_records(DIFFUSION, tmp_path)) == len(DIFFUSION.rows)
+    assert current_records(diffusion(evaluation={"timesteps": 3}), tmp_path) == {}
+
+
+def test_metrics_by_timestep_are_means_over_seeds(tmp_path: Path) -> None:
+    make_diffusion_records(DIFFUSION, tmp_path)
+    records = current_records(DIFFUSION, tmp_path)
+    found = timestep_metrics(records["tiny-magnitude"])
+    assert list(found) == ["dense_mse", "eps_mse"]
+    assert found["eps_mse"] == pytest.approx({t: 0.061 * 40 / t for t in TIMESTEPS}, abs=2e-6)
+    assert list(timestep_metrics(records["tiny-dense"])) == ["eps_mse"]
 
 
 @pytest.mark.slow

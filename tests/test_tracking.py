@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_diffusion import TIMESTEPS, diffusion, picture
+from made_diffusion import make_records as make_diffusion_records
 from made_records import DIGITS, make_records, with_controls
 
 from maskllm4v.config import Experiment
 from maskllm4v.files import read_json, value_digest, write_json
 from maskllm4v.layout import record_file
+from maskllm4v.pictures import read_picture
 from maskllm4v.tracking import flatten, publish
 
 ROWS = ("digits-dense", "digits-magnitude", "digits-maskllm-short-magnitude")
@@ -40,16 +43,16 @@ def their_warnings() -> Iterator[None]:
         yield
 
 
-def runs(root: Path) -> list[Any]:
+def runs(root: Path, table: str = "digits") -> list[Any]:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
-    found = client.get_experiment_by_name("digits")
+    found = client.get_experiment_by_name(table)
     return client.search_runs([found.experiment_id], max_results=1000)
 
 
-def by_row(root: Path) -> dict[str, Any]:
-    return {run.data.tags["row"]: run for run in runs(root)}
+def by_row(root: Path, table: str = "digits") -> dict[str, Any]:
+    return {run.data.tags["row"]: run for run in runs(root, table)}
 
 
 def test_one_run_a_row_however_often(root: Path, experiment: Experiment) -> None:
@@ -91,7 +94,9 @@ def test_curves_and_artifacts(root: Path, experiment: Experiment) -> None:
     history = client.get_metric_history(learned, "train/loss")
     assert [point.step for point in history] == [*range(0, 200, 10), 199]
     assert [point.timestamp for point in history] == [point.step for point in history]
-    assert {file.path for file in client.list_artifacts(learned)} >= {"record.json", "layers.csv", "curves"}
+    assert {file.path for file in client.list_artifacts(learned)} >= {"evaluation", "curves"}
+    evaluated = {file.path for file in client.list_artifacts(learned, "evaluation")}
+    assert evaluated == {"evaluation/record.json", "evaluation/layers.csv"}
     assert {file.path for file in client.list_artifacts(learned, "curves")} == {f"curves/seed{k}.csv" for k in range(3)}
     pruned = found["digits-magnitude"].info.run_id
     assert [file.path for file in client.list_artifacts(pruned, "masks")] == ["masks/seed0.safetensors"]
@@ -185,6 +190,50 @@ def test_tracking_uri_is_honoured(root: Path, experiment: Experiment, monkeypatc
     publish(root, experiment)
     assert (root / "elsewhere.db").exists()
     assert not (root / "mlflow.db").exists()
+
+
+def test_runs_of_diffusion(root: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    tiny = diffusion()
+    make_diffusion_records(tiny, root / "reports")
+    judged = record_file("tiny", "tiny-dense", root / "reports")
+    record = read_json(judged)
+    record["metrics"]["0"]["judge_accuracy"] = 97.5  # no column of the table, and of one seed alone
+    write_json(judged, record)
+    publish(root, tiny)
+    found = by_row(root, "tiny")
+    assert set(found) == set(tiny.rows)
+    dense, pruned = found["tiny-dense"].data, found["tiny-magnitude"].data
+    assert pruned.metrics["eps_mse"] == pytest.approx(0.061)
+    assert pruned.metrics["eps_mse_delta"] == pytest.approx(0.01)
+    assert {"eps_mse/seed1", "dense_mse", "accuracy", "fd", "kd_std"} <= set(pruned.metrics)
+    assert not {"dense_mse", "eps_mse_delta", "timesteps/dense_mse"} & set(dense.metrics)
+    assert not [name for name in pruned.metrics if "top1" in name or "/t0" in name]
+    assert (dense.metrics["judge_accuracy"], dense.metrics["judge_accuracy/seed0"]) == (97.5, 97.5)
+    assert pruned.tags["task"] == "diffusion"
+    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    history = client.get_metric_history(found["tiny-magnitude"].info.run_id, "timesteps/eps_mse")
+    assert [point.step for point in history] == list(TIMESTEPS)
+    assert [point.value for point in history] == pytest.approx([0.061 * 40 / t for t in TIMESTEPS], abs=2e-6)
+
+
+def test_pictures_are_images_of_the_run(root: Path, tmp_path: Path) -> None:
+    """Under one key and step, where the UI's grid finds them; publishing again adds none."""
+    from mlflow.tracking import MlflowClient
+
+    tiny = diffusion()
+    make_diffusion_records(tiny, root / "reports")
+    published = publish(root, tiny)
+    client, run_id = MlflowClient(f"sqlite:///{root / 'mlflow.db'}"), by_row(root, "tiny")["tiny-long"].info.run_id
+    images = sorted(file.path for file in client.list_artifacts(run_id, "images"))
+    assert [path.rpartition(".")[2] for path in images] == ["webp", "png"]  # a small one for the grid
+    assert all(path.startswith("images/samples+step+0+timestamp+1+") for path in images)
+    pixels = read_picture(Path(client.download_artifacts(run_id, images[1], str(tmp_path))))
+    assert (pixels[:, :, 0] == picture(tiny, "tiny-long")).all()
+    assert "mlflow.loggedImages" in client.get_run(run_id).data.tags
+    assert publish(root, tiny) == published
+    assert sorted(file.path for file in client.list_artifacts(run_id, "images")) == images
 
 
 def test_flatten() -> None:

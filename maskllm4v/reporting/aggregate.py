@@ -10,9 +10,8 @@ import pandas as pd
 
 from maskllm4v.config import Experiment
 from maskllm4v.files import value_digest
+from maskllm4v.metrics import METRICS, by_timestep
 from maskllm4v.records import read_records
-
-METRICS = ("top1", "top5", "nll", "ece", "agreement")
 
 
 def current_records(experiment: Experiment, reports: Path) -> dict[str, dict[str, Any]]:
@@ -24,7 +23,7 @@ def current_records(experiment: Experiment, reports: Path) -> dict[str, dict[str
     return {
         row: found[row]
         for row in experiment.rows
-        if row in found and found[row]["settings_digest"] == value_digest(experiment.row_settings(row))
+        if row in found and found[row]["settings_digest"] == value_digest(experiment.record_settings(row))
     }
 
 
@@ -34,6 +33,15 @@ def seed_metrics(record: Mapping[str, Any]) -> pd.DataFrame:
     return frame.set_index(frame.index.astype(int)).sort_index()
 
 
+def timestep_metrics(record: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Mean over seeds of the metrics that a record holds by timestep: by name, then by timestep, in order."""
+    found: dict[str, dict[int, float]] = {}
+    means = {str(key): float(value) for key, value in seed_metrics(record).mean().items()}
+    for name, timestep, value in sorted(by_timestep(means)):
+        found.setdefault(name, {})[timestep] = value
+    return found
+
+
 def aggregate(
     experiment: Experiment, records: Mapping[str, Mapping[str, Any]], costs: Mapping[str, float] | None = None
 ) -> pd.DataFrame:
@@ -41,9 +49,11 @@ def aggregate(
 
     Columns: ``row, label, pattern, update, prior, seeds``, then ``<metric>_mean`` and ``<metric>_std``
     (sample standard deviation, ddof = 1), and ``delta_mean``, ``delta_std``: the paired difference of
-    top-1 to the dense model of the same seed, and ``cost_seconds``, from ``costs`` by row. What was not
-    measured is missing.
+    the task's headline to the dense model of the same seed, and ``cost_seconds``, from ``costs`` by row.
+    What was not measured is missing.
     """
+    task = METRICS[experiment.task.name]
+    headline = task.headline.name
     dense = records.get(experiment.dense.row)
     lines = []
     for row, label in experiment.rows.items():
@@ -52,17 +62,17 @@ def aggregate(
         if row in records:
             measured = seed_metrics(records[row])
             line["seeds"] = len(measured)
-            for name in METRICS:
+            for name in task.names:
                 if name in measured:
                     line |= {f"{name}_mean": measured[name].mean(), f"{name}_std": measured[name].std()}
             if dense is not None and row != experiment.dense.row:
-                of_dense = seed_metrics(dense)["top1"]
+                of_dense = seed_metrics(dense)[headline]
                 paired = of_dense[[experiment.dense_seed(seed) for seed in measured.index]].to_numpy()
-                difference = measured["top1"] - paired
+                difference = measured[headline] - paired
                 line |= {"delta_mean": difference.mean(), "delta_std": difference.std()}
         lines.append(line)
     columns = ["row", "label", "kind", "pattern", "update", "prior", "seeds"]
-    columns += [f"{name}_{what}" for name in (*METRICS, "delta") for what in ("mean", "std")]
+    columns += [f"{name}_{what}" for name in (*task.names, "delta") for what in ("mean", "std")]
     columns.append("cost_seconds")
     return pd.DataFrame(lines, columns=columns)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from maskllm4v.metrics import METRICS
 from maskllm4v.records import read_records
 from maskllm4v.reporting.aggregate import seed_metrics
 from maskllm4v.reporting.published import ROWS, TABLE, Published
 from maskllm4v.reporting.tables import MISSING, markdown, number
+
+SHOWN = [METRICS["classification"][name] for name in ("top1", "top5")]  # of what is reproduced; the original is one
 
 
 def comparison_markdown(reports: Path) -> str:
@@ -31,7 +34,7 @@ def _line(row: Published, record: dict[str, Any] | None) -> list[str]:
     found = [MISSING, MISSING]
     if record is not None:
         metrics = seed_metrics(record)
-        found = [number(metrics[name].mean(), metrics[name].std(), 2) for name in ("top1", "top5")]
+        found = [number(metrics[m.name].mean(), metrics[m.name].std(), m.digits) for m in SHOWN]
     published_top5 = f"{row.json['top5']:.3f}" if row.json else MISSING
     return [
         row.label,

@@ -8,6 +8,7 @@ from pathlib import Path
 from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.errors import UserError
 from maskllm4v.files import write_text
+from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import aggregate, current_records
 from maskllm4v.reporting.comparison import comparison_markdown
 from maskllm4v.reporting.costs import cost_caption, row_costs
@@ -31,11 +32,12 @@ def table_texts(experiment: Experiment, reports: Path) -> dict[str, str]:
     """The files of one table by name, relative to its folder."""
     records = current_records(experiment, reports)
     table = aggregate(experiment, records, row_costs(experiment.table, reports))
-    body = results_markdown(table) + "\n" + caption(experiment, records, cost_caption(experiment.table, reports))
+    metrics = METRICS[experiment.task.name]
+    text = caption(experiment, metrics, records, cost_caption(experiment.table, reports))
     return {
-        "table.md": body,
-        "table.csv": results_csv(table),
-        "metrics.json": json.dumps(metrics_json(table), indent=2) + "\n",
+        "table.md": results_markdown(table, metrics) + "\n" + text,
+        "table.csv": results_csv(table, metrics),
+        "metrics.json": json.dumps(metrics_json(table, metrics), indent=2) + "\n",
     }
 
 
@@ -54,8 +56,8 @@ def write_report(root: Path) -> list[Path]:
     for name, text in table_texts(experiment, reports).items():
         write_text(folder / name, text)
         written.append(folder / name)
-    table = aggregate(experiment, current_records(experiment, reports))
-    written += draw_figures(experiment, table, reports, folder / "figures")
+    records = current_records(experiment, reports)
+    written += draw_figures(experiment, records, aggregate(experiment, records), reports, folder / "figures")
     readme = root / "README.md"
     if readme.exists():
         text = readme.read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
+from maskllm4v.metrics import TaskMetrics
 
 MISSING = "–"
 
@@ -34,19 +35,17 @@ def significant(value: Any, digits: int = 2) -> str:
     return f"{rounded:.{max(0, digits - 1 - exponent)}f}"
 
 
-def results_markdown(table: pd.DataFrame) -> str:
-    """The table that the README shows."""
+def results_markdown(table: pd.DataFrame, metrics: TaskMetrics) -> str:
+    """The table that the README shows: the headline and its difference to dense, then the other metrics."""
+    headline, others = metrics.headline, metrics.columns[1:]
     headers = [
         "Method",
         "Pattern",
         "Weight update",
         "Mask prior",
-        "Top-1 (%)",
+        headline.header,
         "Δ to dense",
-        "Top-5 (%)",
-        "Cross-entropy",
-        "ECE (%)",
-        "Agreement (%)",
+        *(metric.header for metric in others),
         "Cost (s)",
     ]
     rows = []
@@ -58,19 +57,16 @@ def results_markdown(table: pd.DataFrame) -> str:
                 str(line["pattern"]),
                 "✔" if line["update"] else MISSING,
                 MISSING if pd.isna(line["prior"]) else str(line["prior"]),
-                number(line["top1_mean"], line["top1_std"], 2),
-                number(line["delta_mean"], line["delta_std"], 2, sign=True),
-                number(line["top5_mean"], line["top5_std"], 2),
-                number(line["nll_mean"], line["nll_std"], 3),
-                number(line["ece_mean"], line["ece_std"], 1),
-                number(line["agreement_mean"], line["agreement_std"], 1),
+                number(line[f"{headline.name}_mean"], line[f"{headline.name}_std"], headline.digits),
+                number(line["delta_mean"], line["delta_std"], headline.digits, sign=True),
+                *(number(line[f"{m.name}_mean"], line[f"{m.name}_std"], m.digits) for m in others),
                 significant(line["cost_seconds"]),
             ]
         )
     return markdown(headers, rows)
 
 
-def caption(experiment: Experiment, records: dict[str, dict[str, Any]], cost: str = "") -> str:
+def caption(experiment: Experiment, metrics: TaskMetrics, records: dict[str, dict[str, Any]], cost: str = "") -> str:
     """What the numbers are: seeds, hardware, versions, settings that apply to all rows; ``cost``: what costs are."""
     if not records:
         return "Not measured yet.\n"
@@ -84,24 +80,28 @@ def caption(experiment: Experiment, records: dict[str, dict[str, Any]], cost: st
     to_dense = "to the one dense model that all seeds share" if one_dense else "to the dense model of the same seed"
     leaks = experiment.data.calibration_split == "test"
     return (
-        f"*{experiment.title}. {spread[0].upper()}{spread[1:]}; Δ is the paired difference of top-1 {to_dense}; "
-        "ECE: expected calibration error, 15 bins; agreement: same top-1 class as the dense model. "
+        f"*{experiment.title}. {spread[0].upper()}{spread[1:]}; Δ is the paired difference of "
+        f"{'; '.join([f'{metrics.headline.in_sentences} {to_dense}', *metrics.captions])}. "
         + ("**Calibrated on the reported split, which leaks** (as the original does). " if leaks else "")
         + f"Hardware: {'; '.join(hardware)}: {claim}. {versions}.{f' {cost}' if cost else ''}*\n"
     )
 
 
-def results_csv(table: pd.DataFrame) -> str:
-    """The table with four decimals, for machines."""
-    text: str = table.to_csv(index=False, float_format="%.4f", lineterminator="\n")
+def results_csv(table: pd.DataFrame, metrics: TaskMetrics) -> str:
+    """The table with more decimals, for machines."""
+    text: str = table.to_csv(index=False, float_format=f"%.{metrics.decimals}f", lineterminator="\n")
     return text
 
 
-def metrics_json(table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """``{metric: {row: mean}}`` of the measured rows, for ``dvc metrics`` and ``dvc exp show``."""
-    measured = table.dropna(subset=["top1_mean"])
-    columns = {"top1": "top1_mean", "nll": "nll_mean"}
-    return {
-        name: {row: round(float(value), 4) for row, value in zip(measured["row"], measured[column], strict=True)}
-        for name, column in columns.items()
-    }
+def metrics_json(table: pd.DataFrame, metrics: TaskMetrics) -> dict[str, dict[str, float]]:
+    """``{metric: {row: mean}}`` of the measured rows, for ``dvc metrics`` and ``dvc exp show``.
+
+    A metric that none of the measured rows has is left out.
+    """
+    measured = table.dropna(subset=[f"{metrics.headline.name}_mean"]).set_index("row")
+    found = {}
+    for name in metrics.listed:
+        means = measured[f"{name}_mean"].dropna()
+        if len(means) or measured.empty:
+            found[name] = {str(row): round(float(value), metrics.decimals) for row, value in means.items()}
+    return found

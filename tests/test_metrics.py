@@ -1,0 +1,65 @@
+"""What tasks measure: the columns, and names of metrics by timestep."""
+
+from __future__ import annotations
+
+import pytest
+from made_diffusion import diffusion
+from made_records import DIGITS
+
+from maskllm4v.metrics import METRICS, TaskMetrics, at_timestep, by_timestep
+
+EACH = pytest.mark.parametrize("task", METRICS.values(), ids=METRICS)
+
+
+def test_every_task_has_metrics() -> None:
+    assert {DIGITS.task.name, diffusion().task.name} == set(METRICS)
+
+
+def test_classification_shows_accuracy_first() -> None:
+    task = METRICS["classification"]
+    assert [(metric.header, metric.digits) for metric in task.columns] == [
+        ("Top-1 (%)", 2),
+        ("Top-5 (%)", 2),
+        ("Cross-entropy", 3),
+        ("ECE (%)", 1),
+        ("Agreement (%)", 1),
+    ]
+    assert (task.headline.name, task.better) == ("top1", "higher")
+    assert (task.headline.in_sentences, task.headline.on_axes) == ("top-1", "top-1 accuracy (%)")
+
+
+def test_diffusion_shows_the_error_first() -> None:
+    task = METRICS["diffusion"]
+    assert task.names == ("eps_mse", "dense_mse", "accuracy", "fd", "kd")
+    assert (task.headline.in_sentences, task.headline.on_axes, task.better) == ("ε-MSE", "ε-MSE", "lower")
+    assert "not FID" in task["fd"].about
+
+
+@EACH
+def test_names_are_of_columns(task: TaskMetrics) -> None:
+    assert len(set(task.names)) == len(task.columns)
+    assert {*task.bars, *task.listed} <= set(task.names)
+    assert [task[name].name for name in task.names] == list(task.names)
+    assert task.headline.name in task.bars
+    assert task.headline.name == task.listed[0]
+
+
+@EACH
+def test_percentages_say_so(task: TaskMetrics) -> None:
+    assert all(metric.percent == ("(%)" in metric.header) for metric in task.columns)
+
+
+@EACH
+def test_more_decimals_than_a_table_shows(task: TaskMetrics) -> None:
+    assert all(metric.digits < task.decimals for metric in task.columns)
+
+
+def test_metrics_by_timestep_are_told_from_others() -> None:
+    named = {at_timestep("eps_mse", 50): 1.0, at_timestep("dense_mse", 0): 2.0, at_timestep("eps_mse", 999): 3.0}
+    assert list(named) == ["eps_mse/t0050", "dense_mse/t0000", "eps_mse/t0999"]
+    others = {"eps_mse": 4.0, "eps_mse/seed0": 5.0, "eps_mse/t50": 6.0, "eps_mse/t00500": 7.0}
+    assert list(by_timestep({**others, **named})) == [
+        ("eps_mse", 50, 1.0),
+        ("dense_mse", 0, 2.0),
+        ("eps_mse", 999, 3.0),
+    ]
