@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from maskllm4v.cli import options, prune, shrink, train, validate
+from maskllm4v.cli import options, prune, sample, shrink, train, validate
 from maskllm4v.config import PARAMS, load_experiment
 from maskllm4v.errors import ConfigError, UserError
 from maskllm4v.files import write_text
@@ -54,7 +54,7 @@ def main() -> None:
             sub.add_argument("--check", action="store_true", help="only say whether README and records agree")
         if command is use:
             sub.add_argument("experiment", help="name of a file in experiments/, without .yaml")
-    for step in (prune, train, validate, shrink):
+    for step in (prune, train, validate, sample, shrink):
         name, text = step.__name__.rpartition(".")[2], step.__doc__ or ""
         sub = commands.add_parser(name, help=text.partition("\n")[0], description=text, allow_abbrev=False)
         step.add_arguments(sub)

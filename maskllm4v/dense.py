@@ -9,8 +9,6 @@ from torch import nn
 from maskllm4v.checkpoints import load_state
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
-from maskllm4v.models import build_model
-from maskllm4v.original import dense_state
 from maskllm4v.resume import Resume
 from maskllm4v.tasks import Task
 from maskllm4v.weights import train_dense
@@ -32,9 +30,9 @@ def obtain_dense(
         train_dense(model, task, settings, seed=seed, position=position, resume=resume)
         return model
     if settings.init == "pretrained":
-        return build_model(experiment.model, seed, pretrained=True)
+        return task.build_model(seed, pretrained=True)
     if settings.checkpoint is None:
         raise ConfigError("dense.checkpoint is missing, which init 'checkpoint' needs")
     model = task.build_model(seed)
-    load_state(model, dense_state(Path(settings.checkpoint)), settings.checkpoint)
+    load_state(model, task.read_weights(Path(settings.checkpoint)), settings.checkpoint)
     return model

@@ -27,7 +27,7 @@ from maskllm4v.checkpoints import METADATA_KEY, MaskCheckpoint, load_masks, load
 from maskllm4v.errors import CheckpointError, PatternError
 from maskllm4v.patterns import NMPattern
 
-AVERAGED, PLAIN = ("state_dict_ema", "model_ema"), ("state_dict", "model")  # where a file keeps its state dicts
+AVERAGED, PLAIN = ("state_dict_ema", "model_ema", "ema"), ("state_dict", "model")  # where a file keeps its state dicts
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, timm's EMA, torch.compile
 DEFAULT = NMPattern(2, 4)
 
@@ -92,7 +92,7 @@ def load_any(path: Path, *, ema: bool | None = None, pattern: NMPattern | str | 
     """
     wanted = None if pattern is None else NMPattern(pattern)
     if not _is_safetensors(path):
-        state, averaged = _read_torch(path, ema)
+        state, averaged = read_torch(path, ema)
         return _separate(path, state, wanted, averaged)
     if ema:
         raise CheckpointError(f"{path} holds no averaged weights (EMA)")
@@ -144,13 +144,23 @@ def _kind(path: Path) -> str | None:
     return about.get("kind") if isinstance(about, dict) else None
 
 
-def _read_torch(path: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool]:
-    """The state dict in a file of ``torch.save``, and whether it is an average."""
+def read_torch(path: Path, ema: bool | None = None) -> tuple[dict[str, Tensor], bool]:
+    """The state dict in a file of ``torch.save``, and whether it is an average; ``ema`` as in :func:`load_any`.
+
+    Tensors stay mapped to the file.
+
+    Raises:
+        CheckpointError: missing, damaged, with code in it, or no state dict.
+    """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickles, which are then refused
             # Namespace: timm keeps its arguments so. Mapped: nobody needs the optimiser that lies there, too.
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         what = f"holds code ({code[1]}), which is not run;" if code else "is damaged, or holds more than it should;"

@@ -21,7 +21,7 @@ from maskllm4v.loop import Cost, Learner, optimizer_for, run
 from maskllm4v.resume import Resume
 from maskllm4v.schedule import linear
 from maskllm4v.surgery import as_dense, current_masks, learnable_layers, set_draw
-from maskllm4v.tasks import Task
+from maskllm4v.tasks import Task, train_mode
 
 CURVE_COLUMNS = (
     "step",
@@ -107,8 +107,10 @@ class MaskLearner(Learner):
         self.tau, self.scaling = settings.tau[0], settings.scaling[0]
 
     def train_mode(self) -> None:
-        """Training mode, but for layers with running statistics: those belong to the frozen dense model."""
-        self.model.train()
+        """The task's training mode, but for layers with running statistics: those belong to the frozen dense model."""
+        train_mode(self.task, self.model)
+        for layer in self.layers.values():
+            layer.train()
         freeze_statistics(self.model)
 
     def begin_step(self, step: int, share: float, lr: float) -> None:
@@ -156,7 +158,7 @@ class MaskLearner(Learner):
         if self.settings.select == "last":
             return
         self.average.swap()
-        score = self.task.evaluate(self.model, split="holdout")["top1"]
+        score = self.task.score(self.model, "holdout")
         if score > self.best_score:
             self.best_score, self.best_tensors = score, [tensor.detach().clone() for tensor in self.tensors]
         self.average.swap()
@@ -193,7 +195,7 @@ class _Curve:
 
     def __init__(self, layers: Mapping[str, LearnableMaskedLinear], prior: Mapping[str, Tensor] | None) -> None:
         self.layers = layers
-        self.last = {name: layer.logits.detach().argmax(0) for name, layer in layers.items()}
+        self.last = {name: _likeliest(layer.logits.detach()) for name, layer in layers.items()}
         if prior is None:
             self.prior = dict(self.last)
         else:
@@ -214,7 +216,7 @@ class _Curve:
             scaled = layer.logits * layer.scaling
             # max softmax = 1 / Σ exp(z − max z)
             top += (scaled - scaled.amax(0)).exp().sum(0).reciprocal().sum()
-            index = scaled.argmax(0)
+            index = _likeliest(scaled)
             off += (index != self.prior[name]).sum()
             flipped += (index != self.last[name]).sum()
             self.last[name] = index
@@ -237,3 +239,8 @@ class _Curve:
     def load_state(self, state: dict[str, Any]) -> None:
         self.scalars = [tuple(point) for point in state["scalars"]]
         self.measured, self.last = state["measured"], state["last"]
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """Index of each group's likeliest candidate, uint8 ``[groups]``: kept for as long as a training lasts."""
+    return logits.argmax(0).to(torch.uint8)

@@ -11,7 +11,7 @@ from maskllm4v.averaging import Average
 from maskllm4v.config import DenseSettings, FinetunedSettings, TrainingSettings
 from maskllm4v.loop import Cost, Learner, optimizer_for, run
 from maskllm4v.resume import Resume
-from maskllm4v.tasks import Task
+from maskllm4v.tasks import Task, train_mode
 from maskllm4v.training import freeze_statistics
 
 CURVE_COLUMNS = ("step", "loss", "lr", "grad_norm")
@@ -22,6 +22,7 @@ class WeightLearner(Learner):
 
     Args:
         model: dense, or with :class:`~maskllm4v.MaskedLinear` layers, whose pruned weights get no gradient.
+        task: gives batches and loss.
         settings: optimiser.
         row: name in messages.
         ema: decay of the weights' average; 0: off.
@@ -29,9 +30,9 @@ class WeightLearner(Learner):
     """
 
     def __init__(
-        self, model: nn.Module, settings: TrainingSettings, *, row: str, ema: float = 0.0, new: bool = True
+        self, model: nn.Module, task: Task, settings: TrainingSettings, *, row: str, ema: float = 0.0, new: bool = True
     ) -> None:
-        self.row, self.model, self.new = row, model, new
+        self.row, self.model, self.task, self.new = row, model, task, new
         self.tensors = list(model.parameters())
         self.optimizer = optimizer_for(self.tensors, settings, model)
         self.average = Average(self.tensors, ema)
@@ -39,7 +40,7 @@ class WeightLearner(Learner):
         self.measured: list[Tensor] = []
 
     def train_mode(self) -> None:
-        self.model.train()
+        train_mode(self.task, self.model)
         if not self.new:
             freeze_statistics(self.model)
 
@@ -80,7 +81,7 @@ def train_dense(
     Raises:
         TrainingError: the loss is not finite; names the step.
     """
-    learner = WeightLearner(model, settings, row=settings.row)
+    learner = WeightLearner(model, task, settings, row=settings.row)
     first = settings.progressive
     phases = () if first is None else ((task.resized(first.size), first.steps),)
     return run(learner, task, settings, seed=seed, position=position, resume=resume, phases=phases)
@@ -104,7 +105,7 @@ def finetune(
     Raises:
         TrainingError: the loss is not finite; names the step.
     """
-    learner = WeightLearner(model, settings, row=row, ema=settings.ema, new=False)
+    learner = WeightLearner(model, task, settings, row=row, ema=settings.ema, new=False)
     cost = run(learner, task, settings, seed=seed, position=position, resume=resume)
     learner.average.swap()
     return learner.points(), cost

@@ -1,10 +1,10 @@
-"""Obtain the dense model of every seed: ``artifacts/<row>/seed<k>.safetensors``."""
+"""Obtain the dense model of every seed: ``artifacts/<row>/seed<k>.safetensors``; and the judge of samples, if any."""
 
 from __future__ import annotations
 
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, data_folder
+from maskllm4v.layout import checkpoint, data_folder, judge_file
 from stages.entry import run
 
 
@@ -28,6 +28,10 @@ def main(experiment: Experiment, row: str) -> None:
             save_dense(checkpoint(row, seed), model, experiment.model.name)
 
     map_seeds(experiment, experiment.row_seeds(row), one)
+    if judge := experiment.judge:
+        classifier = obtain_dense(judge, open_task(judge, data_folder(judge.data.name)), judge.seeds[0])
+        if is_main():
+            save_dense(judge_file(row), classifier, judge.model.name)
     write_origin(experiment, row)
     forget(row)
 

@@ -30,6 +30,7 @@ def main(experiment: Experiment, row: str) -> None:
     def one(seed: int, position: int) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))
         base = load_dense(dense, model, experiment.model.name)
+        learned_on = task if settings.inputs == "data" else task.generated(model, seed)
         # Only the prior's masks: weights stay the dense model's own.
         prior = load_masks(checkpoint(settings.prior, seed), pattern=pattern, base=base)
         make_learnable(
@@ -44,7 +45,7 @@ def main(experiment: Experiment, row: str) -> None:
         )
         resume = resume_of(experiment, row, seed, manifest=task.data_digest, dense=base, prior=prior.digest)
         learned = learn_masks(
-            model, task, settings, seed=seed, prior=prior.masks, row=row, position=position, resume=resume
+            model, learned_on, settings, seed=seed, prior=prior.masks, row=row, position=position, resume=resume
         )
         if is_main():
             found = MaskCheckpoint(prior.pattern, learned.masks, base, "maskllm", {}, prior.masks)

@@ -1,9 +1,17 @@
 """``params.yaml`` as frozen, validated objects; an unknown or mistyped key is an error that names it.
 
 The file describes one experiment, which makes one table. Its sections, in the order of the pipeline:
-``data`` → ``model`` → ``dense`` → ``priors`` → ``learning``, ``learned`` and ``finetuned`` → ``rows`` (the table).
+``data`` → ``model`` → ``dense`` → ``priors`` → ``learning``, ``learned`` and ``finetuned`` → ``evaluation`` → ``rows``
+(the table).
 """
 
+from maskllm4v.config.diffusion import (
+    DiffusionSettings,
+    DiTSettings,
+    EvaluationSettings,
+    JudgeSettings,
+    SamplingSettings,
+)
 from maskllm4v.config.experiment import Experiment, Kind
 from maskllm4v.config.reading import PARAMS, load_experiment, parse_experiment
 from maskllm4v.config.sections import (
@@ -23,14 +31,19 @@ __all__ = [
     "PARAMS",
     "DataSettings",
     "DenseSettings",
+    "DiTSettings",
+    "DiffusionSettings",
+    "EvaluationSettings",
     "Experiment",
     "FinetunedSettings",
     "Kind",
+    "JudgeSettings",
     "LearnedSettings",
     "LearningSettings",
     "ModelSettings",
     "PriorSettings",
     "RuntimeSettings",
+    "SamplingSettings",
     "TaskSettings",
     "TrainingSettings",
     "load_experiment",

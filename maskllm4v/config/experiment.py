@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
+from maskllm4v.config.diffusion import DiffusionSettings, DiTSettings, EvaluationSettings, default_learning
 from maskllm4v.config.sections import (
     DataSettings,
     DenseSettings,
@@ -25,6 +26,21 @@ from maskllm4v.errors import ConfigError
 Kind = Literal["dense", "oneshot", "learned", "finetuned"]
 
 
+def _name_of(section: Any, default: str = "") -> str:
+    name = section.get("name") if isinstance(section, dict) else getattr(section, "name", None)
+    return name if isinstance(name, str) else default
+
+
+AnyTask = Annotated[
+    Annotated[TaskSettings, Tag("classification")] | Annotated[DiffusionSettings, Tag("diffusion")],
+    Discriminator(lambda task: "diffusion" if _name_of(task) == "diffusion" else "classification"),
+]
+AnyModel = Annotated[
+    Annotated[ModelSettings, Tag("timm")] | Annotated[DiTSettings, Tag("DiT")],
+    Discriminator(lambda model: "DiT" if _name_of(model) == "DiTTransformer2DModel" else "timm"),
+]
+
+
 class Experiment(Settings):
     """One params file."""
 
@@ -34,14 +50,15 @@ class Experiment(Settings):
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     pattern: Pattern = "2:4"
     data: DataSettings
-    task: TaskSettings = TaskSettings()
-    model: ModelSettings
+    task: AnyTask = TaskSettings()
+    model: AnyModel
     dense: DenseSettings
     priors: dict[Slug, PriorSettings] = {}
     learning: LearningSettings = LearningSettings()
     learned: dict[Slug, LearnedSettings] = {}
     finetuned: dict[Slug, FinetunedSettings] = {}
     rows: dict[Slug, str]
+    evaluation: EvaluationSettings = EvaluationSettings()  # diffusion; what classification has of it stands in task
     runtime: RuntimeSettings = RuntimeSettings()
 
     @model_validator(mode="before")
@@ -51,12 +68,14 @@ class Experiment(Settings):
         if not isinstance(raw, dict):
             return raw
         common = raw.get("learning")
+        if defaults := default_learning(raw.get("task")):
+            common = {**defaults, **common} if isinstance(common, dict) else (common or defaults)
         merged = {}
         for section, settings in (("learned", LearnedSettings), ("finetuned", FinetunedSettings)):
             if isinstance(raw.get(section), dict) and isinstance(common, dict):
                 known = {k: v for k, v in common.items() if k in settings.model_fields}
                 merged[section] = {key: _merged(known, row) for key, row in raw[section].items()}
-        return {**raw, **merged}
+        return {**raw, **merged, **({} if common is None else {"learning": common})}
 
     @model_validator(mode="after")
     def _rows_agree(self) -> Experiment:
@@ -85,11 +104,49 @@ class Experiment(Settings):
                     raise ValueError(f"{section}.{row} needs steps or epochs, there or in learning")
         if self.task.eval_split == "holdout" and not self.data.holdout:
             raise ValueError("task.eval_split is 'holdout', which needs data.holdout")
+        self._task_and_model_agree()
         if self.exact and self.runtime.processes > 1:
             raise ValueError(f"runtime.processes is {self.runtime.processes}, but exact: true needs one process")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} holds one twice")
         return self
+
+    def _task_and_model_agree(self) -> None:
+        diffusion = isinstance(self.task, DiffusionSettings)
+        if diffusion != isinstance(self.model, DiTSettings):
+            allowed = "DiTTransformer2DModel" if diffusion else "a timm model"
+            raise ValueError(f"model.name is {self.model.name!r}; allowed for task {self.task.name!r}: {allowed}")
+        if not diffusion:
+            default = EvaluationSettings()
+            if changed := [key for key, value in self.evaluation if value != getattr(default, key)]:
+                raise ValueError(f"evaluation.{changed[0]} is for task 'diffusion' only")
+            inputs = {row: made.inputs for rows in (self.priors, self.learned) for row, made in rows.items()}
+            generated = [row for row, kind in inputs.items() if kind != "data"]
+            if generated:
+                raise ValueError(f"{generated[0]}: inputs is 'generated', which task 'classification' cannot make")
+        elif self.evaluation.samples and self.task.judge is None:  # type: ignore[union-attr]
+            raise ValueError(f"evaluation.samples is {self.evaluation.samples}, which needs task.judge")
+        if diffusion and self.dense.progressive is not None:
+            raise ValueError("dense.progressive is for task 'classification' only")
+
+    @property
+    def judge(self) -> Experiment | None:
+        """The classifier that judges samples, as an experiment of its own on the same data, with one dense row."""
+        judge = self.task.judge if isinstance(self.task, DiffusionSettings) else None
+        if judge is None:
+            return None
+        return Experiment(
+            table=self.table,
+            title="Judge",
+            exact=self.exact,
+            seeds=self.seeds[:1],
+            data=self.data,
+            task=judge.task,
+            model=judge.model,
+            dense=DenseSettings(row="judge", init="scratch", **dict(judge.training)),
+            rows={"judge": "Judge"},
+            runtime=self.runtime,
+        )
 
     def kind(self, row: str) -> Kind:
         """What a row is.
@@ -132,7 +189,7 @@ class Experiment(Settings):
         return self.seeds.index(seed) % self.data.calibration_sets
 
     def row_settings(self, row: str) -> dict[str, Any]:
-        """All settings that a row's result depends on, as plain values."""
+        """All settings that a row is made with, as plain values."""
         kind = self.kind(row)
         found: dict[str, Any] = {
             "table": self.table,
@@ -151,6 +208,13 @@ class Experiment(Settings):
         if kind == "finetuned":
             found["finetuning"] = self.finetuned[row]
         return {k: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for k, v in found.items()}
+
+    def record_settings(self, row: str) -> dict[str, Any]:
+        """All settings that a row's metrics depend on: those it is made with, and those it is measured with."""
+        found = self.row_settings(row)
+        if isinstance(self.task, DiffusionSettings):
+            found["evaluation"] = self.evaluation.model_dump(mode="json")
+        return found
 
 
 def _merged(common: dict[str, Any], row: Any) -> Any:

@@ -6,10 +6,10 @@ import difflib
 import re
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Tag, ValidationError
 
 from maskllm4v.config.experiment import Experiment
 from maskllm4v.config.sections import LearningSettings
@@ -70,13 +70,17 @@ def parse_experiment(raw: Any, origin: str = "params") -> Experiment:
 
 def _explain(fault: Any, raw: Any) -> str:
     location = tuple(str(part) for part in fault["loc"] if part != "[key]")
+    if location[:1] in (("task",), ("model",)) and len(location) > 1:  # the second says which of two kinds it is
+        kind, location = location[1], (location[0], *location[2:])
+    else:
+        kind = ""
     key = ".".join(location)
     if location[:1] in (("learned",), ("finetuned",)) and len(location) > 2:
         own = next(row for name, row in raw[location[0]].items() if str(name) == location[1])
         inherited = location[2] in LearningSettings.model_fields and location[2] not in own
         key = ".".join(("learning", *location[2:])) if inherited else key
     if fault["type"] == "extra_forbidden":
-        allowed = _allowed_keys(location[:-1])
+        allowed = _allowed_keys(location[:-1], kind)
         close = difflib.get_close_matches(location[-1], allowed, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"unknown key {key!r}; {hint}allowed: {', '.join(allowed)}"
@@ -85,6 +89,8 @@ def _explain(fault: Any, raw: Any) -> str:
     if fault["type"] == "value_error" and not key:
         return str(fault["ctx"]["error"])
     found = fault["input"]
+    if key == "task.name" and fault["type"] == "literal_error":
+        return f"{key} is {found!r}; input should be 'classification' or 'diffusion'"
     if fault["type"] == "value_error":
         return f"{key}: {fault['ctx']['error']}"
     if not key:
@@ -92,12 +98,18 @@ def _explain(fault: Any, raw: Any) -> str:
     return f"{key} is {found!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def _allowed_keys(location: tuple[str, ...]) -> list[str]:
-    """The keys of the section at a location such as ``("learned", "<row>")``."""
+def _allowed_keys(location: tuple[str, ...], kind: str = "") -> list[str]:
+    """The keys of the section at a location such as ``("learned", "<row>")``; ``kind``: of a task or a model."""
     section: Any = Experiment
     for part in location:
         is_rows = get_origin(section) is dict
         section = get_args(section)[1] if is_rows else section.model_fields[part].annotation
-        if isinstance(section, UnionType):  # an optional section
+        if get_origin(section) in (Union, UnionType):  # an optional section, or one of several kinds
+            section = next((one for one in get_args(section) if Tag(kind) in _tags(one)), get_args(section)[0])
+        if get_origin(section) is Annotated:
             section = get_args(section)[0]
     return list(section.model_fields)
+
+
+def _tags(section: Any) -> tuple[Any, ...]:
+    return get_args(section)[1:] if get_origin(section) is Annotated else ()

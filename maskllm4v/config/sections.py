@@ -20,6 +20,11 @@ Number = Annotated[int, Field(ge=0)]
 Betas = Annotated[tuple[Share, Share], Field(strict=False)]
 FirstLast = Annotated[tuple[Positive, Positive], Field(strict=False)]
 
+# What a row learns or calibrates from: the data, or samples that the dense model makes (diffusion). Not written
+# down where it is the data, so that records from before the choice still fit.
+Inputs = Literal["data", "generated"]
+REAL: Any = Field("data", exclude_if=lambda value: value == "data")
+
 
 class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -93,9 +98,14 @@ class ModelSettings(Settings):
     on_misfit: Literal["error", "skip"] = "error"
     fused_attention: bool = True  # false: one attention kernel, chosen explicitly
 
+    @property
+    def dense_layers(self) -> list[str]:
+        """Name patterns of the linear layers that stay dense."""
+        return self.exclude
+
 
 class TaskSettings(Settings):
-    """What only the task knows: augmentation, loss, evaluation. Names are timm's where it has them."""
+    """Classification: augmentation, loss, evaluation. Names are timm's where it has them."""
 
     name: Literal["classification"] = "classification"
     label_smoothing: Share = 0.0
@@ -201,6 +211,7 @@ class PriorSettings(Settings):
     update_weights: bool = False
     propagate: Literal["dense", "pruned"] | None = None  # None: as the method's authors do
     batch_size: Count = 128
+    inputs: Inputs = REAL
 
 
 class LearningSettings(TrainingSettings):
@@ -217,7 +228,8 @@ class LearningSettings(TrainingSettings):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the logits' average; 0: off
     distillation: Share = 0.0  # weight of the dense model's outputs against the labels
     distillation_temperature: Positive = 2.0
-    select: Literal["last", "best"] = "last"  # best: by top-1 on the held-out slice, once an epoch
+    select: Literal["last", "best"] = "last"  # best: by the task's score on the held-out slice, once an epoch
+    inputs: Inputs = REAL
 
 
 class LearnedSettings(LearningSettings):

@@ -21,9 +21,16 @@ __all__ = ["ImageData", "Manifest", "open_data", "prepare", "read_manifest"]
 
 
 class ImageData(Protocol):
-    """Images and labels of a source, by split (``"train"``, ``"test"``, ``"holdout"``) and index."""
+    """Images and labels of a source, by split (``"train"``, ``"test"``, ``"holdout"``) and index.
+
+    Attributes:
+        manifest: of the source.
+        mean, std: what images are normalised with, a value a channel ``[C, 1, 1]``, in a range of [0, 1].
+    """
 
     manifest: Manifest
+    mean: Tensor
+    std: Tensor
 
     def labels(self, split: str) -> Tensor:
         """All labels of a split, int64 ``[count]``."""

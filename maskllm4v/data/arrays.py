@@ -24,7 +24,8 @@ class ArrayImages:
         manifest: of the source.
         load: gives a split's images; called once a split, when it is first needed.
         task: ``shift``, ``shift_probability`` and ``hflip``.
-        mean, std: a value a channel, subtracted from and divided by after scaling uint8 to [0, 1].
+        mean, std: a value a channel, subtracted from and divided by after scaling uint8 to [0, 1]; of float32 they
+            only say how it was normalised.
         background: what a shift moves in; None: the image's own reflection.
     """
 
@@ -34,15 +35,15 @@ class ArrayImages:
         load: Callable[[str], Tensor],
         task: TaskSettings,
         *,
-        mean: tuple[float, ...] = (),
-        std: tuple[float, ...] = (),
+        mean: tuple[float, ...] = (0.0,),
+        std: tuple[float, ...] = (1.0,),
         background: float | None = None,
     ) -> None:
         if task.auto_augment or task.random_erasing:
             raise ConfigError("task.auto_augment and task.random_erasing are not for images that are kept in memory")
         self.manifest, self.task, self.background = manifest, task, background
         self._load, self._loaded = load, dict[str, Tensor]()
-        self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
     def labels(self, split: str) -> Tensor:
         return torch.from_numpy(self.manifest.labels(split))
@@ -50,7 +51,7 @@ class ArrayImages:
     def resized(self, size: int) -> Self:
         """The same images at another size: bilinear, with anti-aliasing."""
         other = type(self)(self.manifest, lambda split: _resize(self._split(split), size), self.task)
-        other._mean, other._std, other.background = self._mean, self._std, self.background
+        other.mean, other.std, other.background = self.mean, self.std, self.background
         return other
 
     def images(
@@ -60,7 +61,7 @@ class ArrayImages:
         if augment is not None:
             images = self._augmented(images, augment, len(indices), part)
         if images.dtype == torch.uint8:
-            images = images.float().div_(255).sub_(self._mean).div_(self._std)
+            images = images.float().div_(255).sub_(self.mean).div_(self.std)
         return images
 
     def _split(self, split: str) -> Tensor:

@@ -35,6 +35,7 @@ class DecodedImages:
             raise ConfigError("task.shift is for images that are kept in memory (digits, data.in_memory)")
         self.manifest, self.task, self._read, self._transform = manifest, task, read, dict(transform)
         self._plain, self._augmented = plain_transform(transform), training_transform(transform, task)
+        self.mean, self.std = (torch.tensor(transform[key]).view(-1, 1, 1) for key in ("mean", "std"))
         self._mode = "L" if transform["input_size"][0] == 1 else "RGB"
 
     def labels(self, split: str) -> Tensor:

@@ -56,7 +56,7 @@ def open_digits(manifest: Manifest, task: TaskSettings) -> ArrayImages:
         chosen = images[[int(entry.path) for entry in manifest.splits[split]]]
         return torch.from_numpy((chosen - mean) / std).float().unsqueeze(1)
 
-    return ArrayImages(manifest, load, task, background=float((0 - mean) / std))
+    return ArrayImages(manifest, load, task, mean=(mean,), std=(std,), background=float((0 - mean) / std))
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:

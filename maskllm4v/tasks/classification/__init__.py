@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v.config import Experiment
+from maskllm4v.calibration import Calibration
+from maskllm4v.config import Experiment, ModelSettings, TaskSettings
 from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
 from maskllm4v.data.decoded import seeded_globals
 from maskllm4v.devices import pick_device
 from maskllm4v.errors import ConfigError
 from maskllm4v.models import build_model, image_settings, num_classes
+from maskllm4v.original import dense_state
 from maskllm4v.processes import rank, world_size
 from maskllm4v.progress import bar
 from maskllm4v.randomness import torch_seed
 from maskllm4v.share import WHOLE, Share
-from maskllm4v.tasks.accuracy import Tally
+from maskllm4v.tasks.classification.accuracy import Tally
 
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W]; labels [B], or their mixture [B, classes]
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,8 +35,9 @@ class Classification:
     """Cross-entropy on labels; accuracy, cross-entropy and calibration error on the reported split."""
 
     def __init__(self, experiment: Experiment, data_folder: Path) -> None:
-        self.experiment = experiment
-        self.settings = experiment.task
+        assert isinstance(experiment.task, TaskSettings)
+        assert isinstance(experiment.model, ModelSettings)
+        self.experiment, self.settings, self.model = experiment, experiment.task, experiment.model
         self.device = pick_device(experiment.runtime.device)
         self._folder = data_folder
 
@@ -42,19 +45,28 @@ class Classification:
     def data(self) -> ImageData:
         """Opened when first needed."""
         e = self.experiment
-        return open_data(self._folder, e.data, e.task, image_settings(e.model))
+        return open_data(self._folder, e.data, self.settings, image_settings(self.model))
 
     @property
     def data_digest(self) -> str:
         return self.data.manifest.digest
 
-    def build_model(self, seed: int) -> nn.Module:
-        return build_model(self.experiment.model, seed, pretrained=False).to(self.device)
+    def build_model(self, seed: int, *, pretrained: bool = False) -> nn.Module:
+        return build_model(self.model, seed, pretrained=pretrained).to(self.device)
+
+    def read_weights(self, path: Path) -> Mapping[str, Tensor]:
+        return dense_state(path)
+
+    def train_mode(self, model: nn.Module) -> None:
+        model.train()
 
     def resized(self, size: int) -> Classification:
         other = Classification(self.experiment, self._folder)
         other.data = self.data.resized(size)
         return other
+
+    def generated(self, dense: nn.Module, seed: int) -> Classification:
+        raise ConfigError("inputs is 'generated', but a classifier makes no images")
 
     def train_batches(
         self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: Share = WHOLE
@@ -76,7 +88,10 @@ class Classification:
     def steps_per_epoch(self, batch_size: int) -> int:
         return StepBatches(self.data, seed=0, batch_size=batch_size).steps_per_epoch
 
-    def calibration_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+    def calibration(self, batch_size: int, seed: int) -> Sequence[Calibration]:
+        return [Calibration(self._calibration_batches(batch_size, seed), self.forward)]
+
+    def _calibration_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         manifest = self.data.manifest
         indices = manifest.calibration[self.experiment.calibration_set(seed)]
         if len(indices) < world_size():
@@ -112,9 +127,16 @@ class Classification:
                 tally.add(self.forward(model, batch), batch[1], reference)
         return tally.metrics()
 
+    def score(self, model: nn.Module, split: str) -> float:
+        """Top-1."""
+        return self.evaluate(model, split=split)["top1"]
+
+    def pictures(self, model: nn.Module) -> dict[str, np.ndarray]:
+        return {}
+
     def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
         """The original's JSON object; its ``param_count`` counts the logits of a learned mask too."""
-        settings = self.experiment.model
+        settings = self.model
         transform = image_settings(settings)
         count = sum(parameter.numel() for parameter in model.parameters()) + extra_parameters
         return {
@@ -142,7 +164,7 @@ class Classification:
             cutmix_alpha=s.cutmix,
             prob=s.mix_probability,
             label_smoothing=s.label_smoothing,
-            num_classes=num_classes(self.experiment.model),
+            num_classes=num_classes(self.model),
         )
 
     def _mixed(self, batch: Batch, seed: int) -> Batch:

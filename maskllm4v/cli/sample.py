@@ -1,0 +1,171 @@
+"""Draw samples from diffusion transformers, dense or under masks: a PNG each, all from the same initial noise.
+
+Either rows of the pipeline, by default all that are made, or a checkpoint and any number of mask files:
+a diffusers folder (transformer/, vae/, scheduler/), or one in the names of DiT's authors (DiT-XL-2-256x256.pt).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskllm4v.cli import options
+from maskllm4v.config import (
+    PARAMS,
+    DiffusionSettings,
+    EvaluationSettings,
+    Experiment,
+    load_experiment,
+    parse_experiment,
+)
+from maskllm4v.errors import CheckpointError, ConfigError
+from maskllm4v.layout import checkpoint, data_folder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from maskllm4v.tasks.diffusion import Diffusion
+
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of DiT-S, -B, -L and -XL, by width: a state dict does not tell
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="of the experiment (default: all that are made)")
+    parser.add_argument(
+        "--params", type=Path, default=PARAMS, metavar="FILE", help=f"the experiment (default {PARAMS})"
+    )
+    parser.add_argument("--checkpoint", "--ckpt", type=Path, metavar="PATH", help="a folder or file instead of rows")
+    parser.add_argument("--masks", type=Path, nargs="+", default=[], metavar="FILE", help="files of masks for it")
+    parser.add_argument(
+        "--vae", type=Path, metavar="FOLDER", help="autoencoder, if it is not in the checkpoint's folder"
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("samples"), metavar="FOLDER", help="default samples/")
+    group = parser.add_argument_group("sampling (default: what the experiment evaluates with; or DiT's authors' way)")
+    group.add_argument("--sampler", choices=("ddpm", "ddim"))
+    group.add_argument("--steps", "--num-sampling-steps", type=int, metavar="N")
+    group.add_argument("--guidance", "--cfg-scale", type=float, metavar="X", help="classifier-free; 1: none")
+    group.add_argument("--guided-channels", type=int, metavar="N", help="how many of the first channels are guided")
+    group.add_argument("--clip", action=argparse.BooleanOptionalAction, help="predicted pixels to [-1, 1]")
+    group.add_argument("--classes", type=int, nargs="+", metavar="N", help="one image each")
+    group.add_argument("--columns", type=int, metavar="N", help="of the picture")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
+    group.add_argument("--seed-of-row", type=int, metavar="N", help="whose model to take (default: the first)")
+    parser.add_argument("--device", help="auto (a GPU if there is one), cpu, cuda, cuda:0, ...")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from maskllm4v.cli.inputs import say
+    from maskllm4v.pictures import write_picture
+    from maskllm4v.tasks.diffusion import Diffusion
+    from maskllm4v.tasks.diffusion.images import picture
+
+    a = arguments
+    if not a.checkpoint and (a.masks or a.vae):
+        raise ConfigError(f"{'--masks' if a.masks else '--vae'} goes with --checkpoint")
+    experiment = _of_checkpoint(a) if a.checkpoint else load_experiment(a.params)
+    if a.device:
+        runtime = experiment.runtime.model_copy(update={"device": a.device})
+        experiment = experiment.model_copy(update={"runtime": runtime})
+    if not isinstance(experiment.task, DiffusionSettings):
+        raise ConfigError(f"{a.params} is an experiment of task {experiment.task.name!r}, which makes no images")
+    settings, task = _sampling(a, experiment), Diffusion(experiment, data_folder(experiment.data.name))
+    grid = settings.grid
+    if wrong := [label for label in grid if label >= task.classes]:
+        raise ConfigError(f"no class {wrong[0]}; the model has {task.classes}: --classes")
+    labels, sampler = torch.tensor(grid, device=task.device), task.sampler(settings)
+    for name, model in _models(a, experiment, task):
+        samples = sampler(model, labels, range(len(grid)), seed=a.seed, purpose="picture", text=name)
+        path = a.output / f"{name}.png"
+        write_picture(path, picture(task.space.decode(samples), settings.columns))
+        say(str(path))
+
+
+def _sampling(a: argparse.Namespace, experiment: Experiment) -> EvaluationSettings:
+    """The experiment's way of sampling, with what flags say on top."""
+    flags = options.set_only(
+        sampler=a.sampler,
+        steps=a.steps,
+        guidance=a.guidance,
+        guided_channels=a.guided_channels,
+        clip=a.clip,
+        grid=a.classes,
+        columns=a.columns,
+    )
+    raw = experiment.model_dump(exclude_unset=True)
+    raw["evaluation"] = {**raw.get("evaluation", {}), **flags}
+    return parse_experiment(raw, "flags").evaluation
+
+
+def _models(a: argparse.Namespace, experiment: Experiment, task: Diffusion) -> Iterator[tuple[str, nn.Module]]:
+    """One model after the other, with its name; only one is held at a time."""
+    from maskllm4v.checkpoints import load_dense, load_masks, load_state, tensors_digest
+    from maskllm4v.evaluation import install
+    from maskllm4v.surgery import fold_
+
+    if a.checkpoint:
+        names: dict[str, Path | None] = {a.checkpoint.stem: None, **{path.stem: path for path in a.masks}}
+        if len(names) <= len(a.masks):
+            raise ConfigError("two files of the same name: their pictures would be one")
+    else:
+        seed = experiment.seeds[0] if a.seed_of_row is None else a.seed_of_row
+        if seed not in experiment.seeds:
+            raise ConfigError(f"no seed {seed}; allowed: {', '.join(map(str, experiment.seeds))}")
+        dense = checkpoint(experiment.dense.row, experiment.dense_seed(seed))
+        masked = {row: checkpoint(row, seed) for row in a.rows or experiment.rows if experiment.kind(row) != "dense"}
+        files = {row: masked.get(row, dense) for row in a.rows or experiment.rows}
+        names = {row: masked.get(row) for row, path in files.items() if a.rows or path.exists()}
+        if not names:
+            raise CheckpointError(f"no row of {a.params} is made yet; run `dvc repro`")
+    for name, masks in names.items():
+        model = task.build_model(experiment.seeds[0])
+        if a.checkpoint:
+            load_state(model, task.read_weights(a.checkpoint), str(a.checkpoint))
+            base = tensors_digest(model.state_dict()) if masks else ""
+        else:
+            base = load_dense(dense, model, experiment.model.name)
+        if masks is not None:
+            fold_(install(model, load_masks(masks, base=base), str(masks)))
+        yield name, model
+
+
+def _of_checkpoint(a: argparse.Namespace) -> Experiment:
+    """A folder or file of weights as an experiment that samples as DiT's authors do."""
+    if a.rows:
+        raise ConfigError(f"either rows or --checkpoint; found {a.rows[0]!r} and {a.checkpoint}")
+    args, folder = _architecture(a.checkpoint), a.checkpoint if a.checkpoint.is_dir() else None
+    vae = a.vae or (folder / "vae" if folder and (folder / "vae").is_dir() else None)
+    latent = args.get("in_channels", 4) == 4
+    if latent and vae is None:
+        raise ConfigError(f"{a.checkpoint} makes latents; say --vae FOLDER, a diffusers AutoencoderKL")
+    scheduler = folder / "scheduler" if folder and (folder / "scheduler").is_dir() else None
+    places = {key: str(path) for key, path in (("vae", vae), ("scheduler", scheduler)) if path is not None}
+    raw: dict[str, Any] = {
+        "table": "cli",
+        "title": str(a.checkpoint),
+        "seeds": [0],
+        "data": {"name": "none", "source": "digits"},  # nobody looks at it
+        "task": {"name": "diffusion", **places},
+        "model": {"name": "DiTTransformer2DModel", "args": args},
+        "dense": {"row": "dense", "init": "checkpoint", "checkpoint": str(a.checkpoint)},
+        "evaluation": {"guided_channels": 3} if latent else {},
+        "rows": {"dense": "Dense"},
+    }
+    return parse_experiment(raw)
+
+
+def _architecture(path: Path) -> dict[str, Any]:
+    """diffusers' arguments of a checkpoint's model."""
+    from maskllm4v.tasks.diffusion.classic import classic_config, read_classic
+    from maskllm4v.tasks.diffusion.dit import read_config
+
+    if path.is_dir():
+        return read_config(path)
+    state = read_classic(path)
+    width = state["x_embedder.proj.weight"].shape[0]
+    if width not in HEADS:
+        raise ConfigError(f"{path}: no DiT is {width} wide, so its heads are unknown; give a diffusers folder")
+    return classic_config(state, HEADS[width])

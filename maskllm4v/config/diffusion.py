@@ -1,0 +1,124 @@
+"""The sections of ``params.yaml`` for diffusion transformers: ``task``, ``model`` and ``evaluation``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from maskllm4v.config.sections import (
+    Count,
+    ModelSettings,
+    NonNegative,
+    Number,
+    Positive,
+    Settings,
+    Share,
+    TaskSettings,
+    TrainingSettings,
+)
+
+GRID = [207, 360, 387, 974, 88, 979, 417, 279]  # the classes of the original's pictures
+
+
+class SamplingSettings(Settings):
+    """How images are made from noise."""
+
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    steps: Count = 250
+    guidance: Annotated[float, Field(ge=1)] = 4.0  # classifier-free (Ho & Salimans 2022); 1: none
+    guided_channels: Count | None = None  # how many of the first channels; None: all. DiT's authors guide 3 of 4
+    clip: bool = False  # predicted images to [-1, 1]; for pixels
+
+
+class BankSettings(SamplingSettings):
+    """Samples of the dense model, in the place of data."""
+
+    samples: Count = 1024
+
+
+class EvaluationSettings(SamplingSettings):
+    """What ``evaluate`` measures and pictures; other stages do not depend on it."""
+
+    images: Number = 0  # of the reported split, for the squared errors; 0: all
+    timesteps: Count = 10  # at how many, the middles of equal parts
+    samples: Number = 0  # to judge; needs task.judge
+    grid: Annotated[list[Number], Field(min_length=1)] = GRID  # classes of the pictured samples
+    columns: Count = 4  # of the picture
+
+    @model_validator(mode="after")
+    def _samples_spread(self) -> EvaluationSettings:
+        if self.samples == 1:
+            raise ValueError("samples is 1, but distances need two at least; 0: none")
+        return self
+
+
+class JudgeSettings(Settings):
+    """The classifier that samples are judged by, trained on the same images."""
+
+    task: TaskSettings = TaskSettings()
+    model: ModelSettings
+    training: TrainingSettings
+
+    @model_validator(mode="after")
+    def _can_be_trained(self) -> JudgeSettings:
+        if self.training.steps is None and self.training.epochs is None:
+            raise ValueError("training needs steps or epochs")
+        if self.task.eval_split != "test":
+            raise ValueError("task.eval_split is not the judge's to say, but task's")
+        return self
+
+
+class DiffusionSettings(Settings):
+    """Class-conditional denoising (Ho et al. 2020; Peebles & Xie 2022)."""
+
+    name: Literal["diffusion"]
+    vae: str | None = None  # folder of a diffusers AutoencoderKL; None: in pixels
+    scheduler: str | None = None  # folder of a diffusers scheduler, whose noise schedule goes before the next four
+    train_timesteps: Count = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    beta_start: Positive = 1e-4
+    beta_end: Positive = 0.02
+    hflip: Share = 0.0
+    label_dropout: Share = 0.1  # of the labels, in training and calibration, for guidance
+    conditioning_samples: Count = 4096  # that calibrate adaLN layers, which see one row a sample, not one a token
+    bank: BankSettings = BankSettings()
+    judge: JudgeSettings | None = None
+    eval_batch_size: Count = 256
+    eval_amp: Literal["no", "bf16", "fp16"] = "no"
+    eval_split: Literal["test", "holdout"] = "test"
+
+    @property
+    def augmentation(self) -> TaskSettings:
+        """What the data room is told: images whole, no augmentation but flips."""
+        return TaskSettings(hflip=self.hflip, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), color_jitter=0.0)
+
+    @model_validator(mode="after")
+    def _betas_rise(self) -> DiffusionSettings:
+        if self.beta_end < self.beta_start:
+            raise ValueError(f"beta_end is {self.beta_end}, below beta_start {self.beta_start}")
+        return self
+
+
+class DiTSettings(Settings):
+    """A diffusion transformer, of diffusers' architecture."""
+
+    name: Literal["DiTTransformer2DModel"]
+    args: dict[str, Any] = {}
+    adaln: bool = True  # prune the blocks' adaLN modulation, too
+    exclude: list[str] = []  # further linear layers that stay dense, by name pattern
+    on_misfit: Literal["error", "skip"] = "error"
+    # Of the timesteps' frequencies: 0 as DiT's authors have it, and so all published weights; 1 as diffusers builds it.
+    freq_shift: Literal[0, 1] = 0
+    fused_attention: bool = True  # false: one attention kernel, chosen explicitly
+
+    @property
+    def dense_layers(self) -> list[str]:
+        """Name patterns of the linear layers that stay dense: all that do not belong to a block's own work."""
+        modulation = [] if self.adaln else ["transformer_blocks.*.norm1.linear"]
+        return ["transformer_blocks.*.norm1.emb", "proj_out_1", "proj_out_2", *modulation, *self.exclude]
+
+
+def default_learning(task: Any) -> dict[str, NonNegative]:
+    """What ``learning`` holds for a task unless it says otherwise."""
+    return {"distillation": 1.0} if isinstance(task, dict) and task.get("name") == "diffusion" else {}

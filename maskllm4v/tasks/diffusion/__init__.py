@@ -1,0 +1,242 @@
+"""Class-conditional diffusion transformers, in pixels or in an autoencoder's latent space."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskllm4v.calibration import Calibration
+from maskllm4v.config import DiffusionSettings, DiTSettings, Experiment, SamplingSettings
+from maskllm4v.data import ImageData, open_data
+from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
+from maskllm4v.devices import pick_device
+from maskllm4v.errors import ConfigError
+from maskllm4v.processes import rank, world_size
+from maskllm4v.randomness import generator
+from maskllm4v.share import WHOLE, Share
+from maskllm4v.tasks.diffusion import noising
+from maskllm4v.tasks.diffusion.dit import build_dit, condition, read_weights
+from maskllm4v.tasks.diffusion.images import Bank, Latents, Space
+from maskllm4v.tasks.diffusion.measuring import Measuring
+from maskllm4v.tasks.diffusion.noising import Draws, NoisyBatch
+from maskllm4v.tasks.diffusion.sampling import Sampler
+
+MODULATION = ("transformer_blocks.*.norm1.linear",)  # see one row a sample
+
+
+class Diffusion:
+    """Squared error of the predicted noise, or of all outputs to the dense model's; samples for people to look at.
+
+    Labels are hidden in the data, one draw a sample: diffusers would draw one a block, and in training mode only.
+    Models stay in evaluation mode while they are trained.
+    """
+
+    def __init__(self, experiment: Experiment, data_folder: Path) -> None:
+        assert isinstance(experiment.task, DiffusionSettings)
+        assert isinstance(experiment.model, DiTSettings)
+        self.experiment, self.settings, self.model = experiment, experiment.task, experiment.model
+        self.device = pick_device(experiment.runtime.device)
+        self.folder = data_folder
+        self._bank: Bank | None = None
+
+    @cached_property
+    def space(self) -> Space:
+        """What the model works on."""
+        return Space() if self.settings.vae is None else Latents(Path(self.settings.vae), self.device)
+
+    @cached_property
+    def data(self) -> ImageData:
+        """Real images, opened when first needed."""
+        size, channels = self.shape[1] * self.space.factor, 3 if self.settings.vae else self.shape[0]
+        half = (0.5,) * channels
+        transform = {
+            "input_size": (channels, size, size),
+            "mean": half,
+            "std": half,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+        }
+        data = open_data(self.folder, self.experiment.data, self.settings.augmentation, transform)
+        if (found := len(data.manifest.classes)) != self.classes:
+            raise ConfigError(f"model.args.num_embeds_ada_norm is {self.classes}, but the data has {found} classes")
+        return data
+
+    @property
+    def source(self) -> ImageData:
+        """What is learned and calibrated from."""
+        return self._bank or self.data
+
+    @property
+    def data_digest(self) -> str:
+        return self.data.manifest.digest
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the model's inputs, ``(C, H, W)``."""
+        size = int(self._argument("sample_size"))
+        return int(self._argument("in_channels")), size, size
+
+    @property
+    def classes(self) -> int:
+        """How many there are; the label of that number stands for none."""
+        return int(self._argument("num_embeds_ada_norm"))
+
+    @cached_property
+    def schedule(self) -> dict[str, Any]:
+        """The noise schedule, in diffusers' words."""
+        return noising.schedule_config(self.settings)
+
+    @cached_property
+    def alphas(self) -> Tensor:
+        """ᾱ_t, ``[timesteps]``, on the device."""
+        return noising.alphas_cumprod(self.schedule).to(self.device)
+
+    def sampler(self, settings: SamplingSettings) -> Sampler:
+        learned_sigma = self._argument("out_channels") == 2 * self.shape[0]
+        return Sampler(settings, self.schedule, self.shape, self.classes, learned_sigma)
+
+    def build_model(self, seed: int, *, pretrained: bool = False) -> nn.Module:
+        if pretrained:
+            raise ConfigError("dense.init is 'pretrained', which a DiT is not by name; say checkpoint, and a folder")
+        return build_dit(self.model, seed).to(self.device)
+
+    def read_weights(self, path: Path) -> Mapping[str, Tensor]:
+        return read_weights(path)
+
+    def train_mode(self, model: nn.Module) -> None:
+        model.eval()
+
+    def resized(self, size: int) -> Diffusion:
+        raise ConfigError("dense.progressive is not for diffusion, whose models have one size")
+
+    def generated(self, dense: nn.Module, seed: int) -> Diffusion:
+        settings = self.settings.bank
+        labels = torch.arange(settings.samples) % self.classes
+        sampler, size, made = self.sampler(settings), self.settings.eval_batch_size, []
+        for first in range(0, settings.samples, size):
+            numbers = range(first, min(first + size, settings.samples))
+            chosen = labels[numbers.start : numbers.stop].to(self.device)
+            made.append(sampler(dense, chosen, numbers, seed=seed, purpose="bank", text="making samples").cpu())
+        other = copy.copy(self)
+        other._bank = Bank(torch.cat(made), labels, self.data)
+        return other
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return StepBatches(self.source, seed=0, batch_size=batch_size).steps_per_epoch
+
+    def train_batches(
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: Share = WHOLE
+    ) -> Iterator[NoisyBatch]:
+        loader = step_loader(
+            self.source,
+            seed=seed,
+            batch_size=batch_size,
+            steps=steps,
+            start=start,
+            share=share,
+            workers=self.experiment.runtime.loader_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        size = batch_size // share.count
+        keys = ((step, part) for step in range(start, steps) for part in share.parts)
+        for (images, labels), (step, part) in zip(loader, keys, strict=True):
+            draws = self._draw(generator(seed, "diffusion", step), batch_size)
+            yield self.noised(images, labels, draws.part(slice(part * size, (part + 1) * size)))
+
+    def calibration(self, batch_size: int, seed: int) -> Sequence[Calibration]:
+        """Two parts: conditions alone for the adaLN layers, more of them; noised samples for all others."""
+        conditions = Calibration(self._conditions(batch_size, seed), condition, MODULATION, independent=True)
+        return [conditions, Calibration(self._calibration_batches(batch_size, seed), self.forward)]
+
+    def forward(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
+        """ε, and the variance's share if the model gives it out: ``[B, C or 2·C, H, W]``."""
+        outputs: Tensor = model(batch.inputs, timestep=batch.timesteps, class_labels=batch.labels, return_dict=False)[0]
+        return outputs
+
+    def loss(self, outputs: Tensor, batch: NoisyBatch) -> Tensor:
+        """Mean squared error of ε (Ho et al. 2020, Eq. 14)."""
+        return F.mse_loss(outputs[:, : batch.noise.shape[1]].float(), batch.noise)
+
+    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Mean squared error of all outputs, the variance's included; nothing here has a temperature."""
+        return F.mse_loss(outputs.float(), teacher.float())
+
+    def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
+        return Measuring(self).metrics(model, dense, split or self.settings.eval_split)
+
+    def score(self, model: nn.Module, split: str) -> float:
+        """How small the squared error of ε is."""
+        return -Measuring(self).squared_errors(model, None, split)["eps_mse"]
+
+    def pictures(self, model: nn.Module) -> dict[str, np.ndarray]:
+        return Measuring(self).pictures(model)
+
+    def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
+        return {}
+
+    def clean(self, images: Tensor, drawn: np.ndarray) -> Tensor:
+        """x₀ of real images; ``drawn``: normal noise ``[B, C, H, W]`` for an autoencoder."""
+        images, data = images.to(self.device, non_blocking=True), self.data
+        pixels = (images * data.std.to(images) + data.mean.to(images)) * 2 - 1
+        return self.space.encode(pixels, noising.on(self.device, drawn))
+
+    def noised(self, images: Tensor, labels: Tensor, draws: Draws) -> NoisyBatch:
+        """What the model sees of a source's images ``[B, C, H, W]`` with labels ``[B]``."""
+        timesteps, noise = noising.on(self.device, draws.timesteps), noising.on(self.device, draws.noise)
+        hidden = torch.where(torch.from_numpy(draws.dropped), self.classes, labels).to(self.device)
+        real = self._bank is None
+        clean = self.clean(images, draws.encoder) if real else images.to(self.device, non_blocking=True)
+        return self.batch(clean, timesteps, hidden, noise)
+
+    def batch(self, clean: Tensor, timesteps: Tensor, labels: Tensor, noise: Tensor) -> NoisyBatch:
+        """x₀ ``[B, C, H, W]`` under the noise of timesteps ``[B]``."""
+        return NoisyBatch(noising.noised(clean, noise, timesteps, self.alphas), timesteps, labels, noise)
+
+    def _draw(self, rng: np.random.Generator, count: int) -> Draws:
+        return noising.draw(rng, count, self.shape, len(self.alphas), self.settings.label_dropout)
+
+    def _calibration_batches(self, batch_size: int, seed: int) -> Iterator[NoisyBatch]:
+        """Timesteps stratified over the whole set; what is drawn for a sample depends on its place in it alone."""
+        manifest = self.data.manifest
+        split, chosen = manifest.calibration_split, manifest.calibration[self.experiment.calibration_set(seed)]
+        if self._bank is not None:
+            split, chosen = "train", np.arange(min(len(chosen), len(self._bank.samples)))
+        if len(chosen) < world_size():
+            raise ConfigError(f"data.calibration is {len(chosen)}, fewer than the {world_size()} processes")
+        strata = noising.stratified(generator(seed, "calibration timesteps"), len(chosen), len(self.alphas))
+        own = np.arange(len(chosen))[rank() :: world_size()]
+        workers = self.experiment.runtime.loader_workers
+        place = 0
+        for images, labels in plain_loader(self.source, split, chosen[own], batch_size, workers):
+            places = own[place : place + len(labels)]
+            place += len(labels)
+            draws = [self._draw(generator(seed, "calibration", int(i)), 1) for i in places]
+            whole = Draws(*(np.concatenate(values) for values in zip(*draws, strict=True)))
+            yield self.noised(images, labels, whole._replace(timesteps=strata[places]))
+
+    def _conditions(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Timesteps ``[B]`` and labels ``[B]`` for the adaLN layers, this process's share."""
+        count, rng = self.settings.conditioning_samples, generator(seed, "conditions")
+        timesteps = noising.stratified(rng, count, len(self.alphas))
+        labels = np.where(
+            rng.random(count) < self.settings.label_dropout, self.classes, rng.permutation(count) % self.classes
+        )
+        own = slice(rank(), None, world_size())
+        pairs = (noising.on(self.device, np.ascontiguousarray(values[own])) for values in (timesteps, labels))
+        yield from zip(*(values.split(batch_size) for values in pairs), strict=True)
+
+    def _argument(self, name: str) -> Any:
+        """An argument of the architecture: as given, or diffusers' default."""
+        defaults = {"sample_size": 32, "in_channels": 4, "num_embeds_ada_norm": 1000}
+        defaults["out_channels"] = self.model.args.get("in_channels", 4)
+        found = self.model.args.get(name)
+        return defaults[name] if found is None else found

@@ -1,0 +1,96 @@
+"""Judging samples by a classifier trained on the same images, so that nothing has to be fetched.
+
+Fréchet and kernel distances are measured between its features of real images and of samples. They are not FID and
+KID, which are defined by one Inception network, and can be compared within one table only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskllm4v.checkpoints import load_dense
+from maskllm4v.config import Experiment
+from maskllm4v.data.batches import plain_loader
+from maskllm4v.models import image_settings
+from maskllm4v.processes import rank, world_size
+from maskllm4v.randomness import torch_seed
+from maskllm4v.tasks.classification import Classification
+
+SUBSETS = 100  # of the kernel distance (Bińkowski et al. 2018)
+
+
+class Judge:
+    """A trained classifier, and what it thinks of images.
+
+    Args:
+        experiment: of :attr:`maskllm4v.config.Experiment.judge`.
+        data_folder: of the prepared data.
+        weights: its trained weights.
+    """
+
+    def __init__(self, experiment: Experiment, data_folder: Path, weights: Path) -> None:
+        self.task = Classification(experiment, data_folder)
+        self.model = self.task.build_model(experiment.seeds[0])
+        load_dense(weights, self.model, experiment.model.name)
+        self.size = image_settings(self.task.model)["input_size"][-2:]
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features ``[B, F]`` and logits ``[B, classes]`` of images as the classifier is trained on."""
+        model: Any = self.model
+        features = model.forward_head(model.forward_features(images), pre_logits=True)
+        return features, model.get_classifier()(features)
+
+    def as_data(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] as the classifier's data has them: of its size, normalised."""
+        if tuple(images.shape[-2:]) != tuple(self.size):
+            images = F.interpolate(images, tuple(self.size), mode="bilinear", antialias=True)
+        data = self.task.data
+        mean, std = data.mean.to(images), data.std.to(images)
+        return ((images + 1) / 2 - mean) / std
+
+    def real(self, split: str, batch_size: int) -> Tensor:
+        """Features of this process's share of a split, ``[count, F]``."""
+        indices = np.arange(len(self.task.data.manifest.splits[split]))[rank() :: world_size()]
+        batches = plain_loader(self.task.data, split, indices, batch_size)
+        return torch.cat([self.features(images.to(self.task.device))[0] for images, _ in batches])
+
+
+def distances(real: Tensor, made: Tensor, samples: int) -> dict[str, float]:
+    """``fd`` and ``kd`` between features ``[count, F]``, over all processes.
+
+    Args:
+        real, made: of real images and of samples, this process's.
+        samples: how many there are on all processes, of the kind that there are fewer of.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    plain = _Plain(real.shape[1]).to(real.device)
+    subset = max(2, samples // 10)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")  # that is fine
+        torch.manual_seed(torch_seed(0, "judge"))  # the kernel distance draws its subsets
+        frechet = FrechetInceptionDistance(feature=plain).to(real.device)
+        kernel = KernelInceptionDistance(feature=plain, subsets=SUBSETS, subset_size=subset).to(real.device)
+        for metric in (frechet, kernel):
+            metric.update(real, real=True)
+            metric.update(made, real=False)
+        return {"fd": float(frechet.compute()), "kd": float(kernel.compute()[0])}
+
+
+class _Plain(nn.Module):
+    """The metrics' feature extractor: what they are given are features already."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.num_features = count
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
