@@ -9,7 +9,7 @@ PYTHON ?= python3.11
 VENV   ?= $(CURDIR)/.venv
 PORT   ?= 5000
 READY  := $(VENV)/.installed
-EXACT  := digits_patterns digits  # tables with `exact: true`; the last is the one in params.yaml
+EXACT  := digits_patterns dit_digits digits  # tables with `exact: true`; the last is the one in params.yaml
 
 export PATH := $(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1

@@ -50,6 +50,7 @@ class TaskMetrics:
         bars: names of the metrics in that figure, a panel each.
         listed: names of those in ``metrics.json``.
         decimals: of ``table.csv`` and ``metrics.json``.
+        facts: what captions say on metrics of the dense row that are no columns, by name: a format of the value.
     """
 
     columns: tuple[Metric, ...]
@@ -58,6 +59,7 @@ class TaskMetrics:
     bars: tuple[str, ...]
     listed: tuple[str, ...]
     decimals: int = 4
+    facts: tuple[tuple[str, str], ...] = ()
 
     @property
     def headline(self) -> Metric:
@@ -104,7 +106,7 @@ METRICS = {
                 "accuracy",
                 "Conditional accuracy (%)",
                 1,
-                "conditional accuracy: share of samples that our classifier takes for the class they were asked to be",
+                "conditional accuracy: share of samples that a classifier trained here takes for their class",
                 axis="conditional accuracy (%)",
                 percent=True,
             ),
@@ -112,7 +114,7 @@ METRICS = {
                 "fd",
                 "FD (our classifier)",
                 2,
-                "FD: Fréchet distance in the features of a classifier trained here, not FID",
+                "FD: Fréchet distance in that classifier's features, not FID",
             ),
             Metric("kd", "KD (our classifier)", 4, "KD: kernel distance, likewise"),
         ),
@@ -121,6 +123,7 @@ METRICS = {
         bars=("accuracy", "eps_mse"),
         listed=("eps_mse", "accuracy", "fd"),
         decimals=6,
+        facts=(("judge_accuracy", "it gets {:.1f} % of the real images right"),),
     ),
 }
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskllm4v.calibration import Calibration
 from maskllm4v.config import LearningSettings
 from maskllm4v.share import WHOLE, Share
 from maskllm4v.surgery import learnable_layers, make_learnable
@@ -74,8 +75,8 @@ class Regression:
         other.size = size
         return other
 
-    def calibration_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        return self.train_batches(seed=99, batch_size=batch_size, steps=2)
+    def calibration(self, batch_size: int, seed: int) -> list[Calibration]:
+        return [Calibration(self.train_batches(seed=99, batch_size=batch_size, steps=2), self.forward)]
 
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
         self.modes.append([module.training for module in model.modules()])

@@ -16,14 +16,14 @@ TRAINING = [
 LEARNING = [
     *TRAINING,
     *("tau", "scaling", "regularisation", "init", "prior_strength", "gate_std", "hard", "ema", "distillation"),
-    *("distillation_temperature", "select"),
+    *("distillation_temperature", "select", "inputs"),
 ]
 FINETUNING = [*TRAINING, "start", "ema"]
 # Every key of the format, written down a second time.
 SECTIONS = {
     "": [
         *("table", "title", "exact", "seeds", "pattern", "data", "task", "model", "dense", "priors", "learning"),
-        *("learned", "finetuned", "rows", "runtime"),
+        *("learned", "finetuned", "rows", "evaluation", "runtime"),
     ],
     "data": [
         *("name", "source", "root", "dataset", "train", "test", "classes", "hash_files", "in_memory", "holdout"),
@@ -39,7 +39,7 @@ SECTIONS = {
     "model.input": ["img_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"],
     "dense": [*TRAINING, "row", "init", "checkpoint", "shared", "progressive"],
     "dense.progressive": ["size", "steps"],
-    "priors.one": ["method", "pattern", "update_weights", "propagate", "batch_size"],
+    "priors.one": ["method", "pattern", "update_weights", "propagate", "batch_size", "inputs"],
     "learning": LEARNING,
     "learned.own": [*LEARNING, "prior"],
     "finetuned.tuned": FINETUNING,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskllm4v.tasks.accuracy import BINS, Tally
+from maskllm4v.tasks.classification.accuracy import BINS, Tally
 
 CPU = torch.device("cpu")
 
@@ -128,5 +128,5 @@ def test_sums_of_all_processes_are_added(monkeypatch: pytest.MonkeyPatch) -> Non
         for tensor, other in zip(tensors, (there._sums, there._bins), strict=True):
             tensor += other
 
-    monkeypatch.setattr("maskllm4v.tasks.accuracy.distributed.sum_", add)
+    monkeypatch.setattr("maskllm4v.tasks.classification.accuracy.distributed.sum_", add)
     assert here.metrics() == pytest.approx(wanted, rel=1e-6)

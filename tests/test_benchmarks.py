@@ -142,7 +142,7 @@ def test_dense_step_is_that_of_the_training_loop() -> None:
     workload = workloads(quick=True)["vit_tiny"]
     task, settings = RandomImages(workload.experiment, CPU), workload.learning
     ours, baseline = workload.build(CPU), workload.build(CPU)
-    learners = WeightLearner(ours, settings, row="", new=False), Dense(baseline, lr=settings.lr)
+    learners = WeightLearner(ours, task, settings, row="", new=False), Dense(baseline, lr=settings.lr)
     steps = [train_step.Step(learner, task, settings) for learner in learners]
     steps[1].batch = steps[0].batch
     for step in steps:
@@ -169,7 +169,8 @@ def test_workloads_of_tables_are_those_of_their_experiments(table: str) -> None:
     images, labels = task.batch(3)
     outputs = task.forward(workload.build(CPU), (images, labels))
     assert outputs.shape == (3, 10)
-    assert sum(len(labels) for _, labels in task.calibration_batches(100, 0)) == experiment.data.calibration
+    (part,) = task.calibration(100, 0)
+    assert sum(len(labels) for _, labels in part.batches) == experiment.data.calibration
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------

@@ -126,9 +126,10 @@ def test_distillation_is_the_divergence_from_the_teacher(temperature: float, tas
 # Batches
 
 
-def test_calibration_batches_are_the_manifests_without_augmentation(folder: Path) -> None:
+def test_calibration_images_are_the_manifests_without_augmentation(folder: Path) -> None:
     task = Classification(experiment(shift=2), folder)
-    batches = list(task.calibration_batches(20, 0))
+    (part,) = task.calibration(20, 0)
+    batches = list(part.batches)
     assert [len(labels) for _, labels in batches] == [20, 20, 10]
     (chosen,) = task.data.manifest.calibration
     assert torch.equal(torch.cat([images for images, _ in batches]), task.data.images("train", chosen, None))
@@ -141,7 +142,7 @@ def test_seeds_take_turns_with_calibration_sets(split: str, tmp_path: Path) -> N
     prepare(two.data, tmp_path)
     task = Classification(two, tmp_path)
     for seed, chosen in zip((0, 1), task.data.manifest.calibration, strict=True):
-        images = torch.cat([images for images, _ in task.calibration_batches(20, seed)])
+        images = torch.cat([images for images, _ in task.calibration(20, seed)[0].batches])
         assert torch.equal(images, task.data.images(split, chosen, None))
 
 

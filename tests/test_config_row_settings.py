@@ -68,6 +68,7 @@ def test_seeds_take_turns_with_calibration_sets(sets: int, expected: list[int]) 
     assert [found.calibration_set(seed) for seed in found.seeds] == expected
 
 
+UNWRITTEN = {"inputs"}  # the data; records from before there was a choice still fit
 COMMON = {"table", "exact", "seeds", "data", "task", "model", "dense"}
 
 
@@ -87,7 +88,7 @@ def test_row_settings_are_plain_and_complete(row: str, keys: set[str]) -> None:
     assert json.loads(json.dumps(found)) == found
     sections = {"prior": "priors.one", "learning": "learned.own", "finetuning": "finetuned.tuned"}
     for key in keys - {"table", "exact", "seeds", "pattern"}:
-        assert set(found[key]) == set(SECTIONS[sections.get(key, key)])
+        assert set(found[key]) == set(SECTIONS[sections.get(key, key)]) - UNWRITTEN
 
 
 # (change, rows whose settings change)
@@ -137,7 +138,9 @@ OTHER_CHOICE = {
 
 
 @pytest.mark.parametrize(
-    ("row", "key"), [("learned.own", key) for key in LEARNING] + [("finetuned.tuned", key) for key in FINETUNING]
+    ("row", "key"),
+    [("learned.own", key) for key in LEARNING if key not in UNWRITTEN]
+    + [("finetuned.tuned", key) for key in FINETUNING],
 )
 def test_no_setting_of_a_trained_row_reaches_another(row: str, key: str) -> None:
     raw, (section, name) = params(), row.split(".")
@@ -151,7 +154,7 @@ def test_no_setting_of_a_trained_row_reaches_another(row: str, key: str) -> None
     assert moved == {name}
 
 
-@pytest.mark.parametrize("key", SECTIONS["priors.one"])
+@pytest.mark.parametrize("key", [key for key in SECTIONS["priors.one"] if key not in UNWRITTEN])
 def test_no_setting_of_a_prior_reaches_rows_without_it(key: str) -> None:
     raw = params()
     raw["priors"]["two"], raw["rows"]["two"] = {"method": "wanda"}, "Two"

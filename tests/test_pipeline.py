@@ -144,6 +144,16 @@ def small_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return project
 
 
+def test_an_evaluation_leaves_nothing_of_the_one_before(small_project: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(small_project, project, ignore=shutil.ignore_patterns(".git", ".dvc"))
+    folder = project / "reports/small/runs/small-magnitude/evaluation"
+    (folder / "samples.png").write_bytes(b"of an earlier run")
+    assert stage(project, "evaluate", "small-magnitude").returncode == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["layers.csv", "record.json"]
+    assert digests(project) == digests(small_project)
+
+
 @pytest.fixture(scope="module")
 def small_results(small_project: Path) -> dict[str, str]:
     return digests(small_project)
@@ -172,7 +182,7 @@ def test_image_folders_and_a_timm_model(tmp_path: Path) -> None:
     params["learned"]["small-maskllm"]["steps"] = 3
     project = new_project(tmp_path, params)
     chain(project)
-    record = read_json(project / "reports/small/runs/small-maskllm/record.json")
+    record = read_json(project / "reports/small/runs/small-maskllm/evaluation/record.json")
     assert set(record["metrics"]["0"]) == {"top1", "top5", "nll", "ece", "agreement"}
     assert record["parameters"]["logits"] == 6 * (record["parameters"]["dense"] - record["parameters"]["kept"]) // 2
 

@@ -35,12 +35,13 @@ from small_project import (
     until,
 )
 
-from maskllm4v.calibration import Hessian, InputNorm, stream_statistics
+from maskllm4v.calibration import part_statistics
 from maskllm4v.checkpoints import load_dense, load_masks
 from maskllm4v.config import Experiment, FinetunedSettings, load_experiment
 from maskllm4v.data.batches import PlainBatches
 from maskllm4v.files import read_json
 from maskllm4v.layout import checkpoint, data_folder
+from maskllm4v.statistics import Hessian, InputNorm
 from maskllm4v.surgery import learnable_layers, make_learnable, prunable_linears
 from maskllm4v.tasks import Task, open_task
 from maskllm4v.training import CURVE_COLUMNS, learn_masks
@@ -149,8 +150,7 @@ def _statistics(name: str) -> None:
     experiment, task, model = opened()
     layers, found = prunable_linears(model, exclude=experiment.model.exclude), {}
     for statistic in (InputNorm, Hessian):
-        batches = task.calibration_batches(20, 0)
-        units = stream_statistics(model, layers, batches, statistic, propagate="dense", forward=task.forward)
+        units = part_statistics(model, layers, task.calibration(20, 0), statistic, propagate="dense")
         for layer, one in ((layer, one) for unit in units for layer, one in unit.items()):
             found[f"{statistic.__name__} {layer}"] = one.sum_of_squares if statistic is InputNorm else one.mean
             found[f"{statistic.__name__} {layer} rows"] = torch.tensor(one.rows)
@@ -249,7 +249,7 @@ def test_every_image_is_measured_once(measured_by_two: Path) -> None:
 
 @pytest.mark.parametrize("row", MEASURED)
 def test_metrics_are_those_of_one_process(row: str, one: Path, measured_by_two: Path) -> None:
-    path = f"reports/tiny/runs/{row}"
+    path = f"reports/tiny/runs/{row}/evaluation"
     a, b = (read_json(folder / path / "record.json") for folder in (one, measured_by_two))
     for name, value in a.pop("metrics")["0"].items():
         tolerance = {"nll": 1.5e-6, "ece": 1e-4}.get(name, 0.0)  # a record's numbers are rounded to 1e-6
@@ -269,7 +269,7 @@ def test_metrics_are_those_of_one_process(row: str, one: Path, measured_by_two: 
 def test_records_say_how_many_processes_made_a_row(two: Path) -> None:
     assert read_json(two / "artifacts/tiny-averaged/made.json")["world_size"] == 2
     assert run_stage(two, "evaluate", "tiny-averaged") == [0], said(two)
-    record = read_json(two / "reports/tiny/runs/tiny-averaged/record.json")
+    record = read_json(two / "reports/tiny/runs/tiny-averaged/evaluation/record.json")
     assert record["made"]["world_size"] == 2
     assert record["evaluated"]["world_size"] == 1
 
@@ -293,7 +293,7 @@ def test_launcher(one: Path, measured_by_two: Path, tmp_path: Path) -> None:
     launcher = f"'{sys.executable}' -m torch.distributed.run --standalone --nproc-per-node 2"
     command = (sys.executable, "-m", "stages.evaluate", "tiny-wanda")
     assert ends(started(folder, *command, MASKLLM4V_LAUNCHER=launcher)) == 0, said(folder)
-    record = "reports/tiny/runs/tiny-wanda/record.json"
+    record = "reports/tiny/runs/tiny-wanda/evaluation/record.json"
     assert (folder / record).read_bytes() == (measured_by_two / record).read_bytes()
     assert said(folder).count("tiny-wanda: {") == 1
 

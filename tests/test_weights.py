@@ -38,7 +38,7 @@ def parameters(model: nn.Module) -> list[Tensor]:
 def test_dense_training_lowers_the_loss_and_ends_in_evaluation_mode() -> None:
     task = Regression()
     model = task.build_model(0)
-    batch = next(iter(task.calibration_batches(256, 0)))
+    batch = next(iter(task.calibration(256, 0)[0].batches))
     before = task.loss(model(batch[0]), batch).item()
     train_dense(model, task, DENSE, seed=0)
     assert task.loss(model(batch[0]), batch).item() < 0.6 * before
@@ -128,7 +128,7 @@ def masked(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def test_training_on_lowers_the_loss_under_a_mask_that_stays() -> None:
     model, task = masked(), Regression()
-    batch = next(iter(task.calibration_batches(256, 0)))
+    batch = next(iter(task.calibration(256, 0)[0].batches))
     before = task.loss(model(batch[0]), batch).item()
     finetune(model, task, finetuned(steps=60, lr=0.05), seed=0, row="row")
     assert task.loss(model(batch[0]), batch).item() < 0.8 * before

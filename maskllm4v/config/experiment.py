@@ -126,6 +126,9 @@ class Experiment(Settings):
                 raise ValueError(f"{generated[0]}: inputs is 'generated', which task 'classification' cannot make")
         elif self.evaluation.samples and self.task.judge is None:  # type: ignore[union-attr]
             raise ValueError(f"evaluation.samples is {self.evaluation.samples}, which needs task.judge")
+        elif self.evaluation.timesteps > self.task.train_timesteps:  # type: ignore[union-attr]
+            most = self.task.train_timesteps  # type: ignore[union-attr]
+            raise ValueError(f"evaluation.timesteps is {self.evaluation.timesteps}, but there are {most}")
         if diffusion and self.dense.progressive is not None:
             raise ValueError("dense.progressive is for task 'classification' only")
 

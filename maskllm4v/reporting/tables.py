@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -78,13 +79,20 @@ def caption(experiment: Experiment, metrics: TaskMetrics, records: dict[str, dic
     claim = "bit-identical there in the locked environment" if experiment.exact else "a recording of that machine"
     one_dense = len(experiment.row_seeds(experiment.dense.row)) < seeds
     to_dense = "to the one dense model that all seeds share" if one_dense else "to the dense model of the same seed"
+    said = [*metrics.captions, *_facts(metrics, records.get(experiment.dense.row))]
     leaks = experiment.data.calibration_split == "test"
     return (
         f"*{experiment.title}. {spread[0].upper()}{spread[1:]}; Δ is the paired difference of "
-        f"{'; '.join([f'{metrics.headline.in_sentences} {to_dense}', *metrics.captions])}. "
+        f"{'; '.join([f'{metrics.headline.in_sentences} {to_dense}', *said])}. "
         + ("**Calibrated on the reported split, which leaks** (as the original does). " if leaks else "")
         + f"Hardware: {'; '.join(hardware)}: {claim}. {versions}.{f' {cost}' if cost else ''}*\n"
     )
+
+
+def _facts(metrics: TaskMetrics, dense: Mapping[str, Any] | None) -> list[str]:
+    """What the dense row measures beside its columns, in words."""
+    first: Mapping[str, float] = next(iter(dense["metrics"].values()), {}) if dense else {}
+    return [text.format(first[name]) for name, text in metrics.facts if name in first]
 
 
 def results_csv(table: pd.DataFrame, metrics: TaskMetrics) -> str:

@@ -50,7 +50,12 @@ class Diffusion:
     @cached_property
     def space(self) -> Space:
         """What the model works on."""
-        return Space() if self.settings.vae is None else Latents(Path(self.settings.vae), self.device)
+        if self.settings.vae is None:
+            return Space()
+        latents = Latents(Path(self.settings.vae), self.device)
+        if (found := latents.channels) != self.shape[0]:
+            raise ConfigError(f"model.args.in_channels is {self.shape[0]}, but {self.settings.vae} makes {found}")
+        return latents
 
     @cached_property
     def data(self) -> ImageData:

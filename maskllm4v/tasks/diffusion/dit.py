@@ -41,6 +41,8 @@ def build_dit(settings: DiTSettings, seed: int) -> nn.Module:
         except (NotImplementedError, TypeError, ValueError, ZeroDivisionError) as error:
             said = " ".join(str(error).split())
             raise ConfigError(f"model.args do not fit {settings.name!r}: {said}") from error
+        if settings.args.get("dropout"):
+            raise ConfigError("model.args.dropout would do nothing: models are trained in evaluation mode")
         if settings.args.get("sample_size", 32) % settings.args.get("patch_size", 2):
             raise ConfigError("model.args: patch_size does not divide sample_size")
         initialise(model)

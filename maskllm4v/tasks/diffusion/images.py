@@ -12,6 +12,7 @@ from torch import Tensor
 from maskllm4v.data import ImageData
 from maskllm4v.errors import CheckpointError
 
+GREY = 128  # between pictures
 CHUNK = 8  # images that an autoencoder works on at a time
 
 
@@ -54,6 +55,7 @@ class Latents(Space):
             raise CheckpointError(f"task.vae: {folder} holds no diffusers autoencoder: {said}") from error
         self.vae = vae.to(device).eval().requires_grad_(False)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.channels = int(vae.config.latent_channels)
         self._scale = vae.config.scaling_factor
 
     @torch.no_grad()
@@ -93,15 +95,17 @@ class Bank:
 
 
 def picture(images: Tensor, columns: int) -> np.ndarray:
-    """A grid of images in [-1, 1] ``[B, C, H, W]``, row by row: uint8 ``[rows·H, columns·W(, 3)]``.
+    """A grid of images in [-1, 1] ``[B, C, H, W]``, row by row: uint8 ``[rows·(H+g)−g, columns·(W+g)−g(, 3)]``.
 
-    Places without an image are black.
+    The gap g is a 32nd of an image, one pixel at least, and grey, as are places without an image.
     """
     count, channels, height, width = images.shape
+    gap = max(1, height // 32)
     rows = -(-count // columns)
+    high, wide = height + gap, width + gap
     levels = ((images.cpu() + 1) * 127.5).round().clamp(0, 255).byte()
-    grid = levels.new_zeros(rows * columns, channels, height, width)
-    grid[:count] = levels
-    grid = grid.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    whole: np.ndarray = grid.reshape(rows * height, columns * width, channels).numpy()
-    return whole[:, :, 0] if channels == 1 else whole
+    grid = torch.full((rows * columns, channels, high, wide), GREY, dtype=torch.uint8)
+    grid[:count, :, :height, :width] = levels
+    grid = grid.view(rows, columns, channels, high, wide).permute(0, 3, 1, 4, 2)
+    whole: np.ndarray = grid.reshape(rows * high, columns * wide, channels)[:-gap, :-gap].numpy()
+    return np.ascontiguousarray(whole[:, :, 0] if channels == 1 else whole)

@@ -73,7 +73,7 @@ def distances(real: Tensor, made: Tensor, samples: int) -> dict[str, float]:
     from torchmetrics.image.kid import KernelInceptionDistance
 
     plain = _Plain(real.shape[1]).to(real.device)
-    subset = max(2, samples // 10)
+    subset = max(2, samples // 2)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")  # that is fine
         torch.manual_seed(torch_seed(0, "judge"))  # the kernel distance draws its subsets

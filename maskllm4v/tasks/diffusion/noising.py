@@ -82,6 +82,8 @@ def schedule_config(settings: DiffusionSettings) -> dict[str, Any]:
         raise ConfigError(f"{settings.scheduler}: prediction_type is {found['prediction_type']!r}; allowed: 'epsilon'")
     if found.get("trained_betas") is not None:
         raise ConfigError(f"{settings.scheduler} lists its betas one by one, which is not supported")
+    if found.get("rescale_betas_zero_snr"):
+        raise ConfigError(f"{settings.scheduler} rescales its betas to zero signal, which is not supported")
     return {key: found.get(key, value) for key, value in own.items()}
 
 

@@ -23,7 +23,8 @@ def make_scheduler(settings: SamplingSettings, noise: dict[str, Any], *, learned
 
     DDPM goes through evenly spaced timesteps from the last to 0, both included: with 250 of 1,000 exactly those of
     DiT's authors. Models that also give out their variance use it, as a share between β_t and β̃_t in the log
-    domain (Nichol & Dhariwal 2021, Eq. 15); for the others it is β̃_t. DDIM (Song et al. 2021) adds no noise.
+    domain (Nichol & Dhariwal 2021, Eq. 15); for the others it is β̃_t. DDIM (Song et al. 2021) adds no noise; it goes
+    in equal strides from the last timestep, where there is nothing but noise (Lin et al. 2024, Tab. 2, "trailing").
 
     Args:
         settings: sampler and steps.
@@ -31,21 +32,26 @@ def make_scheduler(settings: SamplingSettings, noise: dict[str, Any], *, learned
         learned_sigma: whether the model gives out its variance.
 
     Raises:
-        ConfigError: more steps than the schedule has timesteps.
+        ConfigError: more steps than the schedule has timesteps, or DDIM would have no equal strides.
     """
-    if settings.steps > (most := noise["num_train_timesteps"]):
-        raise ConfigError(f"sampling in {settings.steps} steps, but the noise schedule has {most} timesteps")
+    steps, most = settings.steps, noise["num_train_timesteps"]
+    if steps > most:
+        raise ConfigError(f"sampling in {steps} steps, but the noise schedule has {most} timesteps")
+    if settings.sampler == "ddim" and most % steps:
+        raise ConfigError(f"sampling in {steps} steps by DDIM, which does not divide the schedule's {most} timesteps")
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     if settings.sampler == "ddim":
-        scheduler = DDIMScheduler(**noise, clip_sample=settings.clip, set_alpha_to_one=True)
+        scheduler = DDIMScheduler(
+            **noise, clip_sample=settings.clip, set_alpha_to_one=True, timestep_spacing="trailing"
+        )
     else:
         variance = "learned_range" if learned_sigma else "fixed_small"
         scheduler = DDPMScheduler(
             **noise, clip_sample=settings.clip, variance_type=variance, timestep_spacing="linspace"
         )
-    scheduler.set_timesteps(settings.steps)
+    scheduler.set_timesteps(steps)
     return scheduler
 
 

@@ -1,0 +1,299 @@
+"""``params.yaml`` of diffusion transformers: keys, what goes together, and what each row depends on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_diffusion import JUDGE, experiment
+from small_diffusion import raw as small
+from small_params import SECTIONS, TRAINING, at, fault
+from small_params import params as classification
+
+from maskllm4v.config import DiffusionSettings, load_experiment, parse_experiment
+from maskllm4v.files import read_json, value_digest
+from maskllm4v.layout import record_file
+from maskllm4v.reporting.aggregate import current_records
+
+ROOT = Path(__file__).parent.parent
+SAMPLING = ["sampler", "steps", "guidance", "guided_channels", "clip"]
+# Every key of diffusion's own sections, written down a second time.
+OWN = {
+    "task": [
+        *("name", "vae", "scheduler", "train_timesteps", "beta_schedule", "beta_start", "beta_end", "hflip"),
+        *("label_dropout", "conditioning_samples", "bank", "judge", "eval_batch_size", "eval_amp", "eval_split"),
+    ],
+    "task.bank": [*SAMPLING, "samples"],
+    "task.judge": ["task", "model", "training"],
+    "task.judge.task": SECTIONS["task"],
+    "task.judge.model": SECTIONS["model"],
+    "task.judge.model.input": SECTIONS["model.input"],
+    "task.judge.training": TRAINING,
+    "model": ["name", "args", "adaln", "exclude", "on_misfit", "freq_shift", "fused_attention"],
+    "evaluation": [*SAMPLING, "images", "timesteps", "samples", "grid", "columns"],
+}
+
+
+def params(**sections: Any) -> dict[str, Any]:
+    """With a judge, and a row of each kind."""
+    found = small(
+        priors={"one": {"method": "magnitude"}, "made": {"method": "wanda", "inputs": "generated"}},
+        learning={"steps": 7},
+        learned={"own": {"prior": "one"}, "nodata": {"prior": "one", "inputs": "generated"}},
+        finetuned={"more": {"start": "dense", "steps": 4}},
+        rows={row: row for row in ("dense", "one", "made", "own", "nodata", "more")},
+    )
+    found["task"]["judge"] = {**copy.deepcopy(JUDGE), "task": {}}
+    found["task"]["judge"]["model"]["input"] = {}
+    for name, values in sections.items():
+        found[name] = {**found[name], **values}
+    return found
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    found = copy.deepcopy(params())
+    section, _, key = path.rpartition(".")
+    at(found, section)[key] = value
+    return found
+
+
+# Keys
+
+
+@pytest.mark.parametrize(("section", "key"), [(s, k) for s, keys in OWN.items() for k in keys])
+def test_unknown_key_is_answered_with_its_neighbour(section: str, key: str) -> None:
+    message = fault(changed(f"{section}.{key}x", 1))
+    assert message == (
+        f"params.yaml: unknown key '{section}.{key}x'; did you mean {key!r}? allowed: {', '.join(OWN[section])}"
+    )
+
+
+def test_keys_of_the_other_kind_are_unknown() -> None:
+    assert fault(changed("task.label_smoothing", 0.1)).startswith("params.yaml: unknown key 'task.label_smoothing'; ")
+    assert fault(changed("model.stem", None)).startswith("params.yaml: unknown key 'model.stem'; ")
+    other = classification()
+    other["task"]["vae"] = "folder"
+    assert "unknown key 'task.vae'" in fault(other)
+
+
+@pytest.mark.parametrize("section", OWN)
+def test_every_key_is_a_field_and_frozen(section: str) -> None:
+    found: Any = parse_experiment(params())
+    for part in section.split("."):
+        found = getattr(found, part)
+    assert list(type(found).model_fields) == OWN[section]
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(found, OWN[section][0], None)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("task.name", "segmentation"),
+        ("task.train_timesteps", 0),
+        ("task.beta_schedule", "sigmoid"),
+        ("task.beta_start", 0.0),
+        ("task.label_dropout", 1.5),
+        ("task.conditioning_samples", 0),
+        ("task.eval_split", "train"),
+        ("task.bank.samples", 0),
+        ("task.bank.sampler", "euler"),
+        ("task.judge.training.lr", "fast"),
+        ("task.judge.model.exclude", "head"),
+        ("model.adaln", 1),
+        ("model.freq_shift", 2),
+        ("evaluation.sampler", "euler"),
+        ("evaluation.steps", 0),
+        ("evaluation.guidance", 0.5),
+        ("evaluation.guided_channels", 0),
+        ("evaluation.clip", "yes"),
+        ("evaluation.images", -1),
+        ("evaluation.grid", []),
+        ("learning.distillation", 2.0),
+        ("priors.one.inputs", "real"),
+        ("learned.own.inputs", "noise"),
+    ],
+)
+def test_wrong_value_is_named(path: str, value: Any) -> None:
+    raw = changed(path, value)
+    if path == "task.name":
+        raw["task"] = {"name": value}
+    message = fault(raw)
+    assert message.startswith(f"params.yaml: {path} is {value!r}; ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("key", ["model", "training"])
+def test_required_key_is_missed(key: str) -> None:
+    found = params()
+    del found["task"]["judge"][key]
+    assert fault(found) == f"params.yaml: key 'task.judge.{key}' is missing"
+
+
+# What goes together
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("task.beta_end", 1e-5, "task: beta_end is 1e-05, below beta_start 0.0001"),
+        ("evaluation.grid", [3, -1], "evaluation.grid.1 is -1; input should be greater than or equal to 0"),
+        ("evaluation.samples", 1, "evaluation: samples is 1, but distances need two at least; 0: none"),
+        ("task.judge.training", {"lr": 0.1}, "task.judge: training needs steps or epochs"),
+        ("task.judge.task", {"eval_split": "holdout"}, "task.judge: task.eval_split is not the judge's to say, but ta"),
+        ("task.eval_split", "holdout", "task.eval_split is 'holdout', which needs data.holdout"),
+        ("dense.progressive", {"size": 4, "steps": 2}, "dense.progressive is for task 'classification' only"),
+        ("model", {"name": "vit_tiny_patch16_224"}, "allowed for task 'diffusion': DiTTransformer2DModel"),
+        ("task", {"name": "classification"}, "allowed for task 'classification': a timm model"),
+    ],
+)
+def test_what_does_not_go_together_is_said(path: str, value: Any, expected: str) -> None:
+    message = fault(changed(path, value))
+    assert message.startswith("params.yaml: ")
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_samples_need_a_judge() -> None:
+    raw = params(evaluation={"samples": 5})
+    assert parse_experiment(raw).evaluation.samples == 5
+    raw["task"]["judge"] = None
+    assert "evaluation.samples is 5, which needs task.judge" in fault(raw)
+
+
+OTHERS = {"sampler": "ddim", "guidance": 2.0, "guided_channels": 3, "clip": True, "grid": [1]}  # the rest: numbers
+
+
+@pytest.mark.parametrize("key", OWN["evaluation"])
+def test_evaluation_is_no_section_of_classification(key: str) -> None:
+    raw = {**classification(), "evaluation": {key: OTHERS.get(key, 9)}}
+    assert f"evaluation.{key} is for task 'diffusion' only" in fault(raw)
+
+
+def test_classification_may_say_what_it_evaluates_by_default() -> None:
+    found = parse_experiment(classification())
+    assert parse_experiment(found.model_dump()) == found
+
+
+@pytest.mark.parametrize(("section", "row"), [("priors", "one"), ("learned", "own")])
+def test_nothing_is_generated_for_classification(section: str, row: str) -> None:
+    raw = classification()
+    raw[section][row]["inputs"] = "generated"
+    assert f"{row}: inputs is 'generated', which task 'classification' cannot make" in fault(raw)
+
+
+# What learning starts from
+
+
+def test_masks_of_diffusion_are_distilled_unless_told_otherwise() -> None:
+    found = parse_experiment(params())
+    assert {row: learned.distillation for row, learned in found.learned.items()} == {"own": 1.0, "nodata": 1.0}
+    assert found.learning.distillation == 1.0
+    raw = params(learning={"distillation": 0.5})
+    raw["learned"]["own"]["distillation"] = 0.0
+    found = parse_experiment(raw)
+    assert {row: learned.distillation for row, learned in found.learned.items()} == {"own": 0.0, "nodata": 0.5}
+    assert all(learned.distillation == 0 for learned in parse_experiment(classification()).learned.values())
+
+
+def test_distillation_is_the_default_where_learning_is_left_out() -> None:
+    raw = params()
+    del raw["learning"]
+    for learned in raw["learned"].values():
+        learned["steps"] = 5
+    assert parse_experiment(raw).learned["own"].distillation == 1.0
+
+
+def test_inputs_are_written_down_only_where_they_are_made() -> None:
+    found = parse_experiment(params())
+    assert "inputs" not in found.row_settings("one")["prior"]
+    assert "inputs" not in found.row_settings("own")["learning"]
+    assert found.row_settings("made")["prior"]["inputs"] == "generated"
+    assert found.row_settings("nodata")["learning"]["inputs"] == "generated"
+    assert parse_experiment(found.model_dump()) == found
+
+
+# What each row depends on
+
+
+def moved(before: dict[str, Any], after: dict[str, Any], *, of: str = "row_settings") -> set[str]:
+    first, second = parse_experiment(before), parse_experiment(after)
+    assert first != second
+    return {row for row in first.rows if getattr(first, of)(row) != getattr(second, of)(row)}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "rows"),
+    [
+        ("evaluation.steps", 9, ""),
+        ("evaluation.samples", 9, ""),
+        ("learned.own.inputs", "generated", "own"),
+        ("priors.one.inputs", "generated", "one own nodata"),
+        ("learning.distillation", 0.5, "own nodata"),
+        ("task.bank.samples", 9, "dense one made own nodata more"),
+        ("task.judge.training.steps", 9, "dense one made own nodata more"),
+        ("model.adaln", False, "dense one made own nodata more"),
+    ],
+)
+def test_row_settings_change_with_what_a_row_depends_on(path: str, value: Any, rows: str) -> None:
+    assert moved(params(), changed(path, value)) == set(rows.split())
+
+
+def test_records_depend_on_how_rows_are_measured_and_rows_do_not() -> None:
+    found = parse_experiment(params())
+    for row in found.rows:
+        settings = found.record_settings(row)
+        assert settings.pop("evaluation") == found.evaluation.model_dump(mode="json")
+        assert settings == found.row_settings(row)
+        assert json.loads(json.dumps(settings)) == settings
+    assert moved(params(), changed("evaluation.steps", 9), of="record_settings") == set(found.rows)
+
+
+def test_records_of_classification_hold_row_settings_alone() -> None:
+    found = parse_experiment(classification())
+    assert all(found.record_settings(row) == found.row_settings(row) for row in found.rows)
+
+
+@pytest.mark.parametrize("table", ["digits", "cifar10"])
+def test_committed_records_are_of_the_present_settings(table: str) -> None:
+    found = load_experiment(ROOT / "experiments" / f"{table}.yaml")
+    current = current_records(found, ROOT / "reports")
+    assert list(current) == list(found.rows)
+    for row in found.rows:
+        record = read_json(record_file(table, row, ROOT / "reports"))
+        assert record["settings"] == found.record_settings(row)
+        assert record["settings_digest"] == value_digest(record["settings"])
+
+
+# The judge
+
+
+def test_judge_is_an_experiment_of_its_own_on_the_same_data() -> None:
+    found = experiment(task={**params()["task"], "judge": {**JUDGE, "task": {"label_smoothing": 0.1}}}, exact=True)
+    judge = found.judge
+    assert judge is not None
+    assert (judge.data, judge.exact, judge.runtime, judge.seeds) == (found.data, True, found.runtime, [0])
+    assert (judge.task.name, judge.task.label_smoothing) == ("classification", 0.1)
+    assert judge.model.model_dump(exclude_unset=True) == JUDGE["model"]
+    assert (judge.dense.init, judge.dense.steps, judge.dense.lr, judge.dense.batch_size) == ("scratch", 40, 0.01, 64)
+    assert judge.judge is None
+    assert list(judge.rows) == [judge.dense.row]
+    assert isinstance(found.task, DiffusionSettings)
+    assert {key: getattr(judge.dense, key) for key in TRAINING} == dict(found.task.judge.training)
+
+
+def test_no_judge_where_none_is_wanted() -> None:
+    assert experiment().judge is parse_experiment(classification()).judge is None
+
+
+# The tables' files
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_names_its_task(path: Path) -> None:
+    """Stages depend on the code of the task that is named; a default would not be seen."""
+    assert yaml.safe_load(path.read_text())["task"]["name"] == load_experiment(path).task.name

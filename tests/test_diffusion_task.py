@@ -1,0 +1,290 @@
+"""The task of diffusion: batches, calibration, losses, and samples in the place of data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+
+from small_diffusion import LINEAR, alphas, dit, experiment, open_small
+
+from maskllm4v import prune
+from maskllm4v.calibration import Calibration, names_by_part
+from maskllm4v.data import prepare
+from maskllm4v.errors import ConfigError
+from maskllm4v.share import Share
+from maskllm4v.surgery import prunable_linears
+from maskllm4v.tasks import open_task, train_mode
+from maskllm4v.tasks.diffusion import Diffusion
+from maskllm4v.tasks.diffusion.noising import NoisyBatch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("digits")
+    prepare(experiment().data, path)
+    return path
+
+
+@pytest.fixture
+def task(folder: Path) -> Diffusion:
+    return open_small(folder)
+
+
+def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
+    )
+
+
+def pixels(task: Diffusion, split: str, indices: np.ndarray) -> Tensor:
+    """Images in [-1, 1], in float64."""
+    images = task.data.images(split, indices, None).double()
+    return (images * task.data.std.double() + task.data.mean.double()) * 2 - 1
+
+
+def clean(batch: NoisyBatch) -> Tensor:
+    """x₀ of a batch, in float64."""
+    alpha = torch.from_numpy(alphas())[batch.timesteps].view(-1, 1, 1, 1)
+    return (batch.inputs.double() - (1 - alpha).sqrt() * batch.noise.double()) / alpha.sqrt()
+
+
+def assert_same_images(found: Tensor, wanted: Tensor, batch: NoisyBatch) -> None:
+    """Up to what the noise leaves of them."""
+    tolerance = 1e-4 / torch.from_numpy(alphas())[batch.timesteps].sqrt().view(-1, 1, 1, 1)
+    assert ((found - wanted).abs() <= tolerance).all()
+
+
+# The task itself
+
+
+def test_task_is_opened_by_its_name(folder: Path) -> None:
+    task = open_task(experiment(), folder)
+    assert isinstance(task, Diffusion)
+    assert (task.shape, task.classes, task.schedule) == ((1, 8, 8), 10, LINEAR)
+    assert len(task.data_digest) == 64
+
+
+def test_another_number_of_classes_is_an_error(folder: Path) -> None:
+    task = open_small(folder, model={"args": {"in_channels": 1, "sample_size": 8, "num_embeds_ada_norm": 9}})
+    with pytest.raises(ConfigError, match=r"num_embeds_ada_norm is 9, but the data has 10 classes"):
+        _ = task.data
+    with pytest.raises(ConfigError, match="is 1000, but"):
+        _ = open_small(folder, model={"args": {"in_channels": 1, "sample_size": 8}}).data_digest
+
+
+def test_what_is_not_for_diffusion(task: Diffusion) -> None:
+    with pytest.raises(ConfigError, match=r"dense\.init is 'pretrained'"):
+        task.build_model(0, pretrained=True)
+    with pytest.raises(ConfigError, match=r"dense\.progressive is not for diffusion"):
+        task.resized(4)
+    assert task.summary(dit(), {"eps_mse": 1.0}, 0) == {}
+
+
+def test_labels_are_never_dropped_by_the_model(task: Diffusion) -> None:
+    model = dit().train()
+    train_mode(task, model)
+    assert not any(module.training for module in model.modules())
+    (batch,) = task.train_batches(seed=0, batch_size=200, steps=1)
+    assert torch.equal(task.forward(model, batch), task.forward(model, batch))
+    model.train()
+    assert not torch.equal(task.forward(model, batch), task.forward(model, batch))  # diffusers drops some
+
+
+# Batches
+
+
+def test_batches_are_noised_images_of_the_training_split(task: Diffusion) -> None:
+    (batch,) = task.train_batches(seed=3, batch_size=60, steps=1)
+    assert batch.inputs.shape == batch.noise.shape == (60, 1, 8, 8)
+    assert (batch.inputs.dtype, batch.timesteps.dtype, batch.labels.dtype) == (torch.float32, torch.int64, torch.int64)
+    found, every = clean(batch), pixels(task, "train", np.arange(898))
+    certain = alphas()[batch.timesteps] > 0.01
+    nearest = (every[:, None] - found[certain][None]).abs().amax((2, 3, 4)).min(0)
+    assert certain.sum() > 20
+    assert (nearest.values < 1e-3).all()
+    assert nearest.indices.unique().numel() == certain.sum()
+    labels = task.data.labels("train")[nearest.indices]
+    shown = batch.labels[certain] != 10
+    assert torch.equal(batch.labels[certain][shown], labels[shown])
+    assert (every.min().item(), every.max().item()) == pytest.approx((-1, 1))
+
+
+def test_a_tenth_of_the_labels_is_hidden(task: Diffusion, folder: Path) -> None:
+    batches = list(task.train_batches(seed=0, batch_size=400, steps=10))
+    hidden = torch.cat([batch.labels for batch in batches]) == 10
+    assert 0.075 < hidden.double().mean() < 0.125
+    timesteps = torch.cat([batch.timesteps for batch in batches]).double()
+    assert timesteps.mean().item() == pytest.approx(499.5, abs=25)
+    never = open_small(folder, task={"label_dropout": 0.0})
+    assert all(batch.labels.max() < 10 for batch in never.train_batches(seed=0, batch_size=400, steps=3))
+
+
+def test_batches_depend_on_seed_and_step_alone(task: Diffusion, folder: Path) -> None:
+    whole = list(task.train_batches(seed=1, batch_size=100, steps=10))
+    torch.randn(3)
+    tail = list(open_small(folder).train_batches(seed=1, batch_size=100, steps=12, start=7))
+    assert same(whole[7:], tail[:3])
+    other = list(task.train_batches(seed=2, batch_size=100, steps=1))
+    assert not torch.equal(whole[0].noise, other[0].noise)
+    assert not torch.equal(whole[0].noise, whole[1].noise)
+    assert task.steps_per_epoch(100) == 8
+
+
+@pytest.mark.parametrize(("processes", "micro_batches"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_shares_of_a_batch_make_the_whole(processes: int, micro_batches: int, task: Diffusion) -> None:
+    whole = list(task.train_batches(seed=1, batch_size=40, steps=3, start=1))
+    shares = [
+        list(
+            task.train_batches(seed=1, batch_size=40, steps=3, start=1, share=Share.of(rank, processes, micro_batches))
+        )
+        for rank in range(processes)
+    ]
+    for step, wanted in enumerate(whole):
+        parts = [part for own in shares for part in own[step * micro_batches : (step + 1) * micro_batches]]
+        assert len(parts) == processes * micro_batches
+        assert same([[torch.cat(values) for values in zip(*parts, strict=True)]], [wanted])
+
+
+# Calibration
+
+
+def parts(task: Diffusion, batch_size: int = 20, seed: int = 0) -> tuple[Calibration, Calibration]:
+    first, second = task.calibration(batch_size, seed)
+    return first, second
+
+
+def test_modulation_is_calibrated_on_conditions_of_its_own(task: Diffusion) -> None:
+    layers = prunable_linears(dit(), exclude=task.model.dense_layers)
+    first, second = names_by_part(layers, parts(task))
+    assert first == ["transformer_blocks.0.norm1.linear", "transformer_blocks.1.norm1.linear"]
+    assert len(second) == 2 * 6
+    assert not any("emb" in name or "norm1" in name for name in second)
+    assert [part.independent for part in parts(task)] == [True, False]
+
+
+def test_conditions_are_stratified_and_labels_balanced(task: Diffusion) -> None:
+    batches = list(parts(task)[0].batches)
+    assert [len(timesteps) for timesteps, _ in batches] == [20, 20, 20, 10]
+    timesteps, labels = (torch.cat(values) for values in zip(*batches, strict=True))
+    assert sorted((timesteps * 70 // 1000).tolist()) != timesteps.tolist()
+    for place, timestep in enumerate(sorted(timesteps.tolist())):
+        assert place * 1000 / 70 - 1 < timestep < (place + 1) * 1000 / 70
+    counts = labels.bincount(minlength=11)
+    assert 0 < counts[10] < 20
+    assert counts[:10].max() <= 7
+    assert same(batches, list(parts(task)[0].batches))
+    assert not same(batches, list(parts(task, seed=1)[0].batches))
+
+
+def test_calibration_images_are_the_manifests(task: Diffusion) -> None:
+    batches = list(parts(task)[1].batches)
+    assert [len(batch.labels) for batch in batches] == [20, 10]
+    whole = NoisyBatch(*(torch.cat(values) for values in zip(*batches, strict=True)))
+    (chosen,) = task.data.manifest.calibration
+    assert_same_images(clean(whole), pixels(task, "train", chosen), whole)
+    shown = whole.labels != 10
+    assert torch.equal(whole.labels[shown], task.data.labels("train")[chosen][shown])
+    for place, timestep in enumerate(sorted(whole.timesteps.tolist())):
+        assert place * 1000 / 30 - 1 < timestep < (place + 1) * 1000 / 30
+    finer = list(parts(task, batch_size=7)[1].batches)
+    assert same([[torch.cat(values) for values in zip(*finer, strict=True)]], [whole])
+
+
+@pytest.mark.parametrize("adaln", [True, False])
+def test_pruning_takes_the_layers_that_the_settings_name(adaln: bool, folder: Path) -> None:
+    task = open_small(folder, model={"adaln": adaln})
+    model = dit()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    masks = prune(
+        model,
+        "sparsegpt",
+        calibration=task.calibration(20, 0),
+        exclude=task.model.dense_layers,
+        update_weights=True,
+    )
+    assert len(masks) == 2 * (6 + adaln)
+    assert any(name.endswith("norm1.linear") for name in masks) is adaln
+    changed = {name for name, value in before.items() if not torch.equal(value, model.state_dict()[name])}
+    assert changed == {f"{name}.weight" for name in masks}
+
+
+# Losses
+
+
+@pytest.mark.parametrize("out_channels", [1, 2])
+def test_loss_is_of_the_noise_and_distillation_of_everything(out_channels: int, folder: Path) -> None:
+    task = open_small(folder, model={"args": {**experiment().model.args, "out_channels": out_channels}})
+    (batch,) = task.train_batches(seed=0, batch_size=30, steps=1)
+    model, dense = (dit(seed, out_channels=out_channels) for seed in (0, 1))
+    with torch.no_grad():
+        outputs, teacher = task.forward(model, batch), task.forward(dense, batch)
+    assert outputs.shape == (30, out_channels, 8, 8)
+    wanted = (outputs[:, :1].double() - batch.noise.double()).square().mean()
+    assert task.loss(outputs, batch).item() == pytest.approx(wanted.item(), rel=1e-5)
+    wanted = (outputs.double() - teacher.double()).square().mean()
+    for temperature in (1.0, 3.0):
+        found = task.distillation_loss(outputs, teacher, temperature)
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    if out_channels == 2:
+        other = outputs.clone()
+        other[:, 1] += 1
+        assert torch.equal(task.loss(other, batch), task.loss(outputs, batch))
+        assert task.distillation_loss(other, teacher, 1.0) != task.distillation_loss(outputs, teacher, 1.0)
+    assert task.sampler(task.settings.bank).learned_sigma is (out_channels == 2)
+
+
+# Samples in the place of data
+
+
+def test_generated_task_learns_from_what_the_model_makes(task: Diffusion) -> None:
+    dense = dit()
+    made = task.generated(dense, 5)
+    bank, settings = made.source, task.settings.bank
+    assert (settings.samples, settings.guidance) == (24, 1.0)
+    labels = torch.arange(24) % 10
+    assert torch.equal(bank.labels("train"), labels)
+    everything = bank.images("train", np.arange(24), None)
+    wanted = task.sampler(settings)(dense, labels, range(24), seed=5, purpose="bank")
+    torch.testing.assert_close(everything, wanted)
+    assert made.steps_per_epoch(8) == 3
+    (batch,) = made.train_batches(seed=0, batch_size=24, steps=1)
+    order = [int((everything - x).abs().amax((1, 2, 3)).argmin()) for x in clean(batch)[batch.timesteps < 500].float()]
+    assert len(set(order)) == len(order) > 5
+    assert_same_images(clean(batch)[batch.timesteps < 500], everything[order].double(),
+                       NoisyBatch(*(values[batch.timesteps < 500] for values in batch)))  # fmt: skip
+    assert task.source is task.data  # as it was
+
+
+def test_generated_calibration_is_of_the_samples(task: Diffusion) -> None:
+    made = task.generated(dit(), 5)
+    batches = list(parts(made)[1].batches)
+    whole = NoisyBatch(*(torch.cat(values) for values in zip(*batches, strict=True)))
+    assert len(whole.labels) == 24  # all that there are, though 30 images would calibrate
+    shown = whole.labels != 10
+    assert torch.equal(whole.labels[shown], (torch.arange(24) % 10)[shown])
+    assert_same_images(clean(whole), made.source.images("train", np.arange(24), None).double(), whole)
+    assert same(list(parts(made)[0].batches), list(parts(task)[0].batches))
+
+
+def test_samples_are_the_same_for_the_same_seed(task: Diffusion, folder: Path) -> None:
+    def made(seed: int, **sections: Any) -> Tensor:
+        bank = open_small(folder, **sections).generated(dit(), seed).source
+        return bank.images("train", np.arange(24), None)
+
+    assert torch.equal(made(0), made(0))
+    # Other batches sum in another order, and the first step divides by √ᾱ of pure noise, 0.006.
+    torch.testing.assert_close(made(0, task={"eval_batch_size": 5}), made(0), rtol=1e-3, atol=1e-3)
+    assert not torch.equal(made(0), made(1))
+
+
+def test_generated_task_is_evaluated_on_real_images(task: Diffusion) -> None:
+    model, dense = dit(), dit(1)
+    assert task.generated(dense, 5).evaluate(model, dense) == task.evaluate(model, dense)
