@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.measure import Timing, interleaved, synchronize
-from benchmarks.workloads import random_task
+from benchmarks.workloads import RandomNoise, random_task
 from maskllm4v.config import Experiment, FinetunedSettings, LearnedSettings
 from maskllm4v.loop import Learner, run
 from maskllm4v.pruners import prune
@@ -50,7 +51,16 @@ class Rows:
             if key not in self._steps:
                 self._steps[key] = self._train(row, training)
             timing, factor = self._steps[key], training.total_steps(self.task.steps_per_epoch(training.batch_size))
-        return {"seconds": factor * timing.median, "n": timing.n}
+        seconds = factor * timing.median
+        if kind == "learned" and self.experiment.learned[row].inputs == "generated":
+            seconds += self._time_samples(row).median
+        return {"seconds": seconds, "n": timing.n}
+
+    def _time_samples(self, row: str) -> Timing:
+        """Making the samples that a row learns from."""
+        assert isinstance(self.task, RandomNoise)
+        make = partial(self.task.samples, self._model(), 0)
+        return interleaved({row: make}, repeats=1 if self.quick else self.repeats, warmup=0)[row]
 
     def _model(self) -> nn.Module:
         return self.task.build_model(0)

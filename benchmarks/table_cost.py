@@ -4,7 +4,8 @@
     python -m benchmarks.table_cost digits_patterns # one of them; the others' numbers stay
 
 One-shot rows: pruning, calibration on random images included. Trained rows: a step of the training loop on random
-images, times the row's steps; neither data loading nor the prior. The dense row: nothing. Results go to
+images, times the row's steps, and making the samples that it learns from, if any; neither data loading nor the prior.
+The dense row: nothing. Results go to
 ``reports/benchmarks/table_cost.json``, from which the tables' cost column is rendered.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from maskllm4v.processes import end_with_parent, world_size
+from maskllm4v.processes import end_with_parent, rank, world_size
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,16 @@ def sum_(*tensors: Tensor) -> None:
         for tensor in tensors:
             join(tensor.device)
             torch.distributed.all_reduce(tensor)
+
+
+def rows_of_all(own: Tensor, count: int) -> Tensor:
+    """All processes' rows ``[count, ...]``, of which each has those whose number, modulo the processes, is its rank."""
+    if world_size() == 1:
+        return own
+    whole = own.new_zeros(count, *own.shape[1:])
+    whole[rank() :: world_size()] = own
+    sum_(whole)
+    return whole
 
 
 def same_everywhere(value: Any, device: torch.device) -> Any:

@@ -175,7 +175,7 @@ def run(
             if stop and is_main():  # the others end with it: they may be waiting for its gradients
                 stop.leave()
     if settings.grad_checkpointing:
-        learner.model.set_grad_checkpointing(False)  # type: ignore[operator]
+        _checkpoint_activations(learner.model, on=False)
     learner.model.eval()
     return clock.cost()
 
@@ -229,9 +229,17 @@ def _set_up(model: nn.Module, settings: TrainingSettings) -> None:
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
     if settings.grad_checkpointing:
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise ConfigError("grad_checkpointing is on, but the model has no set_grad_checkpointing (timm's have)")
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        _checkpoint_activations(model, on=True)
+
+
+def _checkpoint_activations(model: Any, *, on: bool) -> None:
+    """Compute activations again in backward, block by block, if the model is one of timm's or diffusers'."""
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(on)
+    elif hasattr(model, "enable_gradient_checkpointing"):
+        model.enable_gradient_checkpointing() if on else model.disable_gradient_checkpointing()
+    else:
+        raise ConfigError("grad_checkpointing is on, but the model has no set_grad_checkpointing (timm's have)")
 
 
 def _batches(

@@ -130,13 +130,8 @@ METRICS = {
 _AT_TIMESTEP = re.compile(r"(?P<name>\w+)/t(?P<timestep>\d{4})")
 
 
-def at_timestep(name: str, timestep: int) -> str:
-    """The key of a metric at one timestep of the noise schedule: ``eps_mse/t0050``. No table has it as a column."""
-    return f"{name}/t{timestep:04d}"
-
-
 def by_timestep(metrics: Mapping[str, float]) -> Iterator[tuple[str, int, float]]:
-    """The metrics that :func:`at_timestep` named, as (name, timestep, value); the others are passed over."""
+    """Metrics at one timestep of the noise schedule, ``eps_mse/t0050``, as (name, timestep, value); no others."""
     for key, value in metrics.items():
         if found := _AT_TIMESTEP.fullmatch(key):
             yield found["name"], int(found["timestep"]), value

@@ -1,6 +1,6 @@
 """DiT-XL/2 in its real size, from end to end, on a handful of JPEGs and a step or two: a rehearsal.
 
-    python scripts/dit_xl2_rehearsal.py FOLDER [--images 8] [--steps 1] [--record FILE] [key=value ...]
+    python scripts/dit_xl2_rehearsal.py FOLDER [--images 8] [--batch-size 1] [--steps 2] [key=value ...]
 
 FOLDER holds JPEGs of any kind, which are laid out as 1,000 classes of one image each, in a temporary copy of the
 project; ``params.yaml`` is ``experiments/dit_xl2_256.yaml`` with nothing but values overridden. A DiT-XL/2 and an
@@ -11,7 +11,6 @@ nothing; speed and memory are printed, and written to a JSON file if asked for. 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +49,7 @@ def lay_out(source: Path, target: Path, count: int, classes: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--record", type=Path, help="write speed and memory to this JSON file")
-    parser.add_argument("overrides", nargs="*", help="further key=value pairs, e.g. learning.amp=no")
-    arguments = parser.parse_args()
+    arguments = rehearsal.arguments(__doc__, images=8, batch_size=1)
 
     with rehearsal.project(TABLE) as project:
         params = rehearsal.experiment(TABLE)
@@ -68,8 +60,9 @@ def main() -> None:
             "task.bank": {"samples": arguments.batch_size, "sampler": "ddim", "steps": 1, "guidance": 1.5},
             "learning.steps": arguments.steps,
             "learning.batch_size": arguments.batch_size,
+            "learning.accumulate": 1,
             "learning.log_every": 1,
-            "evaluation.steps": 1,
+            "evaluation.steps": 2,
             "evaluation.images": 1,
             "evaluation.timesteps": 1,
             "evaluation.grid": [0],

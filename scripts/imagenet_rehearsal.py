@@ -11,7 +11,6 @@ speed and memory of the mask-learning step are printed, and written to a JSON fi
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,7 @@ def random_weights(path: Path, args: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--record", type=Path, help="write speed and memory to this JSON file")
-    parser.add_argument("overrides", nargs="*", help="further key=value pairs, e.g. learning.amp=no")
-    arguments = parser.parse_args()
+    arguments = rehearsal.arguments(__doc__, images=24, batch_size=4)
 
     with rehearsal.project(TABLE) as project:
         params = rehearsal.experiment(TABLE)

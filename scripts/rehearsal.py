@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -17,6 +18,18 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = ("maskllm4v", "stages", "experiments", "dvc.yaml", ".dvcignore", ".gitignore")
+
+
+def arguments(description: str | None, *, images: int, batch_size: int) -> argparse.Namespace:
+    """What a person says, or these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--images", type=int, default=images)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--record", type=Path, help="write speed and memory to this JSON file")
+    parser.add_argument("overrides", nargs="*", help="further key=value pairs, e.g. learning.amp=no")
+    return parser.parse_args()
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from maskllm4v.config import Experiment, parse_experiment
 from maskllm4v.curves import write_curve
 from maskllm4v.files import write_csv
 from maskllm4v.layout import curve_file, layers_file, picture_file, record_file
-from maskllm4v.metrics import at_timestep
 from maskllm4v.pictures import write_picture
 from maskllm4v.records import build_record, write_record
 
@@ -57,10 +56,10 @@ def metrics(experiment: Experiment, row: str, seed: int, judged: bool = True) ->
     """Different for each row and seed; without a classifier nothing is judged."""
     number = list(experiment.rows).index(row)
     found = {"eps_mse": 0.05 + 0.01 * number + 0.002 * seed}
-    found |= {at_timestep("eps_mse", t): found["eps_mse"] * 40 / t for t in TIMESTEPS}
+    found |= {f"eps_mse/t{t:04d}": found["eps_mse"] * 40 / t for t in TIMESTEPS}
     if experiment.kind(row) != "dense":
         found |= {"dense_mse": 0.003 * number + 0.0004 * seed}
-        found |= {at_timestep("dense_mse", t): found["dense_mse"] * 20 / t for t in TIMESTEPS}
+        found |= {f"dense_mse/t{t:04d}": found["dense_mse"] * 20 / t for t in TIMESTEPS}
     if judged:
         found |= {"accuracy": 90.0 - 3 * number + seed, "fd": 2.5 + number + seed / 4, "kd": 0.0123 * (number + 1)}
     return found

@@ -68,6 +68,12 @@ def open_small(folder: Path, **sections: Any) -> Diffusion:
     return Diffusion(experiment(**sections), folder)
 
 
+def with_outputs(channels: int) -> dict[str, Any]:
+    """Sections of a model that gives out one channel, or its variance too: such a one cannot be trained here."""
+    loaded = {"dense": {"init": "checkpoint", "checkpoint": "dense.safetensors"}} if channels == 2 else {}
+    return {"model": {"args": {**ARGS, "out_channels": channels}}, **loaded}
+
+
 def dit(seed: int = 0, **args: Any) -> nn.Module:
     """A DiT that says something: the first weights of one are zero where it counts."""
     settings = DiTSettings(name="DiTTransformer2DModel", args={**ARGS, **args}, fused_attention=False)

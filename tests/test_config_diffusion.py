@@ -42,7 +42,7 @@ def params(**sections: Any) -> dict[str, Any]:
     """With a judge, and a row of each kind."""
     found = small(
         priors={"one": {"method": "magnitude"}, "made": {"method": "wanda", "inputs": "generated"}},
-        learning={"steps": 7},
+        learning={"steps": 7, "batch_size": 8},
         learned={"own": {"prior": "one"}, "nodata": {"prior": "one", "inputs": "generated"}},
         finetuned={"more": {"start": "dense", "steps": 4}},
         rows={row: row for row in ("dense", "one", "made", "own", "nodata", "more")},
@@ -134,58 +134,6 @@ def test_required_key_is_missed(key: str) -> None:
     assert fault(found) == f"params.yaml: key 'task.judge.{key}' is missing"
 
 
-# What goes together
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "expected"),
-    [
-        ("task.beta_end", 1e-5, "task: beta_end is 1e-05, below beta_start 0.0001"),
-        ("evaluation.grid", [3, -1], "evaluation.grid.1 is -1; input should be greater than or equal to 0"),
-        ("evaluation.samples", 1, "evaluation: samples is 1, but distances need two at least; 0: none"),
-        ("task.judge.training", {"lr": 0.1}, "task.judge: training needs steps or epochs"),
-        ("task.judge.task", {"eval_split": "holdout"}, "task.judge: task.eval_split is not the judge's to say, but ta"),
-        ("task.eval_split", "holdout", "task.eval_split is 'holdout', which needs data.holdout"),
-        ("dense.progressive", {"size": 4, "steps": 2}, "dense.progressive is for task 'classification' only"),
-        ("model", {"name": "vit_tiny_patch16_224"}, "allowed for task 'diffusion': DiTTransformer2DModel"),
-        ("task", {"name": "classification"}, "allowed for task 'classification': a timm model"),
-    ],
-)
-def test_what_does_not_go_together_is_said(path: str, value: Any, expected: str) -> None:
-    message = fault(changed(path, value))
-    assert message.startswith("params.yaml: ")
-    assert expected in message
-    assert "\n" not in message
-
-
-def test_samples_need_a_judge() -> None:
-    raw = params(evaluation={"samples": 5})
-    assert parse_experiment(raw).evaluation.samples == 5
-    raw["task"]["judge"] = None
-    assert "evaluation.samples is 5, which needs task.judge" in fault(raw)
-
-
-OTHERS = {"sampler": "ddim", "guidance": 2.0, "guided_channels": 3, "clip": True, "grid": [1]}  # the rest: numbers
-
-
-@pytest.mark.parametrize("key", OWN["evaluation"])
-def test_evaluation_is_no_section_of_classification(key: str) -> None:
-    raw = {**classification(), "evaluation": {key: OTHERS.get(key, 9)}}
-    assert f"evaluation.{key} is for task 'diffusion' only" in fault(raw)
-
-
-def test_classification_may_say_what_it_evaluates_by_default() -> None:
-    found = parse_experiment(classification())
-    assert parse_experiment(found.model_dump()) == found
-
-
-@pytest.mark.parametrize(("section", "row"), [("priors", "one"), ("learned", "own")])
-def test_nothing_is_generated_for_classification(section: str, row: str) -> None:
-    raw = classification()
-    raw[section][row]["inputs"] = "generated"
-    assert f"{row}: inputs is 'generated', which task 'classification' cannot make" in fault(raw)
-
-
 # What learning starts from
 
 
@@ -204,7 +152,7 @@ def test_distillation_is_the_default_where_learning_is_left_out() -> None:
     raw = params()
     del raw["learning"]
     for learned in raw["learned"].values():
-        learned["steps"] = 5
+        learned |= {"steps": 5, "batch_size": 8}
     assert parse_experiment(raw).learned["own"].distillation == 1.0
 
 

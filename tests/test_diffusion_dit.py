@@ -145,6 +145,7 @@ def test_conditions_run_the_modulation_layers_alone_on_their_own_inputs() -> Non
         ({"attention_head_dim": 3, "num_attention_heads": 1}, "do not fit 'DiTTransformer2DModel'"),
         ({"patch_size": 0}, "do not fit 'DiTTransformer2DModel'"),
         ({"patch_size": 3}, "model.args: patch_size does not divide sample_size"),
+        ({"dropout": 0.1}, "model.args.dropout would do nothing: models are trained in evaluation mode"),
     ],
 )
 def test_arguments_that_do_not_fit(changes: dict[str, Any], expected: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 pytest.importorskip("diffusers")
 
+from diffusers import AutoencoderKL
 from small_diffusion import make_autoencoder
 
 from maskllm4v.errors import CheckpointError
@@ -90,6 +93,42 @@ def test_folder_without_an_autoencoder(kind: str, folder: Path, tmp_path: Path) 
         Latents(path, CPU)
     assert str(caught.value).startswith(f"task.vae: {path} holds no diffusers autoencoder: ")
     assert "\n" not in str(caught.value)
+
+
+def changed(folder: Path, to: Path, config: dict[str, Any], drop: str = "", cut: str = "") -> Path:
+    """A copy of an autoencoder with other settings, without a tensor, or with half of one."""
+    AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).save_pretrained(to)
+    path = to / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    path = to / "diffusion_pytorch_model.safetensors"
+    state = {name: value for name, value in load_file(path).items() if name != drop}
+    save_file({name: value[::2].contiguous() if name == cut else value for name, value in state.items()}, path)
+    return to
+
+
+@pytest.mark.parametrize(
+    ("config", "drop", "cut", "expected"),
+    [
+        ({}, "decoder.conv_in.bias", "", " lacks weights, e.g. decoder.conv_in.bias"),
+        ({"shift_factor": 0.1}, "", "", " shifts its latents, which no DiT was trained with"),
+        ({"shift_factor": 0.0}, "", "", " shifts its latents, which no DiT was trained with"),
+        ({}, "", "decoder.conv_in.weight", " holds no diffusers autoencoder: "),
+    ],
+)
+def test_autoencoder_that_is_not_whole_or_of_another_kind(
+    config: dict[str, Any], drop: str, cut: str, expected: str, folder: Path, tmp_path: Path
+) -> None:
+    path = changed(folder, tmp_path / "vae", config, drop, cut)
+    with pytest.raises(CheckpointError) as caught:
+        Latents(path, CPU)
+    assert str(caught.value).startswith(f"task.vae: {path}{expected}")
+    assert "\n" not in str(caught.value)
+
+
+def test_autoencoder_that_is_whole_is_taken(folder: Path, tmp_path: Path) -> None:
+    images, noise = colours(1), torch.zeros(1, 4, 4, 4)
+    found = Latents(changed(folder, tmp_path / "vae", {"scaling_factor": 2 * SCALE}), CPU).encode(images, noise)
+    torch.testing.assert_close(found, 2 * Latents(folder, CPU).encode(images, noise))
 
 
 # Samples in the place of data

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 pytest.importorskip("diffusers")
 
 from images import draw_folder
-from small_diffusion import ARGS, alphas, awake, make_autoencoder, open_small, raw
+from small_diffusion import ARGS, alphas, awake, dit, experiment, make_autoencoder, open_small, raw
 
 from maskllm4v.config import parse_experiment
 from maskllm4v.data import prepare
+from maskllm4v.errors import ConfigError
 from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
 
@@ -37,7 +40,8 @@ def sections(place: Path, **task: Any) -> dict[str, Any]:
     data = {"name": "pets", "source": "folder", "root": str(place / "images"), "calibration": 3}
     evaluation = {"images": 0, "grid": [0, 1, 1]}
     task = {"vae": str(place / "vae"), "bank": bank, "eval_batch_size": 3, **task}
-    return {"data": data, "task": task, "model": {"args": args}, "evaluation": evaluation}
+    dense = {"init": "checkpoint", "checkpoint": "dense.safetensors"}
+    return {"data": data, "task": task, "model": {"args": args}, "dense": dense, "evaluation": evaluation}
 
 
 def open_latent(place: Path, **task: Any) -> Diffusion:
@@ -108,3 +112,57 @@ def test_samples_are_latents_and_evaluation_stays_with_images(place: Path) -> No
 def test_pictures_are_decoded(place: Path) -> None:
     task = open_latent(place)
     assert task.pictures(awake(task.build_model(0)))["samples"].shape == (33, 33, 3)
+
+
+# What does not fit
+
+
+def test_autoencoder_with_other_channels(place: Path) -> None:
+    raw_sections = sections(place)
+    raw_sections["model"]["args"] |= {"in_channels": 3, "out_channels": 6}
+    with pytest.raises(ConfigError, match=r"model\.args\.in_channels is 3, but .*vae makes 4"):
+        _ = open_small(place / "data", **raw_sections).space
+
+
+def test_images_of_another_size_or_channels(place: Path) -> None:
+    task = open_latent(place)
+    noise = np.zeros((2, 4, 4, 4), np.float32)
+    assert task.clean(torch.zeros(2, 3, 16, 16), noise).shape == noise.shape
+    for shape, said in (((3, 32, 32), "3×32×32"), ((3, 16, 20), "3×16×20"), ((1, 16, 16), "1×16×16")):
+        with pytest.raises(ConfigError, match=f"^the images are {said}, but the model is for 3×16×16$"):
+            task.clean(torch.zeros(2, *shape), noise)
+
+
+def test_pixels_of_another_size_or_channels(tmp_path: Path) -> None:
+    """The digits have one size, whatever the model's."""
+    prepare(experiment().data, tmp_path)
+    for args, said in (({"sample_size": 16}, "1×16×16"), ({"in_channels": 3}, "3×8×8")):
+        task = open_small(tmp_path, model={"args": {**ARGS, **args}})
+        for run in (lambda: next(task.train_batches(seed=0, batch_size=4, steps=1)), lambda: task.evaluate(dit())):
+            with pytest.raises(ConfigError, match=f"^the images are 1×8×8, but the model is for {said}$"):
+                run()
+
+
+# What the data are
+
+
+def test_digest_is_of_the_autoencoder_too(place: Path, tmp_path: Path) -> None:
+    def digest() -> str:
+        return open_latent(place, vae=str(tmp_path / "vae")).data_digest
+
+    shutil.copytree(place / "vae", tmp_path / "vae")
+    first = digest()
+    assert first == open_latent(place).data_digest == digest()  # wherever it lies
+    assert first != open_latent(place).data.manifest.digest
+    config, weights = (tmp_path / "vae" / name for name in ("config.json", "diffusion_pytorch_model.safetensors"))
+    config.write_text(config.read_text().replace("0.7", "0.6"))
+    second = digest()
+    state = load_file(weights)
+    save_file({**state, "decoder.conv_in.bias": state["decoder.conv_in.bias"] + 1}, weights)
+    assert len({first, second, digest()}) == 3
+
+
+def test_digest_of_pixels_is_the_manifests(tmp_path: Path) -> None:
+    prepare(experiment().data, tmp_path)
+    task = open_small(tmp_path)
+    assert task.data_digest == task.data.manifest.digest

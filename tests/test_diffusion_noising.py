@@ -20,7 +20,7 @@ from small_diffusion import LINEAR, alphas
 from maskllm4v.config import DiffusionSettings
 from maskllm4v.errors import ConfigError, UserError
 from maskllm4v.randomness import generator
-from maskllm4v.tasks.diffusion.noising import alphas_cumprod, draw, noised, schedule_config, stratified
+from maskllm4v.tasks.diffusion.noising import alphas_cumprod, draw, noised, normal, schedule_config, stratified
 
 
 def settings(**values: Any) -> DiffusionSettings:
@@ -79,6 +79,13 @@ def test_draws_are_uniform_normal_and_hide_some_labels() -> None:
         assert noise.std() == pytest.approx(1, abs=0.02)
     assert abs(np.corrcoef(found.noise.ravel(), found.encoder.ravel())[0, 1]) < 0.02
     assert abs(np.corrcoef(found.timesteps, found.dropped)[0, 1]) < 0.03
+
+
+def test_noise_is_drawn_in_float64_and_rounded() -> None:
+    found = normal(generator(5, "test"), 3, 40, 2)
+    assert (found.shape, found.dtype) == ((3, 40, 2), np.float32)
+    np.testing.assert_array_equal(found, np.float32(generator(5, "test").standard_normal((3, 40, 2))))
+    assert not np.isin(generator(5, "test").standard_normal((3, 40, 2), dtype=np.float32), found).any()
 
 
 @pytest.mark.parametrize(("share", "hidden"), [(0.0, 0), (1.0, 100)])
@@ -151,6 +158,7 @@ def test_settings_stand_in_for_what_a_folder_leaves_out(tmp_path: Path) -> None:
         ({"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'; allowed: 'epsilon'"),
         ({"prediction_type": "sample"}, "prediction_type is 'sample'"),
         ({"trained_betas": [0.1, 0.2]}, "lists its betas one by one, which is not supported"),
+        ({"rescale_betas_zero_snr": True}, "rescales its betas to zero signal, which is not supported"),
     ],
 )
 def test_other_schedules_are_refused(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
-from small_diffusion import LINEAR, alphas, dit, experiment, open_small
+from small_diffusion import LINEAR, alphas, dit, experiment, open_small, with_outputs
 
 from maskllm4v import prune
 from maskllm4v.calibration import Calibration, names_by_part
@@ -57,8 +57,8 @@ def clean(batch: NoisyBatch) -> Tensor:
 
 
 def assert_same_images(found: Tensor, wanted: Tensor, batch: NoisyBatch) -> None:
-    """Up to what the noise leaves of them."""
-    tolerance = 1e-4 / torch.from_numpy(alphas())[batch.timesteps].sqrt().view(-1, 1, 1, 1)
+    """Up to what the noise leaves of them, in float32."""
+    tolerance = 1e-4 * max(1.0, wanted.abs().max().item()) / torch.from_numpy(alphas())[batch.timesteps].sqrt().view(-1, 1, 1, 1)
     assert ((found - wanted).abs() <= tolerance).all()
 
 
@@ -123,7 +123,7 @@ def test_a_tenth_of_the_labels_is_hidden(task: Diffusion, folder: Path) -> None:
     assert 0.075 < hidden.double().mean() < 0.125
     timesteps = torch.cat([batch.timesteps for batch in batches]).double()
     assert timesteps.mean().item() == pytest.approx(499.5, abs=25)
-    never = open_small(folder, task={"label_dropout": 0.0})
+    never = open_small(folder, task={"label_dropout": 0.0}, evaluation={"guidance": 1.0})
     assert all(batch.labels.max() < 10 for batch in never.train_batches(seed=0, batch_size=400, steps=3))
 
 
@@ -221,7 +221,7 @@ def test_pruning_takes_the_layers_that_the_settings_name(adaln: bool, folder: Pa
 
 @pytest.mark.parametrize("out_channels", [1, 2])
 def test_loss_is_of_the_noise_and_distillation_of_everything(out_channels: int, folder: Path) -> None:
-    task = open_small(folder, model={"args": {**experiment().model.args, "out_channels": out_channels}})
+    task = open_small(folder, **with_outputs(out_channels))
     (batch,) = task.train_batches(seed=0, batch_size=30, steps=1)
     model, dense = (dit(seed, out_channels=out_channels) for seed in (0, 1))
     with torch.no_grad():
@@ -239,52 +239,3 @@ def test_loss_is_of_the_noise_and_distillation_of_everything(out_channels: int, 
         assert torch.equal(task.loss(other, batch), task.loss(outputs, batch))
         assert task.distillation_loss(other, teacher, 1.0) != task.distillation_loss(outputs, teacher, 1.0)
     assert task.sampler(task.settings.bank).learned_sigma is (out_channels == 2)
-
-
-# Samples in the place of data
-
-
-def test_generated_task_learns_from_what_the_model_makes(task: Diffusion) -> None:
-    dense = dit()
-    made = task.generated(dense, 5)
-    bank, settings = made.source, task.settings.bank
-    assert (settings.samples, settings.guidance) == (24, 1.0)
-    labels = torch.arange(24) % 10
-    assert torch.equal(bank.labels("train"), labels)
-    everything = bank.images("train", np.arange(24), None)
-    wanted = task.sampler(settings)(dense, labels, range(24), seed=5, purpose="bank")
-    torch.testing.assert_close(everything, wanted)
-    assert made.steps_per_epoch(8) == 3
-    (batch,) = made.train_batches(seed=0, batch_size=24, steps=1)
-    order = [int((everything - x).abs().amax((1, 2, 3)).argmin()) for x in clean(batch)[batch.timesteps < 500].float()]
-    assert len(set(order)) == len(order) > 5
-    assert_same_images(clean(batch)[batch.timesteps < 500], everything[order].double(),
-                       NoisyBatch(*(values[batch.timesteps < 500] for values in batch)))  # fmt: skip
-    assert task.source is task.data  # as it was
-
-
-def test_generated_calibration_is_of_the_samples(task: Diffusion) -> None:
-    made = task.generated(dit(), 5)
-    batches = list(parts(made)[1].batches)
-    whole = NoisyBatch(*(torch.cat(values) for values in zip(*batches, strict=True)))
-    assert len(whole.labels) == 24  # all that there are, though 30 images would calibrate
-    shown = whole.labels != 10
-    assert torch.equal(whole.labels[shown], (torch.arange(24) % 10)[shown])
-    assert_same_images(clean(whole), made.source.images("train", np.arange(24), None).double(), whole)
-    assert same(list(parts(made)[0].batches), list(parts(task)[0].batches))
-
-
-def test_samples_are_the_same_for_the_same_seed(task: Diffusion, folder: Path) -> None:
-    def made(seed: int, **sections: Any) -> Tensor:
-        bank = open_small(folder, **sections).generated(dit(), seed).source
-        return bank.images("train", np.arange(24), None)
-
-    assert torch.equal(made(0), made(0))
-    # Other batches sum in another order, and the first step divides by √ᾱ of pure noise, 0.006.
-    torch.testing.assert_close(made(0, task={"eval_batch_size": 5}), made(0), rtol=1e-3, atol=1e-3)
-    assert not torch.equal(made(0), made(1))
-
-
-def test_generated_task_is_evaluated_on_real_images(task: Diffusion) -> None:
-    model, dense = dit(), dit(1)
-    assert task.generated(dense, 5).evaluate(model, dense) == task.evaluate(model, dense)

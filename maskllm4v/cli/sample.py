@@ -7,6 +7,7 @@ a diffusers folder (transformer/, vae/, scheduler/), or one in the names of DiT'
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,14 +74,13 @@ def run(arguments: argparse.Namespace) -> None:
     if not isinstance(experiment.task, DiffusionSettings):
         raise ConfigError(f"{a.params} is an experiment of task {experiment.task.name!r}, which makes no images")
     settings, task = _sampling(a, experiment), Diffusion(experiment, data_folder(experiment.data.name))
-    grid = settings.grid
-    if wrong := [label for label in grid if label >= task.classes]:
-        raise ConfigError(f"no class {wrong[0]}; the model has {task.classes}: --classes")
+    grid = settings.pictured(task.classes)
     labels, sampler = torch.tensor(grid, device=task.device), task.sampler(settings)
     for name, model in _models(a, experiment, task):
-        samples = sampler(model, labels, range(len(grid)), seed=a.seed, purpose="picture", text=name)
+        with task.autocast():
+            samples = sampler(model, labels, range(len(grid)), seed=a.seed, purpose="picture", text=name)
         path = a.output / f"{name}.png"
-        write_picture(path, picture(task.space.decode(samples), settings.columns))
+        write_picture(path, picture(task.space.decode(samples.float()), settings.columns))
         say(str(path))
 
 
@@ -101,13 +101,13 @@ def _sampling(a: argparse.Namespace, experiment: Experiment) -> EvaluationSettin
 
 
 def _models(a: argparse.Namespace, experiment: Experiment, task: Diffusion) -> Iterator[tuple[str, nn.Module]]:
-    """One model after the other, with its name; only one is held at a time."""
+    """One model after the other, with its name."""
     from maskllm4v.checkpoints import load_dense, load_masks, load_state, tensors_digest
     from maskllm4v.evaluation import install
     from maskllm4v.surgery import fold_
 
     if a.checkpoint:
-        names: dict[str, Path | None] = {a.checkpoint.stem: None, **{path.stem: path for path in a.masks}}
+        names: dict[str, Path | None] = {a.checkpoint.stem: None, **{_name(path): path for path in a.masks}}
         if len(names) <= len(a.masks):
             raise ConfigError("two files of the same name: their pictures would be one")
     else:
@@ -130,6 +130,11 @@ def _models(a: argparse.Namespace, experiment: Experiment, task: Diffusion) -> I
         if masks is not None:
             fold_(install(model, load_masks(masks, base=base), str(masks)))
         yield name, model
+
+
+def _name(masks: Path) -> str:
+    """Of a picture: the file's, after its row's in the pipeline, whose files are all called alike."""
+    return f"{masks.absolute().parent.name}-{masks.stem}" if re.fullmatch(r"seed\d+", masks.stem) else masks.stem
 
 
 def _of_checkpoint(a: argparse.Namespace) -> Experiment:
@@ -163,7 +168,7 @@ def _architecture(path: Path) -> dict[str, Any]:
     from maskllm4v.tasks.diffusion.dit import read_config
 
     if path.is_dir():
-        return read_config(path)
+        return {**read_config(path), "norm_eps": 1e-6}  # as DiT's authors have it, and so all published weights
     state = read_classic(path)
     width = state["x_embedder.proj.weight"].shape[0]
     if width not in HEADS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,9 @@ from maskllm4v.config.sections import (
     TrainingSettings,
 )
 
+if TYPE_CHECKING:
+    from maskllm4v.config.experiment import Experiment
+
 GRID = [207, 360, 387, 974, 88, 979, 417, 279]  # the classes of the original's pictures
 
 
@@ -29,6 +32,12 @@ class SamplingSettings(Settings):
     guidance: Annotated[float, Field(ge=1)] = 4.0  # classifier-free (Ho & Salimans 2022); 1: none
     guided_channels: Count | None = None  # how many of the first channels; None: all. DiT's authors guide 3 of 4
     clip: bool = False  # predicted images to [-1, 1]; for pixels
+
+    @model_validator(mode="after")
+    def _from_noise_to_image(self) -> Self:
+        if self.sampler == "ddpm" and self.steps < 2:
+            raise ValueError("steps is 1, but DDPM goes from the last timestep to the first: 2 at least")
+        return self
 
 
 class BankSettings(SamplingSettings):
@@ -43,8 +52,12 @@ class EvaluationSettings(SamplingSettings):
     images: Number = 0  # of the reported split, for the squared errors; 0: all
     timesteps: Count = 10  # at how many, the middles of equal parts
     samples: Number = 0  # to judge; needs task.judge
-    grid: Annotated[list[Number], Field(min_length=1)] = GRID  # classes of the pictured samples
+    grid: Annotated[list[Number], Field(min_length=1)] | None = None  # classes of the pictured samples
     columns: Count = 4  # of the picture
+
+    def pictured(self, classes: int) -> list[int]:
+        """``grid``, or else the classes of the original's pictures; the first ones of models that have fewer."""
+        return self.grid or (GRID if classes > max(GRID) else list(range(min(len(GRID), classes))))
 
     @model_validator(mode="after")
     def _samples_spread(self) -> EvaluationSettings:
@@ -112,6 +125,34 @@ class DiTSettings(Settings):
     freq_shift: Literal[0, 1] = 0
     fused_attention: bool = True  # false: one attention kernel, chosen explicitly
 
+    @model_validator(mode="after")
+    def _sizes_are_numbers(self) -> Self:
+        for name in ("sample_size", "in_channels", "out_channels", "num_embeds_ada_norm"):
+            if not isinstance(found := self.args.get(name), int | None):
+                raise ValueError(f"args.{name} is {found!r}, which is no whole number")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the model's inputs, ``(C, H, W)``."""
+        size = self._argument("sample_size", 32)
+        return self._argument("in_channels", 4), size, size
+
+    @property
+    def classes(self) -> int:
+        """How many there are; the label of that number stands for none."""
+        return self._argument("num_embeds_ada_norm", 1000)
+
+    @property
+    def learned_sigma(self) -> bool:
+        """Whether the model gives out its variance, too: 2·C channels."""
+        return self._argument("out_channels", self.shape[0]) == 2 * self.shape[0]
+
+    def _argument(self, name: str, default: int) -> int:
+        """As given, or diffusers' default."""
+        found: int | None = self.args.get(name)
+        return default if found is None else found
+
     @property
     def dense_layers(self) -> list[str]:
         """Name patterns of the linear layers that stay dense: all that do not belong to a block's own work."""
@@ -122,3 +163,32 @@ class DiTSettings(Settings):
 def default_learning(task: Any) -> dict[str, NonNegative]:
     """What ``learning`` holds for a task unless it says otherwise."""
     return {"distillation": 1.0} if isinstance(task, dict) and task.get("name") == "diffusion" else {}
+
+
+def check_diffusion(experiment: Experiment, task: DiffusionSettings, model: DiTSettings) -> None:
+    """Raise ``ValueError`` where settings of a diffusion experiment do not go together."""
+    evaluation, trains = experiment.evaluation, "the variance's channels get no gradient from the noise's error"
+    if evaluation.samples and task.judge is None:
+        raise ValueError(f"evaluation.samples is {evaluation.samples}, which needs task.judge")
+    if evaluation.timesteps > task.train_timesteps:
+        raise ValueError(f"evaluation.timesteps is {evaluation.timesteps}, but there are {task.train_timesteps}")
+    if wrong := [label for label in evaluation.grid or () if label >= model.classes]:
+        raise ValueError(f"evaluation.grid: no class {wrong[0]}; the model has {model.classes}")
+    for section, sampling in (("evaluation", evaluation), ("task.bank", task.bank)):
+        if (sampling.guided_channels or 0) > model.shape[0]:
+            raise ValueError(f"{section}.guided_channels is {sampling.guided_channels}; there are {model.shape[0]}")
+        if experiment.dense.init == "scratch" and not task.label_dropout and sampling.guidance > 1:
+            raise ValueError(f"{section}.guidance is {sampling.guidance}, which needs task.label_dropout in training")
+    if experiment.dense.progressive is not None:
+        raise ValueError("dense.progressive is for task 'classification' only")
+    if model.learned_sigma and experiment.dense.init == "scratch":
+        raise ValueError(f"model.args.out_channels is twice in_channels, but {trains}; load such a model")
+    if model.learned_sigma and experiment.finetuned:
+        raise ValueError(f"finetuned.{min(experiment.finetuned)}: {trains}")
+    for row, learned in experiment.learned.items():
+        if model.learned_sigma and not learned.distillation:
+            raise ValueError(f"learned.{row}.distillation is 0, but {trains}; give distillation some weight")
+        if learned.inputs == "generated" and learned.batch_size > task.bank.samples:
+            raise ValueError(
+                f"learned.{row}.batch_size is {learned.batch_size}, but task.bank.samples is {task.bank.samples}"
+            )

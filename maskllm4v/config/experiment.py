@@ -6,7 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
-from maskllm4v.config.diffusion import DiffusionSettings, DiTSettings, EvaluationSettings, default_learning
+from maskllm4v.config.diffusion import (
+    DiffusionSettings,
+    DiTSettings,
+    EvaluationSettings,
+    check_diffusion,
+    default_learning,
+)
 from maskllm4v.config.sections import (
     DataSettings,
     DenseSettings,
@@ -116,21 +122,15 @@ class Experiment(Settings):
         if diffusion != isinstance(self.model, DiTSettings):
             allowed = "DiTTransformer2DModel" if diffusion else "a timm model"
             raise ValueError(f"model.name is {self.model.name!r}; allowed for task {self.task.name!r}: {allowed}")
-        if not diffusion:
-            default = EvaluationSettings()
-            if changed := [key for key, value in self.evaluation if value != getattr(default, key)]:
-                raise ValueError(f"evaluation.{changed[0]} is for task 'diffusion' only")
-            inputs = {row: made.inputs for rows in (self.priors, self.learned) for row, made in rows.items()}
-            generated = [row for row, kind in inputs.items() if kind != "data"]
-            if generated:
-                raise ValueError(f"{generated[0]}: inputs is 'generated', which task 'classification' cannot make")
-        elif self.evaluation.samples and self.task.judge is None:  # type: ignore[union-attr]
-            raise ValueError(f"evaluation.samples is {self.evaluation.samples}, which needs task.judge")
-        elif self.evaluation.timesteps > self.task.train_timesteps:  # type: ignore[union-attr]
-            most = self.task.train_timesteps  # type: ignore[union-attr]
-            raise ValueError(f"evaluation.timesteps is {self.evaluation.timesteps}, but there are {most}")
-        if diffusion and self.dense.progressive is not None:
-            raise ValueError("dense.progressive is for task 'classification' only")
+        if isinstance(self.task, DiffusionSettings) and isinstance(self.model, DiTSettings):
+            check_diffusion(self, self.task, self.model)
+            return
+        default = EvaluationSettings()
+        if changed := [key for key, value in self.evaluation if value != getattr(default, key)]:
+            raise ValueError(f"evaluation.{changed[0]} is for task 'diffusion' only")
+        inputs = {row: made.inputs for rows in (self.priors, self.learned) for row, made in rows.items()}
+        if generated := [row for row, kind in inputs.items() if kind != "data"]:
+            raise ValueError(f"{generated[0]}: inputs is 'generated', which task 'classification' cannot make")
 
     @property
     def judge(self) -> Experiment | None:

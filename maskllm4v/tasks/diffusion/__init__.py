@@ -18,7 +18,9 @@ from maskllm4v.config import DiffusionSettings, DiTSettings, Experiment, Samplin
 from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
 from maskllm4v.devices import pick_device
+from maskllm4v.distributed import rows_of_all
 from maskllm4v.errors import ConfigError
+from maskllm4v.files import file_digest, value_digest
 from maskllm4v.processes import rank, world_size
 from maskllm4v.randomness import generator
 from maskllm4v.share import WHOLE, Share
@@ -29,6 +31,7 @@ from maskllm4v.tasks.diffusion.measuring import Measuring
 from maskllm4v.tasks.diffusion.noising import Draws, NoisyBatch
 from maskllm4v.tasks.diffusion.sampling import Sampler
 
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MODULATION = ("transformer_blocks.*.norm1.linear",)  # see one row a sample
 
 
@@ -80,20 +83,23 @@ class Diffusion:
         """What is learned and calibrated from."""
         return self._bank or self.data
 
-    @property
-    def data_digest(self) -> str:
-        return self.data.manifest.digest
-
     @cached_property
+    def data_digest(self) -> str:
+        """Of the manifest; in a latent space of the autoencoder, too, without which the images say nothing."""
+        digest, vae = self.data.manifest.digest, self.settings.vae
+        if vae is None:
+            return digest
+        return value_digest([digest, *(file_digest(path) for path in sorted(Path(vae).iterdir()) if path.is_file())])
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Of the model's inputs, ``(C, H, W)``."""
-        size = int(self._argument("sample_size"))
-        return int(self._argument("in_channels")), size, size
+        return self.model.shape
 
     @property
     def classes(self) -> int:
         """How many there are; the label of that number stands for none."""
-        return int(self._argument("num_embeds_ada_norm"))
+        return self.model.classes
 
     @cached_property
     def schedule(self) -> dict[str, Any]:
@@ -106,8 +112,7 @@ class Diffusion:
         return noising.alphas_cumprod(self.schedule).to(self.device)
 
     def sampler(self, settings: SamplingSettings) -> Sampler:
-        learned_sigma = self._argument("out_channels") == 2 * self.shape[0]
-        return Sampler(settings, self.schedule, self.shape, self.classes, learned_sigma)
+        return Sampler(settings, self.schedule, self.shape, self.classes, self.model.learned_sigma)
 
     def build_model(self, seed: int, *, pretrained: bool = False) -> nn.Module:
         if pretrained:
@@ -124,16 +129,26 @@ class Diffusion:
         raise ConfigError("dense.progressive is not for diffusion, whose models have one size")
 
     def generated(self, dense: nn.Module, seed: int) -> Diffusion:
-        settings = self.settings.bank
-        labels = torch.arange(settings.samples) % self.classes
-        sampler, size, made = self.sampler(settings), self.settings.eval_batch_size, []
-        for first in range(0, settings.samples, size):
-            numbers = range(first, min(first + size, settings.samples))
-            chosen = labels[numbers.start : numbers.stop].to(self.device)
-            made.append(sampler(dense, chosen, numbers, seed=seed, purpose="bank", text="making samples").cpu())
         other = copy.copy(self)
-        other._bank = Bank(torch.cat(made), labels, self.data)
+        other._bank = Bank(*self.samples(dense, seed), self.data)
         return other
+
+    def samples(self, dense: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
+        """Samples ``[count, C, H, W]`` of a model to learn from, made by all processes, and labels, on the CPU."""
+        settings, size = self.settings.bank, self.settings.eval_batch_size
+        labels, sampler = torch.arange(settings.samples) % self.classes, self.sampler(settings)
+        own = range(rank(), settings.samples, world_size())
+        made = [torch.zeros(0, *self.shape, device=self.device)]
+        for numbers in (own[first : first + size] for first in range(0, len(own), size)):
+            chosen = labels[list(numbers)].to(self.device)
+            with self.autocast():
+                made.append(sampler(dense, chosen, numbers, seed=seed, purpose="bank", text="making samples"))
+        return rows_of_all(torch.cat(made), settings.samples).cpu(), labels
+
+    def autocast(self) -> torch.autocast:
+        """The precision of evaluation and sampling."""
+        amp = self.settings.eval_amp
+        return torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no")
 
     def steps_per_epoch(self, batch_size: int) -> int:
         return StepBatches(self.source, seed=0, batch_size=batch_size).steps_per_epoch
@@ -191,6 +206,9 @@ class Diffusion:
     def clean(self, images: Tensor, drawn: np.ndarray) -> Tensor:
         """x₀ of real images; ``drawn``: normal noise ``[B, C, H, W]`` for an autoencoder."""
         images, data = images.to(self.device, non_blocking=True), self.data
+        expected = (3 if self.settings.vae else self.shape[0], *(side * self.space.factor for side in self.shape[1:]))
+        if images.shape[1:] != expected:
+            raise ConfigError(f"the images are {_size(images.shape[1:])}, but the model is for {_size(expected)}")
         pixels = (images * data.std.to(images) + data.mean.to(images)) * 2 - 1
         return self.space.encode(pixels, noising.on(self.device, drawn))
 
@@ -213,8 +231,9 @@ class Diffusion:
         """Timesteps stratified over the whole set; what is drawn for a sample depends on its place in it alone."""
         manifest = self.data.manifest
         split, chosen = manifest.calibration_split, manifest.calibration[self.experiment.calibration_set(seed)]
-        if self._bank is not None:
-            split, chosen = "train", np.arange(min(len(chosen), len(self._bank.samples)))
+        if self._bank is not None:  # whose labels go through the classes in turn
+            drawn = generator(seed, "calibration", "samples").permutation(len(self._bank.samples))
+            split, chosen = "train", drawn[: len(chosen)]
         if len(chosen) < world_size():
             raise ConfigError(f"data.calibration is {len(chosen)}, fewer than the {world_size()} processes")
         strata = noising.stratified(generator(seed, "calibration timesteps"), len(chosen), len(self.alphas))
@@ -239,9 +258,6 @@ class Diffusion:
         pairs = (noising.on(self.device, np.ascontiguousarray(values[own])) for values in (timesteps, labels))
         yield from zip(*(values.split(batch_size) for values in pairs), strict=True)
 
-    def _argument(self, name: str) -> Any:
-        """An argument of the architecture: as given, or diffusers' default."""
-        defaults = {"sample_size": 32, "in_channels": 4, "num_embeds_ada_norm": 1000}
-        defaults["out_channels"] = self.model.args.get("in_channels", 4)
-        found = self.model.args.get(name)
-        return defaults[name] if found is None else found
+
+def _size(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))

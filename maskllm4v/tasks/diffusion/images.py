@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,11 +47,16 @@ class Latents(Space):
     def __init__(self, folder: Path, device: torch.device) -> None:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+        options = {"local_files_only": True, "low_cpu_mem_usage": False, "output_loading_info": True}
         try:
-            vae: Any = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, low_cpu_mem_usage=False)
-        except (OSError, ValueError) as error:
+            vae, loaded = AutoencoderKL.from_pretrained(str(folder), **options)
+        except (OSError, RuntimeError, ValueError) as error:
             said = " ".join(str(error).split())[:300]
             raise CheckpointError(f"task.vae: {folder} holds no diffusers autoencoder: {said}") from error
+        if missing := loaded["missing_keys"]:
+            raise CheckpointError(f"task.vae: {folder} lacks weights, e.g. {missing[0]}")
+        if vae.config.shift_factor is not None:
+            raise CheckpointError(f"task.vae: {folder} shifts its latents, which no DiT was trained with")
         self.vae = vae.to(device).eval().requires_grad_(False)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.channels = int(vae.config.latent_channels)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from maskllm4v.checkpoints import load_dense
 from maskllm4v.config import Experiment
 from maskllm4v.data.batches import plain_loader
+from maskllm4v.distributed import rows_of_all
 from maskllm4v.models import image_settings
 from maskllm4v.processes import rank, world_size
 from maskllm4v.randomness import torch_seed
@@ -55,30 +56,33 @@ class Judge:
         mean, std = data.mean.to(images), data.std.to(images)
         return ((images + 1) / 2 - mean) / std
 
+    def no_features(self) -> Tensor:
+        """``[0, F]``: where there are fewer images than processes."""
+        return torch.zeros(0, int(self.model.num_features), device=self.task.device)  # type: ignore[arg-type]
+
     def real(self, split: str, batch_size: int) -> Tensor:
-        """Features of this process's share of a split, ``[count, F]``."""
-        indices = np.arange(len(self.task.data.manifest.splits[split]))[rank() :: world_size()]
-        batches = plain_loader(self.task.data, split, indices, batch_size)
-        return torch.cat([self.features(images.to(self.task.device))[0] for images, _ in batches])
+        """Features of all images of a split, in their order, ``[count, F]``."""
+        count = len(self.task.data.manifest.splits[split])
+        batches = plain_loader(self.task.data, split, np.arange(count)[rank() :: world_size()], batch_size)
+        own = [self.features(images.to(self.task.device))[0] for images, _ in batches]
+        return rows_of_all(torch.cat([self.no_features(), *own]), count)
 
 
-def distances(real: Tensor, made: Tensor, samples: int) -> dict[str, float]:
-    """``fd`` and ``kd`` between features ``[count, F]``, over all processes.
+def distances(real: Tensor, made: Tensor) -> dict[str, float]:
+    """``fd`` and ``kd`` between the features ``[count, F]`` of all real images and of all samples.
 
-    Args:
-        real, made: of real images and of samples, this process's.
-        samples: how many there are on all processes, of the kind that there are fewer of.
+    The kernel distance is the mean over random subsets of half as many as there are of the fewer.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    plain = _Plain(real.shape[1]).to(real.device)
-    subset = max(2, samples // 2)
+    options: dict[str, Any] = {"feature": _Plain(real.shape[1]).to(real.device), "sync_on_compute": False}
+    subset = max(2, min(len(real), len(made)) // 2)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save")  # that is fine
-        torch.manual_seed(torch_seed(0, "judge"))  # the kernel distance draws its subsets
-        frechet = FrechetInceptionDistance(feature=plain).to(real.device)
-        kernel = KernelInceptionDistance(feature=plain, subsets=SUBSETS, subset_size=subset).to(real.device)
+        torch.manual_seed(torch_seed(0, "judge"))  # the subsets are drawn
+        frechet = FrechetInceptionDistance(**options).to(real.device)
+        kernel = KernelInceptionDistance(**options, subsets=SUBSETS, subset_size=subset).to(real.device)
         for metric in (frechet, kernel):
             metric.update(real, real=True)
             metric.update(made, real=False)

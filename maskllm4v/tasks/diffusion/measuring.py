@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.data.batches import plain_loader
-from maskllm4v.distributed import sum_
-from maskllm4v.errors import ConfigError
+from maskllm4v.distributed import rows_of_all, sum_
 from maskllm4v.layout import judge_file
 from maskllm4v.processes import rank, world_size
 from maskllm4v.progress import bar
@@ -24,7 +23,6 @@ from maskllm4v.tasks.diffusion.noising import NoisyBatch, normal, on
 if TYPE_CHECKING:
     from maskllm4v.tasks.diffusion import Diffusion
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SEED = 0  # of evaluation's noise: every row of every seed is measured on the same
 
 
@@ -33,8 +31,6 @@ class Measuring:
 
     def __init__(self, task: Diffusion) -> None:
         self.task, self.settings = task, task.experiment.evaluation
-        if wrong := [label for label in self.settings.grid if label >= task.classes]:
-            raise ConfigError(f"evaluation.grid: no class {wrong[0]}; the model has {task.classes}")
 
     @torch.no_grad()
     def metrics(self, model: nn.Module, dense: nn.Module | None, split: str) -> dict[str, float]:
@@ -42,7 +38,6 @@ class Measuring:
 
         ``accuracy`` and ``judge_accuracy`` are in percent; the second, of real images, goes with the dense model.
         """
-        model.eval()
         found = self.squared_errors(model, dense, split)
         return {**found, **self.judged(model, split, real=dense is None)} if self.settings.samples else found
 
@@ -58,6 +53,7 @@ class Measuring:
 
         The means are over images, values and timesteps, all weighing the same.
         """
+        model.eval()
         sums = torch.zeros(2, len(self.timesteps), dtype=torch.float64, device=self.task.device)
         counts = torch.zeros_like(sums)
         for numbers, images, labels in self._images(split):
@@ -66,7 +62,7 @@ class Measuring:
             for k, timestep in enumerate(self.timesteps):
                 noise = [normal(generator(SEED, "evaluation", i, timestep), *self.task.shape) for i in numbers]
                 batch = self._noised(clean, labels, timestep, on(self.task.device, np.stack(noise)))
-                with self._autocast():
+                with self.task.autocast():
                     outputs = self.task.forward(model, batch).double()
                     reference = None if dense is None else self.task.forward(dense, batch).double()
                 errors = [outputs[:, : batch.noise.shape[1]] - batch.noise]
@@ -92,19 +88,18 @@ class Measuring:
         judge = Judge(experiment, task.folder, judge_file(task.experiment.dense.row))
         sampler, size = task.sampler(self.settings), task.settings.eval_batch_size
         own = np.arange(count)[rank() :: world_size()]
-        made, hits = [], torch.zeros((), dtype=torch.float64, device=task.device)
+        made, hits = [judge.no_features()], torch.zeros((), dtype=torch.float64, device=task.device)
         for first in range(0, len(own), size):
             numbers = own[first : first + size]
             labels = on(task.device, numbers % task.classes)
-            with self._autocast():
+            with self.task.autocast():
                 samples = sampler(model, labels, numbers.tolist(), seed=SEED)
             features, logits = judge.features(judge.as_data(task.space.decode(samples.float())))
             hits += (logits.argmax(1) == labels).sum()
             made.append(features)
         sum_(hits)
         found = {"accuracy": 100 * float(hits) / count}
-        fewer = min(count, len(task.data.manifest.splits[split]))
-        found |= distances(judge.real(split, size), torch.cat(made), fewer)
+        found |= distances(judge.real(split, size), rows_of_all(torch.cat(made), count))
         if real:
             found["judge_accuracy"] = judge.task.evaluate(judge.model, split=split)["top1"]
         return found
@@ -112,8 +107,8 @@ class Measuring:
     @torch.no_grad()
     def pictures(self, model: nn.Module) -> dict[str, np.ndarray]:
         """``samples``: one of each class of the grid, from the same noise for every model."""
-        labels = torch.tensor(self.settings.grid, device=self.task.device)
-        with self._autocast():
+        labels = torch.tensor(self.settings.pictured(self.task.classes), device=self.task.device)
+        with self.task.autocast():
             samples = self.task.sampler(self.settings)(model, labels, range(len(labels)), seed=SEED, purpose="picture")
         return {"samples": picture(self.task.space.decode(samples.float()), self.settings.columns)}
 
@@ -132,7 +127,3 @@ class Measuring:
     def _noised(self, clean: Tensor, labels: Tensor, timestep: int, noise: Tensor) -> NoisyBatch:
         timesteps = torch.full_like(labels, timestep)
         return self.task.batch(clean, timesteps, labels, noise)
-
-    def _autocast(self) -> torch.autocast:
-        amp = self.task.settings.eval_amp
-        return torch.autocast(self.task.device.type, AMP.get(amp), enabled=amp != "no")
