@@ -115,6 +115,23 @@ def test_all_models_start_from_the_same_noise(here: Path, monkeypatch: pytest.Mo
     assert torch.equal(starts[0], starts[1])
 
 
+def test_precision_of_evaluation_is_that_of_samples(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    forward = DiTTransformer2DModel.forward
+
+    def watched(self: nn.Module, *inputs: torch.Tensor, **others: Any) -> Any:
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return forward(self, *inputs, **others)
+
+    monkeypatch.setattr(DiTTransformer2DModel, "forward", watched)
+    for amp, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        Path("params.yaml").write_text(yaml.safe_dump(params(task={"eval_amp": amp})))
+        well("sample", "dense", *FAST, "-o", amp)
+        assert seen == [dtype] * 4
+        seen.clear()
+    assert not np.array_equal(picture("dense", "no"), picture("dense", "bf16"))
+
+
 def test_seed_of_a_row(here: Path) -> None:
     """The dense model is all seeds'; the masks are not."""
     for seed in ("0", "1"):
@@ -172,6 +189,19 @@ def classic() -> dict[str, torch.Tensor]:
     """As wide as DiT-S, with one block, on pixels."""
     model = dit(num_attention_heads=6, attention_head_dim=64, num_layers=1, out_channels=2)
     return dict(to_classic(model.state_dict(), 8))
+
+
+@pytest.mark.parametrize("said", [1e-5, 0.5])
+def test_folders_of_any_norm_eps_are_of_the_papers(said: float, here: Path) -> None:
+    """All published folders say 1e-5, as diffusers does by default, and no model was trained with it."""
+    torch.manual_seed(1)
+    for name, eps in (("folder", said), ("paper", 1e-6)):
+        folder_of_diffusers(dit(norm_eps=eps), here / name)
+    assert json.loads((here / "folder/transformer/config.json").read_text())["norm_eps"] == said
+    built = []
+    for name in ("folder", "paper"):
+        well("sample", *FAST, "--checkpoint", name, "--classes", "1", "2")
+    assert np.array_equal(picture("folder"), picture("paper"))
 
 
 def test_classic_checkpoint(here: Path, classic: dict[str, torch.Tensor]) -> None:
