@@ -14,7 +14,7 @@ from small_diffusion import raw as small
 from small_params import SECTIONS, TRAINING, at, fault
 from small_params import params as classification
 
-from maskllm4v.config import DiffusionSettings, load_experiment, parse_experiment
+from maskllm4v.config import DataSettings, DiffusionSettings, load_experiment, parse_experiment
 from maskllm4v.files import read_json, value_digest
 from maskllm4v.layout import record_file
 from maskllm4v.reporting.aggregate import current_records
@@ -245,3 +245,11 @@ def test_no_judge_where_none_is_wanted() -> None:
 def test_every_experiment_names_its_task(path: Path) -> None:
     """Stages depend on the code of the task that is named; a default would not be seen."""
     assert yaml.safe_load(path.read_text())["task"]["name"] == load_experiment(path).task.name
+
+
+def test_experiments_on_one_manifest_agree_on_it() -> None:
+    """They would make ``artifacts/data/<name>/`` of each other anew, and with it all that depends on it."""
+    found: dict[str, DataSettings] = {}
+    for path in sorted((ROOT / "experiments").glob("*.yaml")):
+        data = load_experiment(path).data
+        assert found.setdefault(data.name, data) == data, path.name

@@ -133,14 +133,16 @@ def test_images_of_another_size_or_channels(place: Path) -> None:
             task.clean(torch.zeros(2, *shape), noise)
 
 
-def test_pixels_of_another_size_or_channels(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("args", "said"), [({"sample_size": 16}, "1×16×16"), ({"in_channels": 3}, "3×8×8")])
+def test_pixels_of_another_size_or_channels(args: dict[str, int], said: str, tmp_path: Path) -> None:
     """The digits have one size, whatever the model's."""
     prepare(experiment().data, tmp_path)
-    for args, said in (({"sample_size": 16}, "1×16×16"), ({"in_channels": 3}, "3×8×8")):
-        task = open_small(tmp_path, model={"args": {**ARGS, **args}})
-        for run in (lambda: next(task.train_batches(seed=0, batch_size=4, steps=1)), lambda: task.evaluate(dit())):
-            with pytest.raises(ConfigError, match=f"^the images are 1×8×8, but the model is for {said}$"):
-                run()
+    task = open_small(tmp_path, model={"args": {**ARGS, **args}})
+    expected = f"^the images are 1×8×8, but the model is for {said}$"
+    with pytest.raises(ConfigError, match=expected):
+        next(task.train_batches(seed=0, batch_size=4, steps=1))
+    with pytest.raises(ConfigError, match=expected):
+        task.evaluate(dit())
 
 
 # What the data are

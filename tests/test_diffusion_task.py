@@ -58,7 +58,11 @@ def clean(batch: NoisyBatch) -> Tensor:
 
 def assert_same_images(found: Tensor, wanted: Tensor, batch: NoisyBatch) -> None:
     """Up to what the noise leaves of them, in float32."""
-    tolerance = 1e-4 * max(1.0, wanted.abs().max().item()) / torch.from_numpy(alphas())[batch.timesteps].sqrt().view(-1, 1, 1, 1)
+    tolerance = (
+        1e-4
+        * max(1.0, wanted.abs().max().item())
+        / torch.from_numpy(alphas())[batch.timesteps].sqrt().view(-1, 1, 1, 1)
+    )
     assert ((found - wanted).abs() <= tolerance).all()
 
 

@@ -64,7 +64,7 @@ def params() -> Params:
             "small-nodata": {"prior": "small-magnitude", "inputs": "generated"},
             "small-data": {"prior": "small-magnitude"},
         },
-        evaluation={"samples": 20},
+        evaluation={"samples": 20, "clip": True},  # or all pixels would be black or white
         rows={f"small-{row}": row for row in ROWS},
     )
 

@@ -56,7 +56,6 @@ def test_more_decimals_than_a_table_shows(task: TaskMetrics) -> None:
 
 def test_metrics_by_timestep_are_told_from_others() -> None:
     named = {"eps_mse/t0050": 1.0, "dense_mse/t0000": 2.0, "eps_mse/t0999": 3.0}
-    assert list(named) == ["eps_mse/t0050", "dense_mse/t0000", "eps_mse/t0999"]
     others = {"eps_mse": 4.0, "eps_mse/seed0": 5.0, "eps_mse/t50": 6.0, "eps_mse/t00500": 7.0}
     assert list(by_timestep({**others, **named})) == [
         ("eps_mse", 50, 1.0),

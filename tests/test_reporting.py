@@ -240,9 +240,19 @@ def test_caption_of_diffusion_says_what_its_metrics_are(tmp_path: Path) -> None:
     make_diffusion_records(DIFFUSION, tmp_path)
     text = table_texts(DIFFUSION, tmp_path)["table.md"]
     assert "Δ is the paired difference of ε-MSE to the dense model of the same seed; ε-MSE: " in text
-    assert "a classifier trained here, not FID" in text
+    assert "FD: Fréchet distance in that classifier's features, not FID" in text
     assert "top-1" not in text
     assert "diffusers " in text
+
+
+def test_caption_says_what_the_judge_gets_right_of_real_images(tmp_path: Path) -> None:
+    """The first seed's: all seeds have one judge."""
+    judged = current_records(DIFFUSION, make_diffusion_records(DIFFUSION, tmp_path / "judged"))
+    assert "; it gets 96.4 % of the real images right." in caption(DIFFUSION, METRICS["diffusion"], judged)
+    del judged["tiny-dense"]
+    alone = current_records(DIFFUSION, make_diffusion_records(DIFFUSION, tmp_path / "alone", judged=False))
+    for records in (judged, alone):
+        assert "real images" not in caption(DIFFUSION, METRICS["diffusion"], records)
 
 
 @pytest.mark.parametrize("judged", [True, False])

@@ -200,6 +200,7 @@ def test_runs_of_diffusion(root: Path) -> None:
     judged = record_file("tiny", "tiny-dense", root / "reports")
     record = read_json(judged)
     record["metrics"]["0"]["judge_accuracy"] = 97.5  # no column of the table, and of one seed alone
+    del record["metrics"]["1"]["judge_accuracy"]
     write_json(judged, record)
     publish(root, tiny)
     found = by_row(root, "tiny")
