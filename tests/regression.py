@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from maskllm4v.calibration import Calibration
 from maskllm4v.config import LearningSettings
+from maskllm4v.original import dense_state
 from maskllm4v.share import WHOLE, Share
 from maskllm4v.surgery import learnable_layers, make_learnable
 from maskllm4v.training import CURVE_COLUMNS, Learned, learn_masks
@@ -55,6 +57,9 @@ class Regression:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).to(self.dtype).eval()
+
+    def read_weights(self, path: Path) -> Mapping[str, Tensor]:
+        return dense_state(path)
 
     def train_batches(
         self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: Share = WHOLE
@@ -99,6 +104,9 @@ class Regression:
         model.eval()
         self.asked.append((split, logits(model)))
         return {"top1": next(self.scores)}
+
+    def score(self, model: nn.Module, split: str) -> float:
+        return self.evaluate(model, split=split)["top1"]
 
     def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
         return {}

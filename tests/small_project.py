@@ -61,7 +61,7 @@ def tiny_params() -> Params:
         "title": "Tiny",
         "seeds": [0],
         "data": {"name": "digits", "source": "digits", "calibration": 45, "holdout": 51},
-        "task": {"shift": 1, "label_smoothing": 0.1},
+        "task": {"name": "classification", "shift": 1, "label_smoothing": 0.1},
         "model": {
             "name": "VisionTransformer",
             "args": {
