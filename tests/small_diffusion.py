@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from maskllm4v.calibration import Calibration
 from maskllm4v.config import DiTSettings, Experiment, parse_experiment
 from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.dit import build_dit
+from maskllm4v.tasks.diffusion.noising import NoisyBatch
 
 ARGS = {
     "num_attention_heads": 2,
@@ -126,3 +129,36 @@ class Oracle(nn.Module):
         self.asked.append((timestep, class_labels))
         alpha = self.alphas[timestep].view(-1, 1, 1, 1)
         return ((inputs.double() - alpha.sqrt() * self.clean[class_labels]).div((1 - alpha).sqrt()).float(),)
+
+
+def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
+    )
+
+
+def pixels(task: Diffusion, split: str, indices: np.ndarray) -> Tensor:
+    """Images in [-1, 1], in float64."""
+    images = task.data.images(split, indices, None).double()
+    return (images * task.data.std.double() + task.data.mean.double()) * 2 - 1
+
+
+def clean(batch: NoisyBatch) -> Tensor:
+    """x₀ of a batch, in float64."""
+    alpha = torch.from_numpy(alphas())[batch.timesteps].view(-1, 1, 1, 1)
+    return (batch.inputs.double() - (1 - alpha).sqrt() * batch.noise.double()) / alpha.sqrt()
+
+
+def assert_same_images(found: Tensor, wanted: Tensor, batch: NoisyBatch) -> None:
+    """Up to what the noise leaves of them, in float32."""
+    tolerance = (
+        1e-4
+        * max(1.0, wanted.abs().max().item())
+        / torch.from_numpy(alphas())[batch.timesteps].sqrt().view(-1, 1, 1, 1)
+    )
+    assert ((found - wanted).abs() <= tolerance).all()
+
+
+def parts(task: Diffusion, batch_size: int = 20, seed: int = 0) -> tuple[Calibration, Calibration]:
+    first, second = task.calibration(batch_size, seed)
+    return first, second

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import AWKWARD, BetweenBlocks, Block, Plain, both_ways, check, check_stream, images, whole_model_inputs
+from awkward_models import AWKWARD, BetweenBlocks, Block, Plain
+from streaming import both_ways, check, check_stream, images, whole_model_inputs
 from torch import Tensor, nn
 
 from maskllm4v.calibration import default_forward, stream_statistics

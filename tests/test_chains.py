@@ -9,19 +9,8 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from streaming import (
-    AWKWARD,
-    Backwards,
-    Block,
-    Plain,
-    TwiceThrough,
-    both_ways,
-    check,
-    check_stream,
-    images,
-    shrink,
-    whole_model_inputs,
-)
+from awkward_models import AWKWARD, Backwards, Block, Plain, TwiceThrough
+from streaming import both_ways, check, check_stream, images, shrink, whole_model_inputs
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 

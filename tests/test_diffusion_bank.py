@@ -12,8 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
-from small_diffusion import dit, experiment, open_small
-from test_diffusion_task import assert_same_images, clean, parts, same
+from small_diffusion import assert_same_images, clean, dit, experiment, open_small, parts, same
 
 from maskllm4v.data import prepare
 from maskllm4v.tasks.diffusion import Diffusion

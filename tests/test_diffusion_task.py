@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("diffusers")
 
-from small_diffusion import LINEAR, alphas, dit, experiment, open_small, with_outputs
+from small_diffusion import (
+    LINEAR,
+    alphas,
+    assert_same_images,
+    clean,
+    dit,
+    experiment,
+    open_small,
+    parts,
+    pixels,
+    same,
+    with_outputs,
+)
 
 from maskllm4v import prune
-from maskllm4v.calibration import Calibration, names_by_part
+from maskllm4v.calibration import names_by_part
 from maskllm4v.data import prepare
 from maskllm4v.errors import ConfigError
 from maskllm4v.share import Share
@@ -36,34 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def task(folder: Path) -> Diffusion:
     return open_small(folder)
-
-
-def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
-    )
-
-
-def pixels(task: Diffusion, split: str, indices: np.ndarray) -> Tensor:
-    """Images in [-1, 1], in float64."""
-    images = task.data.images(split, indices, None).double()
-    return (images * task.data.std.double() + task.data.mean.double()) * 2 - 1
-
-
-def clean(batch: NoisyBatch) -> Tensor:
-    """x₀ of a batch, in float64."""
-    alpha = torch.from_numpy(alphas())[batch.timesteps].view(-1, 1, 1, 1)
-    return (batch.inputs.double() - (1 - alpha).sqrt() * batch.noise.double()) / alpha.sqrt()
-
-
-def assert_same_images(found: Tensor, wanted: Tensor, batch: NoisyBatch) -> None:
-    """Up to what the noise leaves of them, in float32."""
-    tolerance = (
-        1e-4
-        * max(1.0, wanted.abs().max().item())
-        / torch.from_numpy(alphas())[batch.timesteps].sqrt().view(-1, 1, 1, 1)
-    )
-    assert ((found - wanted).abs() <= tolerance).all()
 
 
 # The task itself
@@ -158,11 +139,6 @@ def test_shares_of_a_batch_make_the_whole(processes: int, micro_batches: int, ta
 
 
 # Calibration
-
-
-def parts(task: Diffusion, batch_size: int = 20, seed: int = 0) -> tuple[Calibration, Calibration]:
-    first, second = task.calibration(batch_size, seed)
-    return first, second
 
 
 def test_modulation_is_calibrated_on_conditions_of_its_own(task: Diffusion) -> None:
