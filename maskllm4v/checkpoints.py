@@ -1,29 +1,16 @@
-"""Our files: dense weights and packed masks, as safetensors. No pickle is read or written.
-
-Each file carries one metadata key, ``maskllm4v``: a JSON object that says what the file is, what it
-belongs to, and the digest of its tensors. (Several keys would be written in random order.)
-"""
+"""Our files: dense weights and packed masks, as sealed safetensors (:mod:`maskllm4v.sealed`)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from maskllm4v.errors import CheckpointError
-from maskllm4v.files import replacing, value_digest
 from maskllm4v.patterns import NMPattern
-
-METADATA_KEY = "maskllm4v"
-FORMAT = 2
+from maskllm4v.sealed import METADATA_KEY, load_sealed, open_tensors, save_sealed
 
 
 @dataclass(frozen=True)
@@ -50,19 +37,9 @@ class MaskCheckpoint:
     digest: str = ""
 
 
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values, in hex; independent of order and device."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def save_dense(path: Path, model: nn.Module, name: str) -> str:
     """Write a model's state dict; returns the digest of its tensors."""
-    return _save(path, model.state_dict(), {"kind": "dense", "model": name})
+    return save_sealed(path, model.state_dict(), {"kind": "dense", "model": name})
 
 
 def load_dense(path: Path, model: nn.Module, name: str) -> str:
@@ -71,7 +48,7 @@ def load_dense(path: Path, model: nn.Module, name: str) -> str:
     Raises:
         CheckpointError: missing, damaged, or of another model.
     """
-    tensors, about = _load(path, "dense")
+    tensors, about = load_sealed(path, "dense")
     if about["model"] != name:
         raise CheckpointError(f"{path} holds a {about['model']!r}, not a {name!r}")
     load_state(model, tensors, str(path))
@@ -89,8 +66,8 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> 
 
 def load_plain_state(path: Path) -> dict[str, Tensor]:
     """The tensors of any safetensors file; one of ours is verified, and has to hold dense weights."""
-    tensors, metadata = _open(path)
-    return _load(path, "dense")[0] if METADATA_KEY in metadata else tensors
+    tensors, metadata = open_tensors(path)
+    return load_sealed(path, "dense")[0] if METADATA_KEY in metadata else tensors
 
 
 def save_masks(path: Path, checkpoint: MaskCheckpoint) -> str:
@@ -105,7 +82,7 @@ def save_masks(path: Path, checkpoint: MaskCheckpoint) -> str:
     shapes = {name: list(mask.shape) for name, mask in c.masks.items()}
     pattern = None if c.pattern is None else str(c.pattern)
     about = {"kind": "masks", "pattern": pattern, "method": c.method, "base": c.base, "shapes": shapes}
-    return _save(path, tensors, about)
+    return save_sealed(path, tensors, about)
 
 
 def load_masks(path: Path, *, pattern: NMPattern | str | None = None, base: str | None = None) -> MaskCheckpoint:
@@ -119,7 +96,7 @@ def load_masks(path: Path, *, pattern: NMPattern | str | None = None, base: str 
     Raises:
         CheckpointError: missing, damaged, of another pattern or of another dense model.
     """
-    tensors, about = _load(path, "masks")
+    tensors, about = load_sealed(path, "masks")
     found = None if about["pattern"] is None else NMPattern(about["pattern"])
     if pattern is not None and found != NMPattern(pattern):
         raise CheckpointError(f"{path} holds {found} masks, not {pattern} ones")
@@ -138,48 +115,3 @@ def load_masks(path: Path, *, pattern: NMPattern | str | None = None, base: str 
     if masks.keys() != shapes.keys():
         raise CheckpointError(f"{path}: the masks of {sorted(shapes.keys() - masks.keys())} are missing")
     return MaskCheckpoint(found, masks, about["base"], about["method"], weights, unpack("prior"), about["digest"])
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> str:
-    plain: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        shared = any(own.data_ptr() == other.data_ptr() for other in plain.values())
-        plain[name] = own.clone() if shared else own  # tied weights are written twice
-    digest = tensors_digest(plain)
-    about = {**about, "format": FORMAT, "digest": digest}
-    text = json.dumps({**about, "seal": value_digest(about)}, sort_keys=True)
-    with replacing(path) as temporary:
-        try:
-            save_file(plain, temporary, metadata={METADATA_KEY: text})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-    return digest
-
-
-def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
-
-
-def _load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, metadata = _open(path)
-    try:
-        about = json.loads(metadata[METADATA_KEY])
-        seal = about.pop("seal")
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} was not written by maskllm4v") from error
-    if value_digest(about) != seal:
-        raise CheckpointError(f"{path} is damaged: its header does not have the digest it was written with")
-    if about.get("kind") != kind or about.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} holds {about.get('kind')} in format {about.get('format')}, not {kind} in {FORMAT}"
-        )
-    if tensors_digest(tensors) != about["digest"]:
-        raise CheckpointError(f"{path} is damaged: its tensors do not have the digest it was written with")
-    return tensors, about

@@ -29,7 +29,8 @@ def _new_like(cls: type[nn.Linear], linear: nn.Linear, **kwargs: Any) -> Any:
 
 def _folded(layer: nn.Linear, mask: Tensor) -> nn.Linear:
     linear: nn.Linear = _new_like(nn.Linear, layer)
-    linear.weight = nn.Parameter(layer.weight.detach() * mask, requires_grad=layer.weight.requires_grad)
+    weight = layer.weight.detach().masked_fill(~mask, 0)  # a product would leave −0 where the weight is negative
+    linear.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     return linear
 
 

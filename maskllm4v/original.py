@@ -9,7 +9,6 @@ the last evaluation, and timm averages them, too, which leaves no masks.
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import re
 import warnings
@@ -20,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from maskllm4v.checkpoints import METADATA_KEY, MaskCheckpoint, load_masks, load_plain_state
+from maskllm4v.checkpoints import MaskCheckpoint, load_masks, load_plain_state
 from maskllm4v.errors import CheckpointError, PatternError
+from maskllm4v.packed import load_packed_file
 from maskllm4v.patterns import NMPattern
+from maskllm4v.sealed import is_safetensors, kind_of
 
 AVERAGED, PLAIN = ("state_dict_ema", "model_ema", "ema"), ("state_dict", "model")  # where a file keeps its state dicts
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, timm's EMA, torch.compile
@@ -34,7 +34,7 @@ DEFAULT = NMPattern(2, 4)
 
 @dataclass(frozen=True)
 class State:
-    """A file of weights that is none of ours, or a dense one of ours.
+    """A file of weights that is none of ours, or a dense or packed one of ours.
 
     Attributes:
         path: the file.
@@ -91,13 +91,16 @@ def load_any(path: Path, *, ema: bool | None = None, pattern: NMPattern | str | 
         CheckpointError: missing, damaged, with code in it, or with masks that do not fit or violate N:M.
     """
     wanted = None if pattern is None else NMPattern(pattern)
-    if not _is_safetensors(path):
+    if not is_safetensors(path):
         state, averaged = read_torch(path, ema)
         return _separate(path, state, wanted, averaged)
     if ema:
         raise CheckpointError(f"{path} holds no averaged weights (EMA)")
-    if _kind(path) == "masks":
+    kind = kind_of(path)
+    if kind == "masks":
         return load_masks(path, pattern=wanted)
+    if kind == "packed":
+        return _packed(path, wanted)
     return _separate(path, load_plain_state(path), wanted)
 
 
@@ -124,24 +127,11 @@ def unpruned(found: State) -> Mapping[str, Tensor]:
     return found.weights
 
 
-def _is_safetensors(path: Path) -> bool:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(9)[8:] == b"{"  # after the header's length
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _kind(path: Path) -> str | None:
-    """What a file of ours says that it holds; None for those of others. Whoever loads it verifies it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    return about.get("kind") if isinstance(about, dict) else None
+def _packed(path: Path, wanted: NMPattern | None) -> State:
+    found = load_packed_file(path)
+    if wanted not in (None, found.pattern):
+        raise CheckpointError(f"{path} holds {found.pattern} masks, not {wanted} ones")
+    return State(path, found.tensors, found.masks, found.pattern, learned=found.about["method"] == "maskllm")
 
 
 def read_torch(path: Path, ema: bool | None = None) -> tuple[dict[str, Tensor], bool]:

@@ -20,10 +20,10 @@ from maskllm4v.checkpoints import (
     load_state,
     save_dense,
     save_masks,
-    tensors_digest,
 )
 from maskllm4v.errors import CheckpointError
 from maskllm4v.patterns import NMPattern
+from maskllm4v.sealed import tensors_digest
 
 # Round trips
 

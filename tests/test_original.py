@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints import MaskCheckpoint, save_dense, save_masks, tensors_digest
+from maskllm4v.checkpoints import MaskCheckpoint, save_dense, save_masks
 from maskllm4v.errors import CheckpointError
 from maskllm4v.evaluation import install
 from maskllm4v.original import State, dense_state, load_any
 from maskllm4v.patterns import NMPattern
+from maskllm4v.sealed import tensors_digest
 from maskllm4v.surgery import prunable_linears
 
 PAIRS = list(itertools.combinations(range(4), 2))  # the original's candidates of 2:4, in its order

@@ -1,0 +1,115 @@
+"""Sealed safetensors: tensors, and one metadata key that says what they are and vouches for them.
+
+The key ``maskllm4v`` holds a JSON object with the ``kind`` of the file, what it belongs to, the digest of its tensors,
+and a seal over all that. (Several keys would be written in random order.) No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from maskllm4v.errors import CheckpointError
+from maskllm4v.files import replacing, value_digest
+
+METADATA_KEY = "maskllm4v"
+FORMAT = 2
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values, in hex; independent of order and device."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_sealed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    """Write tensors and what is said about them, which has to name a ``kind``; returns the tensors' digest."""
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        shared = any(own.data_ptr() == other.data_ptr() for other in plain.values())
+        plain[name] = own.clone() if shared else own  # tied weights are written twice
+    digest = tensors_digest(plain)
+    about = {**about, "format": FORMAT, "digest": digest}
+    text = json.dumps({**about, "seal": value_digest(about)}, sort_keys=True)
+    with replacing(path) as temporary:
+        try:
+            save_file(plain, temporary, metadata={METADATA_KEY: text})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+    return digest
+
+
+def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of any safetensors file, ours or not.
+
+    Raises:
+        CheckpointError: missing, damaged, or another format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def load_sealed(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a file of :func:`save_sealed`, and what it says about them, ``digest`` among it.
+
+    Raises:
+        CheckpointError: missing, damaged, tampered with, not ours, or of another kind.
+    """
+    tensors, metadata = open_tensors(path)
+    try:
+        about = json.loads(metadata[METADATA_KEY])
+        seal = about.pop("seal")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} was not written by maskllm4v") from error
+    if value_digest(about) != seal:
+        raise CheckpointError(f"{path} is damaged: its header does not have the digest it was written with")
+    if about.get("kind") != kind or about.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} holds {about.get('kind')} in format {about.get('format')}, not {kind} in {FORMAT}"
+        )
+    if tensors_digest(tensors) != about["digest"]:
+        raise CheckpointError(f"{path} is damaged: its tensors do not have the digest it was written with")
+    return tensors, about
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file's content, not its name, says so.
+
+    Raises:
+        CheckpointError: it is missing, or cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return stream.read(9)[8:] == b"{"  # after the header's length
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file of ours says that it holds; None for those of others. Whoever loads it verifies it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return about.get("kind") if isinstance(about, dict) else None
