@@ -22,6 +22,7 @@ _HOMES = {
     "register_pruner": "pruners",
     "learn_masks": "training",
     "LearningSettings": "config",
+    "load_packed": "packed",
     "UserError": "errors",
 }
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from maskllm4v.errors import UserError as UserError
     from maskllm4v.layers import LearnableMaskedLinear as LearnableMaskedLinear
     from maskllm4v.layers import MaskedLinear as MaskedLinear
+    from maskllm4v.packed import load_packed as load_packed
     from maskllm4v.patterns import NMPattern as NMPattern
     from maskllm4v.pruners import prune as prune
     from maskllm4v.pruners import register_pruner as register_pruner

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from maskllm4v.cli import options, prune, sample, shrink, train, validate
-from maskllm4v.config import PARAMS, load_experiment
+from maskllm4v.cli import export, options, prune, sample, shrink, train, validate, verify
+from maskllm4v.config import PARAMS, Experiment, load_experiment
 from maskllm4v.errors import ConfigError, UserError
 from maskllm4v.files import write_text
 
@@ -39,9 +40,23 @@ def use(arguments: argparse.Namespace) -> None:
     if not source.exists():
         names = ", ".join(sorted(path.stem for path in Path("experiments").glob("*.yaml")))
         raise ConfigError(f"no experiment {arguments.experiment!r}; allowed: {names}")
-    load_experiment(source)
+    experiment = load_experiment(source)
+    if missing := _read_by_dvc(experiment):
+        raise ConfigError(f"{source}: dvc.yaml reads these, too, so they have to stand there: {'; '.join(missing)}")
     write_text(PARAMS, source.read_text(encoding="utf-8"))
     print(f"params.yaml is now {source}; run `dvc repro`")
+
+
+def _read_by_dvc(experiment: Experiment) -> list[str]:
+    """What an experiment leaves out to take its default, as lines to add: DVC knows no defaults."""
+    found = []
+    for key, field in Experiment.model_fields.items():
+        if key not in experiment.model_fields_set and key != "runtime":
+            plain = isinstance(field.default, str | int)
+            found.append(f"{key}: {json.dumps(field.default) if plain else '{}'}")
+    if "name" not in experiment.task.model_fields_set:
+        found.append(f"name: {experiment.task.name} in task")
+    return found
 
 
 def main() -> None:
@@ -54,20 +69,24 @@ def main() -> None:
             sub.add_argument("--check", action="store_true", help="only say whether README and records agree")
         if command is use:
             sub.add_argument("experiment", help="name of a file in experiments/, without .yaml")
-    for step in (prune, train, validate, sample, shrink):
+    for step in (prune, train, validate, sample, shrink, export, verify):
         name, text = step.__name__.rpartition(".")[2], step.__doc__ or ""
         sub = commands.add_parser(name, help=text.partition("\n")[0], description=text, allow_abbrev=False)
         step.add_arguments(sub)
         sub.set_defaults(command=step.run)
+    parser.set_defaults(error_status=1)  # unless the command has another
     arguments, unknown = parser.parse_known_args()
     if unknown:
         commands.choices[arguments.name].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        arguments.command(arguments)
+        status = arguments.command(arguments)
     except UserError as error:
-        sys.exit(f"{arguments.name}: {error}")
+        print(f"{arguments.name}: {error}", file=sys.stderr)
+        sys.exit(arguments.error_status)
     except KeyboardInterrupt:
         sys.exit(130)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 class UserError(ValueError):
     """A mistake that the person at the keyboard can mend: bad settings, wrong files, unfit layers.
 
-    The command line and the stages print its message, without a traceback, and exit with status 1.
+    The command line and the stages print its message, without a traceback, and exit with status 1
+    (``verify``: 2, for its 1 says that a file was read and found wrong).
     Messages name the key or file, what was found there, and what is allowed.
     """
 

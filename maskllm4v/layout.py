@@ -61,5 +61,15 @@ def picture_file(table: str, row: str, name: str, reports: Path = REPORTS) -> Pa
     return evaluation_folder(table, row, reports) / f"{name}.png"
 
 
+def export_folder(row: str) -> Path:
+    """A row's folded model, as others take it."""
+    return ARTIFACTS / "exports" / row
+
+
+def export_file(table: str, row: str, reports: Path = REPORTS) -> Path:
+    """What is committed of a row's exported files: names, sizes, digests."""
+    return run_folder(table, row, reports) / "export.json"
+
+
 def curve_file(table: str, row: str, seed: int, reports: Path = REPORTS) -> Path:
     return run_folder(table, row, reports) / "curves" / f"seed{seed}.csv"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
-from maskllm4v.layout import ARTIFACTS, evaluation_folder, run_folder
+from maskllm4v.layout import ARTIFACTS, evaluation_folder, export_folder, run_folder
 from maskllm4v.metrics import METRICS, by_timestep
 from maskllm4v.pictures import read_picture
 from maskllm4v.progress import bar
@@ -200,20 +200,21 @@ def _tags(root: Path, experiment: Experiment, record: Mapping[str, Any]) -> dict
 
 
 def _artifact_files(root: Path, experiment: Experiment, row: str) -> Iterator[tuple[Path, str | None]]:
-    """Files of a run and the folder each goes to; masks only where they lie on this machine."""
+    """Files of a run and the folder each goes to; masks and exported models only where they lie on this machine."""
     reports = root / "reports" / experiment.table
     folder = run_folder(experiment.table, row, root / "reports")
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             parent = path.relative_to(folder).parent.as_posix()
             yield path, None if parent == "." else parent
-    for path in [reports / "table.md", *sorted((reports / "figures").glob("*.png"))]:
+    for path in [reports / "table.md", reports / "exports.md", *sorted((reports / "figures").glob("*.png"))]:
         if path.is_file():
             yield path, "report"
-    if row != experiment.dense.row:
-        for path in sorted((root / ARTIFACTS / row).glob("*.safetensors")):
+    masks = [] if row == experiment.dense.row else sorted((root / ARTIFACTS / row).glob("*.safetensors"))
+    for folder_name, paths in (("masks", masks), ("export", sorted((root / export_folder(row)).glob("*")))):
+        for path in paths:
             if path.stat().st_size <= LARGEST_ARTIFACT:
-                yield path, "masks"
+                yield path, folder_name
 
 
 def _git_commit(root: Path) -> str:

@@ -23,7 +23,7 @@ FINETUNING = [*TRAINING, "start", "ema"]
 SECTIONS = {
     "": [
         *("table", "title", "exact", "seeds", "pattern", "data", "task", "model", "dense", "priors", "learning"),
-        *("learned", "finetuned", "rows", "evaluation", "runtime"),
+        *("learned", "finetuned", "rows", "evaluation", "exports", "runtime"),
     ],
     "data": [
         *("name", "source", "root", "dataset", "train", "test", "classes", "hash_files", "in_memory", "holdout"),
@@ -43,6 +43,7 @@ SECTIONS = {
     "learning": LEARNING,
     "learned.own": [*LEARNING, "prior"],
     "finetuned.tuned": FINETUNING,
+    "exports.own": ["formats", "dtypes"],
     "runtime": [
         *("device", "processes", "loader_workers", "seed_processes", "checkpoint_minutes", "checkpoint_steps"),
     ],
@@ -69,6 +70,7 @@ def params() -> dict[str, Any]:
         "learned": {"own": {"prior": "one", "steps": 9, "hard": True}, "plain": {"prior": "one"}},
         "finetuned": {"tuned": {"start": "one"}, "more": {"start": "dense", "steps": 4}},
         "rows": {"dense": "Dense", "one": "One", "own": "Own", "plain": "Plain", "tuned": "Tuned", "more": "More"},
+        "exports": {"own": {}},
         "runtime": {},
     }
 

@@ -180,6 +180,18 @@ def report_without_holdout(raw: dict[str, Any]) -> None:
     raw["task"]["eval_split"] = "holdout"
 
 
+def export_nothing(raw: dict[str, Any]) -> None:
+    raw["exports"]["two"] = {}
+
+
+def pack_dense_row(raw: dict[str, Any]) -> None:
+    raw["exports"]["more"] = {"formats": ["dense", "packed"]}
+
+
+def graph_in_bfloat16(raw: dict[str, Any]) -> None:
+    raw["exports"]["own"] = {"formats": ["onnx"], "dtypes": ["bf16"]}
+
+
 def repeat_seed(raw: dict[str, Any]) -> None:
     raw["seeds"] = [0, 1, 0]
 
@@ -198,6 +210,9 @@ def repeat_seed(raw: dict[str, Any]) -> None:
         (repeat_finetuned_row, ["name the same row twice"]),
         (select_without_holdout, ["learned.own.select is 'best', which needs data.holdout"]),
         (report_without_holdout, ["task.eval_split is 'holdout', which needs data.holdout"]),
+        (export_nothing, ["exports: 'two' is no row", "allowed: dense, one, own, plain, tuned, more"]),
+        (pack_dense_row, ["exports.more.formats holds 'packed', but the row is dense"]),
+        (graph_in_bfloat16, ["exports.own: formats holds 'onnx'", "dtypes has neither"]),
         (repeat_seed, ["seeds: [0, 1, 0] holds one twice"]),
     ],
 )
@@ -212,3 +227,13 @@ def test_sections_have_to_agree(spoil: Callable[[dict[str, Any]], None], parts: 
 @pytest.mark.parametrize(("path", "value"), [("learned.own.select", "best"), ("task.eval_split", "holdout")])
 def test_held_out_images_allow_to_choose(path: str, value: str) -> None:
     parse_experiment(changed(path, value))
+
+
+def test_exported_files_are_listed_once_each() -> None:
+    given = {"formats": ["packed", "mask", "onnx", "mask"], "dtypes": ["bf16", "fp16", "bf16"]}
+    files = parse_experiment(changed("exports.own", given)).exports["own"].files()
+    assert files == [("packed", "bf16"), ("packed", "fp16"), ("mask", None), ("onnx", "fp16")]
+    assert parse_experiment(changed("exports.tuned", {})).exports["tuned"].files() == [
+        *(("packed", dtype) for dtype in ("fp32", "fp16")),
+        *(("dense", dtype) for dtype in ("fp32", "fp16")),
+    ]

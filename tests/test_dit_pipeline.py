@@ -38,6 +38,7 @@ ALL: list[Step] = [
     ("train", "small-nodata"),
     ("train", "small-data"),
     *(("evaluate", f"small-{row}") for row in ROWS),
+    ("export", "small-data"),
     ("report",),
 ]
 # Each command as its own interpreter would run it, but for the imports: they take longer than the work.
@@ -66,6 +67,7 @@ def params() -> Params:
         },
         evaluation={"samples": 20, "clip": True},  # or all pixels would be black or white
         rows={f"small-{row}": row for row in ROWS},
+        exports={"small-data": {"formats": ["packed", "onnx"], "dtypes": ["fp32"]}},
     )
 
 

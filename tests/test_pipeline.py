@@ -44,6 +44,7 @@ def small_params() -> Params:
     params["finetuned"] = {"small-finetuned": {"start": "small-magnitude", "steps": 6, "lr": 0.001}}
     rows = ["small-dense", *params["priors"], *params["learned"], *params["finetuned"]]
     params["rows"] = {row: row for row in rows}
+    params["exports"] = {"small-maskllm": {"formats": ["packed", "mask", "dense", "onnx"]}}
     return params
 
 
@@ -82,7 +83,7 @@ def chain(folder: Path) -> None:
     steps = [("prepare", params["data"]["name"]), ("dense", params["dense"]["row"])]
     steps += [("prior", row) for row in params["priors"]] + [("train", row) for row in params["learned"]]
     steps += [("finetune", row) for row in params["finetuned"]]
-    steps += [("evaluate", row) for row in params["rows"]]
+    steps += [("evaluate", row) for row in params["rows"]] + [("export", row) for row in params["exports"]]
     for name, argument in steps:
         done = stage(folder, name, argument)
         assert done.returncode == 0, done.stderr
@@ -101,7 +102,7 @@ def test_dvc_chain(tmp_path: Path) -> None:
     project, params = new_project(tmp_path, small_params()), small_params()
     first = run(project, "dvc", "repro")
     assert first.returncode == 0, first.stderr
-    assert first.stdout.count("Running stage '") == 13
+    assert first.stdout.count("Running stage '") == 14
     readme = (project / "README.md").read_text()
     assert readme.count("±") > 10
     assert len(read_json(project / "mlruns/published/small.json")) == 5
@@ -115,7 +116,7 @@ def test_dvc_chain(tmp_path: Path) -> None:
     write_params(project, params)
     third = run(project, "dvc", "repro")
     ran = [line.split("'")[1] for line in third.stdout.splitlines() if line.startswith("Running stage")]
-    assert ran == ["train@small-maskllm", "evaluate@small-maskllm", "report", "track"]
+    assert ran == ["train@small-maskllm", "evaluate@small-maskllm", "export@small-maskllm", "report", "track"]
     assert (project / "README.md").read_text() != readme
 
     write_params(project, small_params())

@@ -13,17 +13,19 @@ from pathlib import Path
 
 from torch import nn
 
-from maskllm4v.checkpoints import load_state, save_dense, tensors_digest
+from maskllm4v.checkpoints import MaskCheckpoint, load_state, save_dense
 from maskllm4v.config import DataSettings, Experiment, ModelSettings
 from maskllm4v.data import prepare
 from maskllm4v.dense import obtain_dense
 from maskllm4v.devices import pick_device
 from maskllm4v.distributed import same_everywhere
-from maskllm4v.errors import CheckpointError, DataError
+from maskllm4v.errors import CheckpointError, ConfigError, DataError
+from maskllm4v.evaluation import install
 from maskllm4v.files import value_digest
 from maskllm4v.models import num_classes
 from maskllm4v.original import State, dense_state
 from maskllm4v.processes import is_main
+from maskllm4v.sealed import tensors_digest
 from maskllm4v.surgery import prunable_linears
 from maskllm4v.tasks import Task, open_task
 
@@ -111,6 +113,26 @@ def dense_of_masks(
     if (found := tensors_digest(model.state_dict())) != base:
         raise CheckpointError(f"{masks} belongs to another dense model ({base[:12]}, not {found[:12]})")
     return model
+
+
+def masked_model(
+    arguments: argparse.Namespace, experiment: Experiment, task: Task, found: State | MaskCheckpoint, path: Path
+) -> tuple[nn.Module, MaskCheckpoint | None]:
+    """A dense model with the masks and weights of a file installed, and the masks; None if the file has none.
+
+    Raises:
+        CheckpointError: the file does not fit the model, or its dense weights are nowhere.
+    """
+    if isinstance(found, MaskCheckpoint):
+        model = dense_of_masks(arguments, experiment, task, path, found.base)
+        return install(model, found, str(path)), found
+    if arguments.dense_checkpoint is not None:
+        raise ConfigError(f"{path} brings weights of its own; --dense-checkpoint is for masks of prune and train")
+    model = load_original(found, experiment, task)
+    if not found.masks:
+        return model, None
+    masks = found.checkpoint(tensors_digest(model.state_dict()))
+    return install(model, masks, str(path)), masks
 
 
 def load_original(found: State, experiment: Experiment, task: Task) -> nn.Module:

@@ -56,9 +56,11 @@ def add_replaced(parser: argparse.ArgumentParser, hints: Mapping[str, str]) -> N
         )
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", required=True, metavar="NAME", help="timm's name, e.g. vit_base_patch16_224")
+    group.add_argument(
+        "-m", "--model", required=required, metavar="NAME", help="timm's name, e.g. vit_base_patch16_224"
+    )
     group.add_argument(
         "--pretrained",
         action="store_true",

@@ -102,8 +102,9 @@ def _sampling(a: argparse.Namespace, experiment: Experiment) -> EvaluationSettin
 
 def _models(a: argparse.Namespace, experiment: Experiment, task: Diffusion) -> Iterator[tuple[str, nn.Module]]:
     """One model after the other, with its name."""
-    from maskllm4v.checkpoints import load_dense, load_masks, load_state, tensors_digest
+    from maskllm4v.checkpoints import load_dense, load_masks, load_state
     from maskllm4v.evaluation import install
+    from maskllm4v.sealed import tensors_digest
     from maskllm4v.surgery import fold_
 
     if a.checkpoint:

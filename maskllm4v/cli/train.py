@@ -181,7 +181,7 @@ def run(arguments: argparse.Namespace) -> None:
     import copy
     import shutil
 
-    from maskllm4v.checkpoints import MaskCheckpoint, save_masks, tensors_digest
+    from maskllm4v.checkpoints import MaskCheckpoint, save_masks
     from maskllm4v.cli import inputs
     from maskllm4v.curves import write_curve
     from maskllm4v.distributed import leave
@@ -189,6 +189,7 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.processes import is_main
     from maskllm4v.records import versions
     from maskllm4v.resume import Resume
+    from maskllm4v.sealed import tensors_digest
     from maskllm4v.surgery import make_learnable
     from maskllm4v.training import CURVE_COLUMNS, learn_masks
 

@@ -1,6 +1,6 @@
 """Measure a model, dense or under masks. Prints the original's JSON object; further facts go to standard error.
 
-Masks are files of prune or train, or the original's: .pt with masks, .pth.tar with logits.
+Masks are files of prune or train, packed ones of export, or the original's: .pt with masks, .pth.tar with logits.
 """
 
 from __future__ import annotations
@@ -84,9 +84,8 @@ def measured(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple
     Raises:
         CheckpointError: the file is not what ``--sparsity-mode`` says, or does not fit the model.
     """
-    from maskllm4v.checkpoints import MaskCheckpoint, tensors_digest
+    from maskllm4v.checkpoints import MaskCheckpoint
     from maskllm4v.cli import inputs
-    from maskllm4v.evaluation import install
     from maskllm4v.original import load_any
     from maskllm4v.surgery import fold_
 
@@ -103,16 +102,8 @@ def measured(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple
         raise CheckpointError(f"{path} holds masks; say --sparsity-mode {'maskllm' if learned else 'sparse'}")
     if mode == "maskllm" and not learned:
         raise CheckpointError(f"{path} holds masks, but no learned ones; say --sparsity-mode sparse")
-    if isinstance(found, MaskCheckpoint):
-        model = inputs.dense_of_masks(a, experiment, task, path, found.base)
-    else:
-        if a.dense_checkpoint is not None:
-            raise ConfigError(f"{path} brings weights of its own; --dense-checkpoint is for masks of prune and train")
-        model = inputs.load_original(found, experiment, task)
-        if not found.masks:
-            return model, None
-        found = found.checkpoint(tensors_digest(model.state_dict()))
-    return fold_(install(model, found, str(path))), found
+    model, masks = inputs.masked_model(a, experiment, task, found, path)
+    return fold_(model), masks
 
 
 def logits_of(masks: MaskCheckpoint | None) -> int:

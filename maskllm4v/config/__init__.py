@@ -2,7 +2,7 @@
 
 The file describes one experiment, which makes one table. Its sections, in the order of the pipeline:
 ``data`` → ``model`` → ``dense`` → ``priors`` → ``learning``, ``learned`` and ``finetuned`` → ``evaluation`` → ``rows``
-(the table).
+(the table) → ``exports``.
 """
 
 from maskllm4v.config.diffusion import (
@@ -17,6 +17,7 @@ from maskllm4v.config.reading import PARAMS, load_experiment, parse_experiment
 from maskllm4v.config.sections import (
     DataSettings,
     DenseSettings,
+    ExportSettings,
     FinetunedSettings,
     LearnedSettings,
     LearningSettings,
@@ -35,6 +36,7 @@ __all__ = [
     "DiffusionSettings",
     "EvaluationSettings",
     "Experiment",
+    "ExportSettings",
     "FinetunedSettings",
     "Kind",
     "JudgeSettings",

@@ -16,6 +16,7 @@ from maskllm4v.config.diffusion import (
 from maskllm4v.config.sections import (
     DataSettings,
     DenseSettings,
+    ExportSettings,
     FinetunedSettings,
     LearnedSettings,
     LearningSettings,
@@ -65,6 +66,7 @@ class Experiment(Settings):
     finetuned: dict[Slug, FinetunedSettings] = {}
     rows: dict[Slug, str]
     evaluation: EvaluationSettings = EvaluationSettings()  # diffusion; what classification has of it stands in task
+    exports: dict[Slug, ExportSettings] = {}
     runtime: RuntimeSettings = RuntimeSettings()
 
     @model_validator(mode="before")
@@ -108,6 +110,11 @@ class Experiment(Settings):
             for row, training in rows.items():
                 if training.steps is None and training.epochs is None:
                     raise ValueError(f"{section}.{row} needs steps or epochs, there or in learning")
+        for row, export in self.exports.items():
+            if row not in self.rows:
+                raise ValueError(f"exports: {row!r} is no row; allowed: {', '.join(self.rows)}")
+            if self.mask_row(row) is None and (sparse := {"packed", "mask"} & set(export.formats)):
+                raise ValueError(f"exports.{row}.formats holds {min(sparse)!r}, but the row is dense")
         if self.task.eval_split == "holdout" and not self.data.holdout:
             raise ValueError("task.eval_split is 'holdout', which needs data.holdout")
         self._task_and_model_agree()

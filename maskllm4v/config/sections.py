@@ -246,6 +246,27 @@ class FinetunedSettings(TrainingSettings):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the weights' average; 0: off
 
 
+class ExportSettings(Settings):
+    """How a row's folded model is written: its first seed's, into ``artifacts/exports/<row>/``."""
+
+    formats: Annotated[list[Literal["packed", "mask", "dense", "onnx"]], Field(min_length=1)] = ["packed", "dense"]
+    dtypes: Annotated[list[Literal["fp32", "fp16", "bf16"]], Field(min_length=1)] = ["fp32", "fp16"]
+
+    @model_validator(mode="after")
+    def _onnx_has_no_bf16(self) -> ExportSettings:
+        if "onnx" in self.formats and not {"fp32", "fp16"} & set(self.dtypes):
+            raise ValueError("formats holds 'onnx', which is written in fp32 and fp16; dtypes has neither")
+        return self
+
+    def files(self) -> list[tuple[str, str | None]]:
+        """Format and type of each file; masks have none, and ONNX is not written in bf16."""
+        found: list[tuple[str, str | None]] = []
+        for name in dict.fromkeys(self.formats):
+            types = [None] if name == "mask" else [d for d in self.dtypes if (name, d) != ("onnx", "bf16")]
+            found += [(name, dtype) for dtype in dict.fromkeys(types)]
+        return found
+
+
 class RuntimeSettings(Settings):
     """Where and how to compute: not tracked. Records name hardware and number of processes.
 

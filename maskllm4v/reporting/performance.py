@@ -5,15 +5,15 @@ Everything comes from ``reports/benchmarks/*.json``, which ``make bench`` writes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskllm4v.reporting.costs import benchmark, machine
+from maskllm4v.reporting.costs import benchmark
+from maskllm4v.reporting.measured import Row, caption, distinct, distinct_rows, find, rows_of
 from maskllm4v.reporting.tables import MISSING, markdown, significant
 
-Row = Mapping[str, Any]
 TEXTBOOK, DEFAULT = "textbook", {"cpu": "chunked", "cuda": "triton"}  # backends that "auto" takes for 2:4
 
 
@@ -46,7 +46,7 @@ def _number(section: str, column: str, unit: str, **where: Any) -> Callable[[Row
     """Shows a column of the row that has these values in others."""
 
     def show(found: Row) -> str | None:
-        row = _find(_section(found, section), where)
+        row = find(rows_of(found, section), where)
         return None if row is None else f"{significant(row[column], 3)}{unit}"
 
     return show
@@ -68,7 +68,7 @@ def _pruning(method: str) -> Callable[[Row], str | None]:
 
     def show(found: Row) -> str | None:
         where = {"method": method, "images": 128}
-        rows = [_find(_section(found, "models"), {**where, "candidate": name}) for name in (TEXTBOOK, "ours")]
+        rows = [find(rows_of(found, "models"), {**where, "candidate": name}) for name in (TEXTBOOK, "ours")]
         if rows[0] is None or rows[1] is None:
             return None
         text, alone = f"{rows[1]['speedup']:.2f}×", rows[0]["solving_s"] / rows[1]["solving_s"]
@@ -78,7 +78,7 @@ def _pruning(method: str) -> Callable[[Row], str | None]:
 
 
 def _agreement(found: Row) -> str | None:
-    shares = [row[key] for row in _section(found, "agreement") for key in ("sparsegpt", "sparsegpt, update")]
+    shares = [row[key] for row in rows_of(found, "agreement") for key in ("sparsegpt", "sparsegpt, update")]
     return f"{significant(100 * min(shares), 5)} %" if shares else None
 
 
@@ -138,14 +138,14 @@ def performance_markdown(reports: Path) -> str:
     for source, table in (("mask_op", mask_table), ("train_step", step_table), ("oneshot", pruning_table)):
         for name in (source, f"{source}_cuda"):
             if (found := benchmark(name, reports)) is not None:
-                parts.append(table(found) + "\n" + _caption(found))
+                parts.append(table(found) + "\n" + caption(found))
     return "\n".join(parts)
 
 
 def mask_table(found: Row) -> str:
     """One layer: a line a setting, a column a candidate."""
-    layer = _section(found, "layer")
-    names = _distinct(layer, "candidate")
+    layer = rows_of(found, "layer")
+    names = distinct(layer, "candidate")
     lines: list[list[str]] = []
 
     def add(label: str, rows: Iterable[Row], cell: Any) -> None:
@@ -155,15 +155,15 @@ def mask_table(found: Row) -> str:
     for threads, tau in dict.fromkeys((row["threads"], row["tau"]) for row in layer):
         label = f"2:4, τ = {tau:g}, {threads} thread{'s' if threads != 1 else ''}"
         add(label, [row for row in layer if (row["threads"], row["tau"]) == (threads, tau)], _time)
-    for row in _distinct_rows(_section(found, "width"), "out")[1:]:  # the first ones stand above
-        add(f"2:4, {row['out']}×{row['in']}", [r for r in _section(found, "width") if r["out"] == row["out"]], _time)
-    for pattern in _distinct(_section(found, "patterns"), "pattern")[1:]:
-        add(pattern, [row for row in _section(found, "patterns") if row["pattern"] == pattern], _time)
-    memory = _section(found, "memory")
+    for row in distinct_rows(rows_of(found, "width"), "out")[1:]:  # the first ones stand above
+        add(f"2:4, {row['out']}×{row['in']}", [r for r in rows_of(found, "width") if r["out"] == row["out"]], _time)
+    for pattern in distinct(rows_of(found, "patterns"), "pattern")[1:]:
+        add(pattern, [row for row in rows_of(found, "patterns") if row["pattern"] == pattern], _time)
+    memory = rows_of(found, "memory")
     add("kept for backward, a weight", memory, lambda row: f"{significant(row['saved_bytes'], 3)} B")
     add("most allocated, a weight", memory, lambda row: f"{significant(row['peak_bytes'], 3)} B")
-    roofline = _section(found, "roofline")
-    for threads in _distinct(roofline, "threads"):
+    roofline = rows_of(found, "roofline")
+    for threads in distinct(roofline, "threads"):
         rows = [row for row in roofline if row["threads"] == threads and row["tau"] == 1]
         add(
             f"share of the roofline, {threads} thread{'s' if threads != 1 else ''}",
@@ -175,20 +175,20 @@ def mask_table(found: Row) -> str:
 
 def step_table(found: Row) -> str:
     """Whole steps: a line a model, a column a variant."""
-    rows = _section(found, "steps")
-    variants = _distinct(rows, "variant")
+    rows = rows_of(found, "steps")
+    variants = distinct(rows, "variant")
     lines = []
-    for first in _distinct_rows(rows, "model"):
+    for first in distinct_rows(rows, "model"):
         cells = [f"{MODELS.get(first['model'], first['model'])}, {first['precision']}, batch {first['batch']}"]
         for variant in variants:
-            row = _find(rows, {"model": first["model"], "variant": variant})
+            row = find(rows, {"model": first["model"], "variant": variant})
             cells.append(
                 MISSING
                 if row is None
                 else f"{significant(row['ms'], 3)} ms ({row['ratio']:.2f}×), {significant(row['peak_mb'], 3)} MiB"
             )
         lines.append(cells)
-        shares = [_find(_section(found, "roofline"), {"model": first["model"], "variant": name}) for name in variants]
+        shares = [find(rows_of(found, "roofline"), {"model": first["model"], "variant": name}) for name in variants]
         if any(shares):
             lines.append(["share of the roofline", *map(_share, shares)])
     return markdown(["Whole step", *(variant.replace("_", ", ") for variant in variants)], lines)
@@ -196,22 +196,22 @@ def step_table(found: Row) -> str:
 
 def pruning_table(found: Row) -> str:
     """One-shot pruning: a line a method; the whole model, and its first layer alone."""
-    models, layers = _section(found, "models"), _section(found, "layers")[:1]
+    models, layers = rows_of(found, "models"), rows_of(found, "layers")[:1]
     headers, lines = ["One-shot pruning"], list[list[str]]()
     if models:
         headers += [f"{models[0]['images']} images, {name}" for name in (TEXTBOOK, "ours")]
     if layers:
         headers += [f"{layers[0]['out']}×{layers[0]['in']} layer, {name}" for name in (TEXTBOOK, "ours")]
-    shares = _section(found, "roofline")
+    shares = rows_of(found, "roofline")
     headers += ["whole model, ours: share of the roofline"] if shares else []
-    for method in _distinct(models, "method"):
+    for method in distinct(models, "method"):
         cells = [str(method)]
         for section, unit, where in [("models", "s", {}), *(("layers", "ms", {"layer": r["layer"]}) for r in layers)]:
             for name in (TEXTBOOK, "ours"):
-                row = _find(_section(found, section), {**where, "method": method, "candidate": name})
+                row = find(rows_of(found, section), {**where, "method": method, "candidate": name})
                 cells.append(MISSING if row is None else _time(row, unit))
         if shares:
-            cells.append(_share(_find(shares, {"method": method})))
+            cells.append(_share(find(shares, {"method": method})))
         lines.append(cells)
     return markdown(headers, lines)
 
@@ -223,28 +223,3 @@ def _share(row: Row | None) -> str:
 def _time(row: Row, unit: str = "ms") -> str:
     text = f"{significant(row[unit], 3)} {unit}"
     return text if row["candidate"] == TEXTBOOK else f"{text} ({row['speedup']:.2f}×)"
-
-
-def _caption(found: Row) -> str:
-    """Hardware, releases, and how often each candidate ran."""
-    counts = sorted({row["n"] for rows in found["sections"].values() for row in rows if "n" in row})
-    repetitions = f"median of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs, " if counts else ""
-    torch = found["versions"]["torch"]
-    return f"*{machine(dict(found))}; torch {torch}; {repetitions}all candidates in turn.*\n"
-
-
-def _section(found: Row, name: str) -> list[Row]:
-    return list(found["sections"].get(name, []))
-
-
-def _find(rows: Iterable[Row], where: Mapping[str, Any]) -> Row | None:
-    return next((row for row in rows if all(row.get(key) == value for key, value in where.items())), None)
-
-
-def _distinct(rows: Iterable[Row], column: str) -> list[Any]:
-    return list(dict.fromkeys(row[column] for row in rows))
-
-
-def _distinct_rows(rows: Iterable[Row], column: str) -> list[Row]:
-    """The first row of each value."""
-    return list({row[column]: row for row in reversed(list(rows))}.values())[::-1]

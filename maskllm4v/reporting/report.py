@@ -12,13 +12,15 @@ from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import aggregate, current_records
 from maskllm4v.reporting.comparison import comparison_markdown
 from maskllm4v.reporting.costs import cost_caption, row_costs
+from maskllm4v.reporting.deployment import deployment_markdown, exports_markdown
 from maskllm4v.reporting.figures import draw_figures
 from maskllm4v.reporting.performance import performance_markdown
 from maskllm4v.reporting.readme import splice
 from maskllm4v.reporting.tables import caption, metrics_json, results_csv, results_markdown
 
 PUBLISHED = "published"  # the README section with the original's table
-PERFORMANCE = "performance"  # the one with the benchmarks
+PERFORMANCE = "performance"  # the one with the benchmarks of training and pruning
+DEPLOYMENT = "deployment"  # the one with sizes and speeds of what was exported
 
 
 def experiments(root: Path) -> dict[str, Experiment]:
@@ -37,6 +39,7 @@ def table_texts(experiment: Experiment, reports: Path) -> dict[str, str]:
     return {
         "table.md": results_markdown(table, metrics) + "\n" + text,
         "table.csv": results_csv(table, metrics),
+        "exports.md": exports_markdown(experiment.table, reports),
         "metrics.json": json.dumps(metrics_json(table, metrics), indent=2) + "\n",
     }
 
@@ -45,7 +48,12 @@ def readme_sections(root: Path) -> dict[str, str]:
     """The README's generated sections by marker name."""
     reports = root / "reports"
     sections = {table: table_texts(e, reports)["table.md"] for table, e in experiments(root).items()}
-    return {**sections, PUBLISHED: comparison_markdown(reports), PERFORMANCE: performance_markdown(reports)}
+    return {
+        **sections,
+        PUBLISHED: comparison_markdown(reports),
+        PERFORMANCE: performance_markdown(reports),
+        DEPLOYMENT: deployment_markdown(reports),
+    }
 
 
 def write_report(root: Path) -> list[Path]:

@@ -7,6 +7,7 @@ task makes no other task's tables anew.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,21 @@ from maskllm4v.share import Share
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+@dataclass(frozen=True)
+class Deployable:
+    """A model as other runtimes see it.
+
+    Attributes:
+        module: takes the inputs in their order, and gives one tensor whose first dimension is the batch.
+        inputs: an example by name, on the CPU; the first dimension of each is the batch.
+        output: what the module gives, by name.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    output: str
 
 
 class Task(Protocol):
@@ -82,6 +98,9 @@ class Task(Protocol):
 
     def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
         """The result in the original's form, for people who compare; empty where it has none."""
+
+    def deployable(self, model: nn.Module, batch_size: int) -> Deployable:
+        """The model and an example of that many samples, always the same one; needs no data."""
 
 
 def train_mode(task: Task, model: nn.Module) -> None:

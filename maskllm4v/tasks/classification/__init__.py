@@ -23,8 +23,9 @@ from maskllm4v.models import build_model, image_settings, num_classes
 from maskllm4v.original import dense_state
 from maskllm4v.processes import rank, world_size
 from maskllm4v.progress import bar
-from maskllm4v.randomness import torch_seed
+from maskllm4v.randomness import generator, torch_seed
 from maskllm4v.share import WHOLE, Share
+from maskllm4v.tasks import Deployable
 from maskllm4v.tasks.classification.accuracy import Tally
 
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W]; labels [B], or their mixture [B, classes]
@@ -150,6 +151,12 @@ class Classification:
             "crop_pct": transform["crop_pct"],
             "interpolation": transform["interpolation"],
         }
+
+    def deployable(self, model: nn.Module, batch_size: int) -> Deployable:
+        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to ``logits`` ``[B, classes]``."""
+        shape = (batch_size, *image_settings(self.model)["input_size"])
+        images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
+        return Deployable(model, {"images": torch.from_numpy(images)}, "logits")
 
     @cached_property
     def _mix(self) -> Any:

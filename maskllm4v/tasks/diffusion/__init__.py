@@ -24,6 +24,7 @@ from maskllm4v.files import file_digest, value_digest
 from maskllm4v.processes import rank, world_size
 from maskllm4v.randomness import generator
 from maskllm4v.share import WHOLE, Share
+from maskllm4v.tasks import Deployable
 from maskllm4v.tasks.diffusion import noising
 from maskllm4v.tasks.diffusion.dit import build_dit, condition, read_weights
 from maskllm4v.tasks.diffusion.images import Bank, Latents, Space
@@ -33,6 +34,18 @@ from maskllm4v.tasks.diffusion.sampling import Sampler
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MODULATION = ("transformer_blocks.*.norm1.linear",)  # see one row a sample
+
+
+class Denoiser(nn.Module):
+    """A DiT from tensors to a tensor."""
+
+    def __init__(self, dit: nn.Module) -> None:
+        super().__init__()
+        self.dit = dit
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        outputs: Tensor = self.dit(sample, timestep=timestep, class_labels=class_labels, return_dict=False)[0]
+        return outputs
 
 
 class Diffusion:
@@ -202,6 +215,16 @@ class Diffusion:
 
     def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
         return {}
+
+    def deployable(self, model: nn.Module, batch_size: int) -> Deployable:
+        """From ``sample`` ``[B, C, H, W]``, ``timestep`` and ``class_labels`` ``[B]``; see :meth:`forward`."""
+        rng = generator(0, "deployable")
+        drawn = {
+            "sample": noising.normal(rng, batch_size, *self.shape),
+            "timestep": rng.integers(0, len(self.alphas), batch_size),
+            "class_labels": rng.integers(0, self.classes + 1, batch_size),
+        }
+        return Deployable(Denoiser(model), {name: torch.from_numpy(v) for name, v in drawn.items()}, "noise_pred")
 
     def clean(self, images: Tensor, drawn: np.ndarray) -> Tensor:
         """x₀ of real images; ``drawn``: normal noise ``[B, C, H, W]`` for an autoencoder."""

@@ -1,0 +1,131 @@
+"""Folded models as files that stand for themselves: packed, or dense with zeros; and masks alone.
+
+All are sealed safetensors (:mod:`maskllm4v.sealed`). A packed file holds ``<layer>.weight.values`` and
+``<layer>.weight.positions`` of every masked layer (:mod:`maskllm4v.packed`) and all other tensors as they are; a
+dense one is a plain state dict, which timm and ``torch`` load without us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskllm4v.checkpoints import MaskCheckpoint, save_masks
+from maskllm4v.errors import CheckpointError, PatternError
+from maskllm4v.packed import POSITIONS, VALUES, pack_weight
+from maskllm4v.patterns import NMPattern
+from maskllm4v.sealed import save_sealed
+from maskllm4v.surgery import linear
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A model as it is shipped: plain layers whose pruned weights are zero.
+
+    Attributes:
+        model: on the CPU.
+        masks: boolean ``[out, in]`` by layer name; empty for a dense model.
+        pattern: theirs; None without masks.
+        name: of the architecture, e.g. timm's.
+        method: e.g. ``"maskllm"``; ``"dense"`` without masks.
+        base: digest of the dense model's tensors.
+        updated: whether masks alone would not give it: weights were changed, or the dense ones are lost.
+        manifest, record: digests of the data's manifest and of the record that measured it; None where unknown.
+    """
+
+    model: nn.Module
+    masks: Mapping[str, Tensor]
+    pattern: NMPattern | None
+    name: str
+    method: str
+    base: str
+    updated: bool = False
+    manifest: str | None = None
+    record: str | None = None
+
+    def about(self, kind: str) -> dict[str, Any]:
+        """What a file says of itself."""
+        return {
+            "kind": kind,
+            "model": self.name,
+            "method": self.method,
+            "pattern": None if self.pattern is None else str(self.pattern),
+            "layers": sorted(self.masks),
+            "base": self.base,
+            "manifest": self.manifest,
+            "record": self.record,
+        }
+
+    def state(self, dtype: str | None) -> dict[str, Tensor]:
+        """The state dict, floating-point tensors in ``dtype`` (None: as they are).
+
+        Raises:
+            CheckpointError: a value is too large for that type.
+        """
+        state = {name: tensor.detach().cpu() for name, tensor in self.model.state_dict().items()}
+        if dtype is None:
+            return state
+        cast = {n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in state.items()}
+        for name, tensor in cast.items():
+            if bool((tensor.isinf() & ~state[name].isinf()).any()):
+                raise CheckpointError(f"{name!r} holds values that are too large for {dtype}")
+        return cast
+
+    def need_masks(self, format: str) -> NMPattern:
+        """The pattern.
+
+        Raises:
+            CheckpointError: the model is dense.
+        """
+        if self.pattern is None or not self.masks:
+            raise CheckpointError(f"a model without masks cannot be written as {format!r}, only as 'dense' or 'onnx'")
+        return self.pattern
+
+
+def save_packed(path: Path, folded: Folded, dtype: str | None = None) -> None:
+    """Write kept values, their positions, and everything else as it is.
+
+    Args:
+        path: ``.safetensors``.
+        folded: what to write.
+        dtype: ``"fp32"``, ``"fp16"``, ``"bf16"``; None: as the model's.
+
+    Raises:
+        CheckpointError: the model has no masks, or a value is too large for ``dtype``.
+        PatternError: a weight is not zero where its mask is.
+    """
+    pattern, tensors = folded.need_masks("packed"), folded.state(dtype)
+    for layer, mask in folded.masks.items():
+        weight = tensors.pop(f"{layer}.weight")
+        tensors[layer + VALUES], tensors[layer + POSITIONS] = pack_weight(weight, mask.cpu(), pattern, layer)
+    save_sealed(path, tensors, {**folded.about("packed"), "dtype": dtype})
+
+
+def save_folded(path: Path, folded: Folded, dtype: str | None = None) -> None:
+    """Write the state dict with its zeros; arguments and errors as in :func:`save_packed`."""
+    for layer, mask in folded.masks.items():
+        if bool((linear(folded.model, layer).weight.detach().cpu()[~mask.cpu()] != 0).any()):
+            raise PatternError(f"layer {layer!r}: the weight is not zero where its mask is; fold the model first")
+    save_sealed(path, folded.state(dtype), {**folded.about("dense"), "dtype": dtype})
+
+
+def save_masks_alone(path: Path, folded: Folded) -> None:
+    """Write the masks, :attr:`~maskllm4v.patterns.NMPattern.bits` bits a group, for those who have the dense model.
+
+    Raises:
+        CheckpointError: the model has none, or masks alone would not give it.
+    """
+    pattern = folded.need_masks("mask")
+    if folded.updated:
+        raise CheckpointError(
+            "masks alone do not give the model: its weights were updated, or its dense ones are lost; write 'packed'"
+        )
+    masks = {layer: mask.cpu() for layer, mask in folded.masks.items()}
+    save_masks(path, MaskCheckpoint(pattern, masks, folded.base, folded.method, weights={}, prior={}))

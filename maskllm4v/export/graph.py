@@ -1,0 +1,176 @@
+"""What is in an ONNX file: its constant matrices, and what a file of ours says of itself.
+
+torch's exporter writes a linear layer as ``MatMul(x, W)`` with the transposed weight ``[in, out]``, or as
+``Gemm(x, W, bias)`` with ``transB`` and the weight as it is where the inputs have two dimensions. N:M groups lie along
+the axis that is summed over, whichever that is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskllm4v.errors import CheckpointError, ConfigError
+from maskllm4v.files import value_digest
+from maskllm4v.sealed import METADATA_KEY, tensors_digest
+
+PRODUCER = "maskllm4v"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class GraphWeight:
+    """A constant matrix of a graph, as one node multiplies by it.
+
+    Attributes:
+        name: of the initializer, or of the value that a ``Constant`` gives.
+        node: the node's name.
+        op: ``"MatMul"`` or ``"Gemm"``.
+        array: as it is stored, ``[K, N]`` or ``[N, K]``.
+        k_axis: the axis of ``array`` that is summed over, 0 or 1: N:M groups lie along it.
+        layer: the masked layer whose weight this is, as a file of ours says; None for all others.
+    """
+
+    name: str
+    node: str
+    op: str
+    array: np.ndarray
+    k_axis: int
+    layer: str | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """``[N, K]``, as ``nn.Linear`` holds it, so that groups lie in rows; types that NumPy lacks as float32."""
+        array = self.array if self.array.dtype.isbuiltin == 1 else self.array.astype(np.float32)
+        return torch.from_numpy(np.array(array if self.k_axis == 1 else array.T, order="C"))
+
+
+def graph_weights(path: Path) -> list[GraphWeight]:
+    """All constant matrices that a ``MatMul`` or ``Gemm`` multiplies by, in the order of the nodes.
+
+    A matrix that several nodes share is listed once for each. It may reach a node through ``Transpose``, ``Identity``
+    and ``Cast``; subgraphs and functions are looked through too.
+
+    Raises:
+        CheckpointError: missing, damaged, no ONNX file, or ours and changed since it was written.
+        ConfigError: onnx is not installed.
+    """
+    model, about = read_graph(path)
+    layers = {name: layer for layer, name in reversed(about.get("weights", {}).items())}
+    try:
+        return [replace(found, layer=layers.get(found.name)) for found in matrices(model.graph)]
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {line(error)}") from error
+
+
+def about_graph(path: Path) -> dict[str, Any]:
+    """What a file of ours says of itself; empty for any other ONNX file. Errors as above.
+
+    On top of what :func:`maskllm4v.export.onnx.export_onnx` was given: ``pattern`` (or None), ``precision`` (``"fp32"``
+    or ``"fp16"``), and ``weights``: the initializer's name by masked layer.
+    """
+    return read_graph(path)[1]
+
+
+def read_graph(path: Path) -> tuple[Any, dict[str, Any]]:
+    """A file's ``ModelProto``, and :func:`about_graph`. Errors as above."""
+    onnx = library("onnx")
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        onnx.checker.check_model(path)
+        model = onnx.load(path)
+        if model.functions:
+            model = library("onnx.inliner").inline_local_functions(model)
+    except Exception as error:  # protobuf, onnx's C++ and the file system have no family of errors in common
+        raise CheckpointError(f"{path} is damaged or no ONNX file: {line(error)}") from error
+    texts = [entry.value for entry in model.metadata_props if entry.key == METADATA_KEY]
+    if not texts and model.producer_name != PRODUCER:
+        return model, {}
+    try:
+        about = json.loads(texts[0])
+        seal = about.pop("seal")
+    except (IndexError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: what it says of itself is missing") from error
+    if value_digest(about) != seal:
+        raise CheckpointError(f"{path} is damaged: what it says of itself does not have the digest it was written with")
+    if about.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is an ONNX file in format {about.get('format')} of ours, not {FORMAT}")
+    try:
+        found = _digests(model)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {line(error)}") from error
+    for part, digest in found.items():
+        if about[part] != digest:
+            raise CheckpointError(f"{path} is damaged: its {part} do not have the digest they were written with")
+    return model, about
+
+
+def describe(model: Any, about: Mapping[str, Any]) -> None:
+    """Make a ``ModelProto`` one of ours: what it says of itself, digests of all that it holds, and a seal over both."""
+    model.producer_name = PRODUCER
+    about = {**about, "format": FORMAT, **_digests(model)}
+    entry = model.metadata_props.add()
+    entry.key, entry.value = METADATA_KEY, json.dumps({**about, "seal": value_digest(about)}, sort_keys=True)
+
+
+def _digests(model: Any) -> dict[str, str]:
+    to_array = import_module("onnx.numpy_helper").to_array
+    tensors = {tensor.name: torch.from_numpy(np.array(to_array(tensor))) for tensor in model.graph.initializer}
+    rest = type(model)(ir_version=model.ir_version, opset_import=model.opset_import)
+    for field in ("node", "input", "output", "value_info"):
+        getattr(rest.graph, field).extend(getattr(model.graph, field))
+    return {
+        "tensors": tensors_digest(tensors),
+        "nodes": hashlib.sha256(rest.SerializeToString(deterministic=True)).hexdigest(),
+    }
+
+
+def matrices(graph: Any, outer: Mapping[str, tuple[str, Any, bool]] = {}) -> Iterator[GraphWeight]:
+    """See :func:`graph_weights`.
+
+    Args:
+        graph: a ``GraphProto``.
+        outer: of the values around it that are constant: origin, ``TensorProto``, and whether they are transposed.
+    """
+    to_array = import_module("onnx.numpy_helper").to_array
+    known = {**outer, **{tensor.name: (tensor.name, tensor, False) for tensor in graph.initializer}}
+    for node in graph.node:
+        given = {attribute.name: attribute for attribute in node.attribute}
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from matrices(inner, known)
+        if node.op_type == "Constant" and "value" in given:
+            known[node.output[0]] = (node.output[0], given["value"].t, False)
+        elif node.op_type in ("Transpose", "Identity", "Cast") and node.input[0] in known:
+            name, tensor, turned = known[node.input[0]]
+            turns = node.op_type == "Transpose" and ("perm" not in given or list(given["perm"].ints) == [1, 0])
+            known[node.output[0]] = (name, tensor, turned != turns)
+        elif node.op_type in ("MatMul", "Gemm"):
+            for place, flag in enumerate(("transA", "transB")):
+                name, tensor, turned = known.get(node.input[place], ("", None, False))
+                if tensor is not None and len(tensor.dims) == 2:
+                    turned ^= flag in given and bool(given[flag].i)
+                    yield GraphWeight(name, node.name, node.op_type, to_array(tensor), place if turned else 1 - place)
+
+
+def library(name: str) -> Any:
+    """Raises :class:`ConfigError` where it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"ONNX files need {name}: pip install 'maskllm4v[export]' ({error})") from error
+
+
+def line(error: BaseException) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())[:300]

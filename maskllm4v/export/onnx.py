@@ -1,0 +1,257 @@
+"""Folded models as ONNX files for other runtimes, and the proof that these compute the same."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskllm4v import __version__
+from maskllm4v.errors import CheckpointError, ConfigError, UserError
+from maskllm4v.export.graph import about_graph, describe, graph_weights, library, line, matrices, read_graph
+from maskllm4v.files import replacing
+from maskllm4v.patterns import NMPattern
+from maskllm4v.sealed import tensors_digest
+from maskllm4v.tasks import Deployable
+
+__all__ = ["about_graph", "export_onnx", "graph_weights"]
+
+OPSET = 20  # read by all of TensorRT 10; the first with GELU as one operation
+LIMIT = 2**31 - 2**24  # bytes of tensors; protobuf writes no message of 2 GiB
+# Largest error, relative to the largest output. ViT-tiny, ViT-B/16 and DiT-S/2 had 0.7, 1.1 and 1.6e-6 in fp32; in fp16
+# 1.4, 1.3 and 1.4e-3, as onnxruntime computes more of it in float32 than torch does, on CPUs.
+BOUNDS = {"fp32": 1e-5, "fp16": 1e-2}
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def export_onnx(
+    path: Path,
+    deployable: Deployable,
+    *,
+    half: bool = False,
+    masks: Mapping[str, Tensor] = {},
+    pattern: NMPattern | None = None,
+    about: Mapping[str, Any] = {},
+) -> None:
+    """Write an ONNX file that takes any batch size, and check what was written before it gets its name.
+
+    The same model gives the same bytes, wherever it is exported. Beyond protobuf's 2 GiB the tensors go into
+    ``<name>.data`` next to the file. Linear layers' nodes and weights are named after the layers, and so are they in
+    TensorRT's log. Pruned weights become positive zeros. The model itself is left as it is.
+
+    Args:
+        path: ``.onnx``.
+        deployable: a folded model, on any device.
+        half: weights and arithmetic in float16; inputs and outputs stay float32, and are cast inside.
+        masks: boolean ``[out, in]`` by layer name, of the layers that have to be N:M sparse in the graph.
+        pattern: theirs.
+        about: what the file is to say of itself, see :func:`about_graph`.
+
+    Raises:
+        CheckpointError: a pruned weight is not zero, or a value is too large for float16; the graph lacks a masked
+            weight, bit for bit; or onnxruntime finds other outputs than torch, see :data:`BOUNDS`.
+        PatternError: a mask does not fit its pattern.
+        ConfigError: there is no such layer, the model cannot be exported, or onnx is not installed.
+    """
+    precision = "fp16" if half else "fp32"
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        library(name)
+    with torch.no_grad():
+        runtime = _Runtime(copy.deepcopy(deployable.module), half).eval()
+        layers = _layers(runtime.module, masks)
+        for layer, linear in layers.items():
+            _settle(linear, masks[layer].cpu(), pattern, layer)
+        runtime = runtime.to(torch.float16 if half else torch.float32)
+        for name, tensor in runtime.module.state_dict().items():
+            if half and bool(tensor.isinf().any()):
+                raise CheckpointError(f"{name!r} holds values that are too large for float16")
+        model = _export(runtime, deployable)
+    _clean(model)
+    weights = _weights(model, layers)
+    describe(model, {**about, "pattern": pattern and str(pattern), "precision": precision, "weights": weights})
+    with _staged(path) as staged:
+        _save(staged, model)
+        del model  # it may fill gigabytes
+        read_graph(staged)
+        _check_outputs(staged, runtime, deployable, BOUNDS[precision])
+
+
+class _Runtime(nn.Module):
+    """A module on the CPU whose floating-point inputs and output are float32, whatever it computes in."""
+
+    def __init__(self, module: nn.Module, half: bool) -> None:
+        super().__init__()
+        self.module, self.half_inside = module.cpu(), half
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        cast = [x.half() if self.half_inside and x.is_floating_point() else x for x in inputs]
+        output: Tensor = self.module(*cast)
+        return output.float()
+
+
+def _layers(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
+    """The layers by their names in the model, which a task may have put into a wrapper: the outermost that has all."""
+    missing = ""
+    for inner in module.modules():
+        found = dict(inner.named_modules(remove_duplicate=False))
+        layers = {name: layer for name in names if isinstance(layer := found.get(name), nn.Linear)}
+        absent = [name for name in names if name not in layers]
+        if not absent:
+            return layers
+        missing = missing or absent[0]
+    raise ConfigError(f"the model has no linear layer {missing!r}")
+
+
+def _settle(linear: nn.Linear, mask: Tensor, pattern: NMPattern | None, layer: str) -> None:
+    """Check that a layer is folded; make its zeros positive, as runtimes may look for them by their bits."""
+    if pattern is None:
+        raise ConfigError("masks without a pattern")
+    if type(linear) is not nn.Linear:
+        raise ConfigError(f"layer {layer!r} is a {type(linear).__name__}, no plain nn.Linear; fold the model first")
+    if mask.shape != linear.weight.shape:
+        raise CheckpointError(f"layer {layer!r}: mask {tuple(mask.shape)} for a weight {tuple(linear.weight.shape)}")
+    pattern.validate(mask, layer)
+    pruned = ~mask.bool()
+    if bool((linear.weight[pruned] != 0).any()):
+        raise CheckpointError(f"layer {layer!r}: the weight is not zero where its mask is; fold the model first")
+    linear.weight[pruned] = 0.0
+
+
+def _export(runtime: _Runtime, deployable: Deployable) -> Any:
+    """The exporter's ``ModelProto``."""
+    names, batch = list(deployable.inputs), torch.export.Dim("batch")
+    try:
+        with warnings.catch_warnings():  # of the axis that all inputs share on purpose
+            warnings.filterwarnings("ignore", "# The axis name: batch will not be used")
+            program = torch.onnx.export(
+                runtime,
+                tuple(_rows(deployable, _traced(deployable)).values()),
+                input_names=names,
+                output_names=[deployable.output],
+                opset_version=OPSET,
+                dynamo=True,
+                dynamic_shapes=(tuple({0: batch} for _ in names),),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ConfigError(f"torch.onnx cannot export the model: {line(error.__cause__ or error)}") from error
+    assert program is not None
+    return program.model_proto
+
+
+def _traced(deployable: Deployable) -> int:
+    """The batch size to trace with; what torch finds out about a batch of one holds for no other."""
+    return max(2, len(next(iter(deployable.inputs.values()))))
+
+
+def _rows(deployable: Deployable, count: int) -> dict[str, Tensor]:
+    """So many samples of the example, from its last to its first, and so on."""
+    return {name: x[-1 - torch.arange(count) % len(x)] for name, x in deployable.inputs.items()}
+
+
+def _clean(model: Any) -> None:
+    """Name linear layers' nodes and weights after them; drop what says where it was exported, and by what."""
+    graph = model.graph
+    tables = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
+    nodes = {node.name for node in graph.node}
+    values = {name for node in graph.node for name in (*node.input, *node.output)}
+    names: dict[str, str] = {}
+    for node in graph.node:
+        scopes = [ast.literal_eval(entry.value) for entry in node.metadata_props if entry.key == SCOPES]
+        weights = [name for name in node.input if name in tables and node.op_type in ("MatMul", "Gemm")]
+        if weights and scopes and len(scopes[0]) > 1:
+            layer = scopes[0][-2].removeprefix("module.")
+            node.name = _free(layer, nodes)
+            names.setdefault(weights[0], _free(f"{layer}.weight", values))
+    for tensor in graph.initializer:
+        if (name := tensor.name).startswith("module."):
+            names.setdefault(name, _free(name.removeprefix("module."), values))
+        tensor.name = names.get(name, name)
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = names.get(name, name)
+    _strip(model)
+    model.producer_version = __version__
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, numbered if it is taken; then it is."""
+    found = next(n for n in (name, *(f"{name}.{i}" for i in range(1, len(taken) + 1))) if n not in taken)
+    taken.add(found)
+    return found
+
+
+def _strip(message: Any) -> None:
+    """Clear all doc strings and metadata, at any depth: stack traces hold paths."""
+    for field in {"doc_string", "metadata_props"}.intersection(message.DESCRIPTOR.fields_by_name):
+        message.ClearField(field)
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                _strip(part)
+
+
+def _weights(model: Any, layers: Mapping[str, nn.Linear]) -> dict[str, str]:
+    """Which initializer is each layer's weight: bit for bit, with its rows along the axis that is summed over."""
+    names: dict[str, str] = {}
+    for found in matrices(model.graph):
+        names.setdefault(tensors_digest({"": found.weight}), found.name)
+    digests = {layer: tensors_digest({"": linear.weight}) for layer, linear in layers.items()}
+    for layer, digest in digests.items():
+        if digest not in names:
+            raise CheckpointError(f"layer {layer!r}: no node of the graph multiplies by its weight")
+    return {layer: names[digest] for layer, digest in digests.items()}
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[Path]:
+    """Give a name in a temporary folder; what is there moves to the folder of ``path`` if all went well."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            yield Path(folder) / path.name
+            for file in sorted(Path(folder).iterdir(), reverse=True):  # the data before the graph that needs it
+                with replacing(path.with_name(file.name)) as temporary:
+                    file.replace(temporary)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _save(path: Path, model: Any) -> None:
+    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LIMIT
+    onnx = library("onnx")
+    onnx.save(model, path, save_as_external_data=large, location=f"{path.name}.data", size_threshold=1024)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _check_outputs(path: Path, runtime: _Runtime, deployable: Deployable, bound: float) -> None:
+    """Compare onnxruntime to torch, on the CPU, at two batch sizes that were not traced."""
+    onnxruntime = library("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    batches = [_rows(deployable, size) for size in (1, _traced(deployable) + 1)]
+    arrays = [{name: x.numpy() for name, x in batch.items()} for batch in batches]
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        outputs = [torch.from_numpy(session.run([deployable.output], inputs)[0]) for inputs in arrays]
+    except Exception as error:  # onnxruntime's have no family of their own
+        raise CheckpointError(f"onnxruntime does not run the graph: {line(error)}") from error
+    for batch, found in zip(batches, outputs, strict=True):
+        with torch.no_grad():
+            wanted = runtime(*batch.values())
+        same = found.shape == wanted.shape
+        off = float((found - wanted).abs().max() / (wanted.abs().max() or 1)) if same else math.inf
+        if not off <= bound:
+            raise CheckpointError(
+                f"for {len(wanted)} samples onnxruntime's outputs are off by {off:.1e} of the largest of torch's; "
+                f"rounding explains {bound:.0e}"
+            )

@@ -1,0 +1,118 @@
+"""Rows and checkpoints as files of every format, each read back and compared before it counts as written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskllm4v.checkpoints import load_dense, load_masks
+from maskllm4v.config import Experiment
+from maskllm4v.errors import CheckpointError, ConfigError
+from maskllm4v.evaluation import install
+from maskllm4v.export.files import Folded, save_folded, save_masks_alone, save_packed
+from maskllm4v.export.onnx import export_onnx
+from maskllm4v.files import file_digest
+from maskllm4v.layout import checkpoint, record_file
+from maskllm4v.packed import load_packed_file
+from maskllm4v.surgery import fold_
+from maskllm4v.tasks import Task
+
+BATCH = 2  # of the example that ONNX graphs are traced with; they take any
+
+
+def folded_row(experiment: Experiment, task: Task, row: str, seed: int | None = None) -> Folded:
+    """A row's model under the masks of a seed, by default its first one.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or belongs to another model or pattern.
+        ConfigError: there is no such row or seed.
+    """
+    seeds = experiment.row_seeds(row)
+    if seed is not None and seed not in seeds:
+        raise ConfigError(f"row {row!r} has no seed {seed}; allowed: {', '.join(map(str, seeds))}")
+    seed = seeds[0] if seed is None else seed
+    model, name = task.build_model(seed), experiment.model.name
+    base = load_dense(checkpoint(experiment.dense.row, experiment.dense_seed(seed)), model, name)
+    record = record_file(experiment.table, row)
+    manifest, measured = task.data_digest, file_digest(record) if record.exists() else None
+    if experiment.kind(row) == "dense":
+        return Folded(model.cpu(), {}, None, name, "dense", base, manifest=manifest, record=measured)
+    path = checkpoint(row, seed)
+    found = load_masks(path, pattern=experiment.pattern_of(row), base=base)
+    model, updated = fold_(install(model, found, str(path))).cpu(), bool(found.weights)
+    return Folded(model, found.masks, found.pattern, name, found.method, base, updated, manifest, measured)
+
+
+def write(path: Path, format: str, folded: Folded, dtype: str | None, task: Task) -> None:
+    """Write one file.
+
+    Args:
+        path: the file; ``.safetensors``, or ``.onnx``.
+        format: ``"packed"``, ``"mask"``, ``"dense"`` or ``"onnx"``.
+        folded: what to write.
+        dtype: ``"fp32"``, ``"fp16"``, ``"bf16"``; None: as the model's. ONNX is written in the first two.
+        task: whose example inputs ONNX graphs are traced with.
+
+    Raises:
+        CheckpointError: the model cannot be written so, or what was written is not what was meant.
+        PatternError: a weight is not zero where its mask is.
+    """
+    if format == "packed":
+        save_packed(path, folded, dtype)
+        _read_back(path, folded.state(dtype))
+    elif format == "dense":
+        save_folded(path, folded, dtype)
+    elif format == "mask":
+        save_masks_alone(path, folded)
+    elif dtype == "bf16":
+        raise CheckpointError("ONNX is written in fp32 and fp16, not in bf16")
+    else:
+        export_onnx(
+            path,
+            task.deployable(folded.model, BATCH),
+            half=dtype == "fp16",
+            masks=folded.masks,
+            pattern=folded.pattern,
+            about=folded.about("onnx"),
+        )
+
+
+def file_name(row: str, format: str, dtype: str | None) -> str:
+    """``digits-wanda-packed-fp16.safetensors``."""
+    parts = [row, *([] if format == "onnx" else [format]), *([dtype] if dtype else [])]
+    return f"{'-'.join(parts)}.{'onnx' if format == 'onnx' else 'safetensors'}"
+
+
+def write_row(experiment: Experiment, task: Task, row: str, folder: Path) -> dict[str, Any]:
+    """Write all files of a row into an empty folder; returns what is committed of them."""
+    folded = folded_row(experiment, task, row)
+    listed = []
+    for format, dtype in experiment.exports[row].files():
+        path = folder / file_name(row, format, dtype)
+        write(path, format, folded, dtype, task)
+        facts = {"file": path.name, "format": format, "dtype": dtype}
+        listed.append({**facts, "bytes": path.stat().st_size, "sha256": file_digest(path)})
+    return {
+        "row": row,
+        "seed": experiment.row_seeds(row)[0],
+        "model": folded.name,
+        "pattern": None if folded.pattern is None else str(folded.pattern),
+        "layers": len(folded.masks),
+        "record": folded.record,
+        "files": listed,
+    }
+
+
+def _read_back(path: Path, wanted: dict[str, torch.Tensor]) -> None:
+    found = load_packed_file(path).tensors
+    for name, tensor in wanted.items():
+        other = found.get(name)
+        if other is None or other.dtype != tensor.dtype or not _same_values(other, tensor):
+            raise CheckpointError(f"{path}: {name!r} does not come back as it was written")
+
+
+def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal, and not-a-number where the other is."""
+    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())

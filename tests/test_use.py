@@ -1,0 +1,49 @@
+"""Switching params.yaml to another experiment; DVC, unlike us, knows no defaults."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import run, well
+from import_graph import ROOT
+
+LINES = {  # what may be left out of an experiment, and what has to be added for DVC
+    "finetuned: {}": "finetuned: {}",
+    "evaluation: {}": "evaluation: {}",
+    'pattern: "2:4"': 'pattern: "2:4"',
+    "  name: classification": "name: classification in task",
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml")))
+def test_every_experiment_can_be_used(name: str, here: Path) -> None:
+    assert f"params.yaml is now experiments/{name}.yaml" in well("use", name).out
+    assert (here / "params.yaml").read_bytes() == (here / "experiments" / f"{name}.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(("line", "hint"), LINES.items())
+def test_what_dvc_needs_is_named(line: str, hint: str, here: Path) -> None:
+    text = (here / "experiments" / "digits.yaml").read_text()
+    left = [kept for kept in text.splitlines(keepends=True) if not kept.startswith(line)]
+    assert len(left) == text.count("\n") - 1
+    (here / "experiments" / "pets.yaml").write_text("".join(left))
+    (here / "params.yaml").write_text("before")
+    done = run("use", "pets")
+    assert done.code == 1
+    assert done.err == (f"use: experiments/pets.yaml: dvc.yaml reads these, too, so they have to stand there: {hint}\n")
+    assert (here / "params.yaml").read_text() == "before"
+
+
+def test_unknown_experiment(here: Path) -> None:
+    done = run("use", "digit")
+    assert done.code == 1
+    assert "no experiment 'digit'; allowed: cifar10, digits," in done.err
