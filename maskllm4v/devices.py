@@ -14,8 +14,8 @@ from maskllm4v.errors import ConfigError
 def pick_device(wanted: str) -> torch.device:
     """``"auto"``: CUDA where there is one, else the CPU; otherwise the device named.
 
-    CPUs flush denormal numbers to zero from then on: Adam's moments of decided masks are full of them, and
-    made its step eight times as slow. Threads inherit that from the one that starts them, so it comes early.
+    CPUs flush denormal numbers to zero from then on: Adam's moments of decided masks are full of them, and CPUs are
+    many times slower on them. Threads inherit that from the one that starts them, so it comes early.
 
     Raises:
         ConfigError: the name is unknown, or there is no such device.

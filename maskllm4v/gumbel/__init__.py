@@ -153,7 +153,7 @@ def _gradients(ctx: Any, backward: Any, grad_masked: Tensor, grad_energy: Tensor
 
 
 class _MaskedWeight(torch.autograd.Function):
-    """The operation outside of a compiled graph: the custom operator below costs 60 µs more a call."""
+    """The operation outside of a compiled graph: the custom operator below costs more a call."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
