@@ -17,7 +17,7 @@ from maskllm4v.config import Experiment
 from maskllm4v.files import read_json, value_digest, write_json
 from maskllm4v.layout import record_file
 from maskllm4v.pictures import read_picture
-from maskllm4v.tracking import flatten, publish
+from maskllm4v.tracking import LARGEST_ARTIFACT, flatten, publish
 
 ROWS = ("digits-dense", "digits-magnitude", "digits-maskllm-short-magnitude")
 
@@ -88,6 +88,11 @@ def test_curves_and_artifacts(root: Path, experiment: Experiment) -> None:
 
     (root / "artifacts/digits-magnitude").mkdir(parents=True)
     (root / "artifacts/digits-magnitude/seed0.safetensors").write_bytes(b"masks")
+    files = root / "artifacts/exports/digits-magnitude"
+    files.mkdir(parents=True)
+    for name, size in (("packed.safetensors", 10), ("model.onnx", 10), ("large.onnx", LARGEST_ARTIFACT + 1)):
+        (files / name).write_bytes(bytes(size))
+    (root / "reports/digits/exports.md").write_text("files")
     publish(root, experiment)
     client, found = MlflowClient(f"sqlite:///{root / 'mlflow.db'}"), by_row(root)
     learned = found["digits-maskllm-short-magnitude"].info.run_id
@@ -100,6 +105,10 @@ def test_curves_and_artifacts(root: Path, experiment: Experiment) -> None:
     assert {file.path for file in client.list_artifacts(learned, "curves")} == {f"curves/seed{k}.csv" for k in range(3)}
     pruned = found["digits-magnitude"].info.run_id
     assert [file.path for file in client.list_artifacts(pruned, "masks")] == ["masks/seed0.safetensors"]
+    exported = [file.path for file in client.list_artifacts(pruned, "export")]
+    assert exported == ["export/model.onnx", "export/packed.safetensors"]  # large ones stay in DVC's cache
+    assert "report/exports.md" in [file.path for file in client.list_artifacts(pruned, "report")]
+    assert client.list_artifacts(learned, "export") == []
 
 
 def test_controls_name_what_they_start_from(root: Path) -> None:
