@@ -254,10 +254,10 @@ def file_sizes(model: Model, log: Log) -> list[Row]:
             return path.stat().st_size
 
         for dtype in ("fp32", "fp16", "bf16"):
-            whole = size(files.save_folded, dense, dtype)
-            for name, length in (("dense", whole), ("packed", size(files.save_packed, folded, dtype))):
+            whole = size(files.write_folded, dense, dtype)
+            for name, length in (("dense", whole), ("packed", size(files.write_packed, folded, dtype))):
                 rows.append(
                     {"model": model.name, "format": name, "dtype": dtype, "bytes": length, "ratio": length / whole}
                 )
-        rows.append({"model": model.name, "format": "mask", "bytes": size(files.save_masks_alone, folded)})
+        rows.append({"model": model.name, "format": "mask", "bytes": size(files.write_masks, folded)})
     return rows

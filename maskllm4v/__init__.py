@@ -23,6 +23,7 @@ _HOMES = {
     "learn_masks": "training",
     "LearningSettings": "config",
     "load_packed": "packed",
+    "save_packed": "export.files",
     "UserError": "errors",
 }
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from maskllm4v.calibration import Calibration as Calibration
     from maskllm4v.config import LearningSettings as LearningSettings
     from maskllm4v.errors import UserError as UserError
+    from maskllm4v.export.files import save_packed as save_packed
     from maskllm4v.layers import LearnableMaskedLinear as LearnableMaskedLinear
     from maskllm4v.layers import MaskedLinear as MaskedLinear
     from maskllm4v.packed import load_packed as load_packed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from pathlib import Path
 
 from maskllm4v.cli import export, options, prune, sample, shrink, train, validate, verify
@@ -85,6 +86,11 @@ def main() -> None:
         sys.exit(arguments.error_status)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        if arguments.error_status == 1:  # Python's own
+            raise
+        traceback.print_exc()
+        sys.exit(arguments.error_status)
     if status:
         sys.exit(status)
 

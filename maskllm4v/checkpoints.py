@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -56,7 +57,14 @@ def load_dense(path: Path, model: nn.Module, name: str) -> str:
 
 
 def load_state(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """A strict ``load_state_dict`` whose error fits on a line."""
+    """A strict ``load_state_dict`` whose error fits on a line, and that changes nothing if anything does not fit."""
+    own = model.state_dict()
+    shapes = {name: (tuple(tensors[name].shape), tuple(own[name].shape)) for name in own.keys() & tensors.keys()}
+    faults = [f"{name!r} is missing" for name in own if name not in tensors]
+    faults += [f"the model has no {name!r}" for name in tensors if name not in own]
+    faults += [f"size mismatch for {name!r}: {a}, not {b}" for name, (a, b) in sorted(shapes.items()) if a != b]
+    if faults:
+        raise CheckpointError(f"{origin} does not fit the model: {'; '.join(faults)[:300]}")
     try:
         model.load_state_dict(dict(tensors), strict=True)
     except RuntimeError as error:
@@ -70,8 +78,11 @@ def load_plain_state(path: Path) -> dict[str, Tensor]:
     return load_sealed(path, "dense")[0] if METADATA_KEY in metadata else tensors
 
 
-def save_masks(path: Path, checkpoint: MaskCheckpoint) -> str:
-    """Write packed masks and updated weights; returns the digest of the file's tensors."""
+def save_masks(path: Path, checkpoint: MaskCheckpoint, more: Mapping[str, Any] = {}) -> str:
+    """Write packed masks and updated weights; returns the digest of the file's tensors.
+
+    ``more``: what else the file is to say of itself, as a JSON object.
+    """
     c = checkpoint
     tensors = {f"weights.{name}": weight for name, weight in c.weights.items()}
     for kind, masks in (("mask", c.masks), ("prior", c.prior)):
@@ -81,7 +92,7 @@ def save_masks(path: Path, checkpoint: MaskCheckpoint) -> str:
             tensors |= {f"{kind}.{name}": c.pattern.pack(mask, name) for name, mask in masks.items()}
     shapes = {name: list(mask.shape) for name, mask in c.masks.items()}
     pattern = None if c.pattern is None else str(c.pattern)
-    about = {"kind": "masks", "pattern": pattern, "method": c.method, "base": c.base, "shapes": shapes}
+    about = {**more, "kind": "masks", "pattern": pattern, "method": c.method, "base": c.base, "shapes": shapes}
     return save_sealed(path, tensors, about)
 
 

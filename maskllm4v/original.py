@@ -14,7 +14,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from maskllm4v.checkpoints import MaskCheckpoint, load_masks, load_plain_state
 from maskllm4v.errors import CheckpointError, PatternError
 from maskllm4v.packed import load_packed_file
 from maskllm4v.patterns import NMPattern
-from maskllm4v.sealed import is_safetensors, kind_of
+from maskllm4v.sealed import is_safetensors, kind_of, load_sealed
 
 AVERAGED, PLAIN = ("state_dict_ema", "model_ema", "ema"), ("state_dict", "model")  # where a file keeps its state dicts
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, timm's EMA, torch.compile
@@ -43,6 +43,7 @@ class State:
         pattern: theirs; None without masks.
         learned: whether the masks are the likeliest candidates of trained logits.
         averaged: whether this is the average that timm keeps (EMA).
+        about: what a file of ours says of itself, see :meth:`maskllm4v.export.files.Folded.about`; else empty.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class State:
     pattern: NMPattern | None
     learned: bool = False
     averaged: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def zeroed(self) -> bool:
@@ -101,6 +103,9 @@ def load_any(path: Path, *, ema: bool | None = None, pattern: NMPattern | str | 
         return load_masks(path, pattern=wanted)
     if kind == "packed":
         return _packed(path, wanted)
+    if kind == "dense":
+        tensors, about = load_sealed(path, "dense")
+        return replace(_separate(path, tensors, wanted), about=about)
     return _separate(path, load_plain_state(path), wanted)
 
 
@@ -131,7 +136,8 @@ def _packed(path: Path, wanted: NMPattern | None) -> State:
     found = load_packed_file(path)
     if wanted not in (None, found.pattern):
         raise CheckpointError(f"{path} holds {found.pattern} masks, not {wanted} ones")
-    return State(path, found.tensors, found.masks, found.pattern, learned=found.about["method"] == "maskllm")
+    learned = found.about["method"] == "maskllm"
+    return State(path, found.tensors, found.masks, found.pattern, learned, about=found.about)
 
 
 def read_torch(path: Path, ema: bool | None = None) -> tuple[dict[str, Tensor], bool]:

@@ -39,7 +39,8 @@ def save_sealed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, A
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
-        shared = any(own.data_ptr() == other.data_ptr() for other in plain.values())
+        storage = own.untyped_storage().data_ptr()
+        shared = any(storage == other.untyped_storage().data_ptr() for other in plain.values())
         plain[name] = own.clone() if shared else own  # tied weights are written twice
     digest = tensors_digest(plain)
     about = {**about, "format": FORMAT, "digest": digest}
@@ -58,6 +59,8 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: missing, damaged, or another format.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, not a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
@@ -81,10 +84,10 @@ def load_sealed(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
         raise CheckpointError(f"{path} was not written by maskllm4v") from error
     if value_digest(about) != seal:
         raise CheckpointError(f"{path} is damaged: its header does not have the digest it was written with")
-    if about.get("kind") != kind or about.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} holds {about.get('kind')} in format {about.get('format')}, not {kind} in {FORMAT}"
-        )
+    if about.get("kind") != kind:
+        raise CheckpointError(f"{path} is a file of {about.get('kind')!r}, not of {kind!r}")
+    if about.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is in format {about.get('format')}, not {FORMAT}")
     if tensors_digest(tensors) != about["digest"]:
         raise CheckpointError(f"{path} is damaged: its tensors do not have the digest it was written with")
     return tensors, about

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULT_STORE = "mlflow.db"  # sqlite, at the repository's root; git-ignored and disposable
 ARTIFACT_ROOT = "mlruns"
-LARGEST_ARTIFACT = 32 * 2**20  # bytes; updated weights of a large model stay in DVC's cache
+LARGEST_ARTIFACT = 32 * 2**20  # bytes of masks; with updated weights of a large model they stay in DVC's cache
 BATCH = 1000  # metrics a request, MLflow's own limit
 
 METHODS = {  # stage and method of a kind of row; None: the one-shot method's own name
@@ -210,11 +210,12 @@ def _artifact_files(root: Path, experiment: Experiment, row: str) -> Iterator[tu
     for path in [reports / "table.md", reports / "exports.md", *sorted((reports / "figures").glob("*.png"))]:
         if path.is_file():
             yield path, "report"
-    masks = [] if row == experiment.dense.row else sorted((root / ARTIFACTS / row).glob("*.safetensors"))
-    for folder_name, paths in (("masks", masks), ("export", sorted((root / export_folder(row)).glob("*")))):
-        for path in paths:
+    if row != experiment.dense.row:
+        for path in sorted((root / ARTIFACTS / row).glob("*.safetensors")):
             if path.stat().st_size <= LARGEST_ARTIFACT:
-                yield path, folder_name
+                yield path, "masks"
+    for path in sorted((root / export_folder(row)).glob("*")):  # all of them: somebody asked for each
+        yield path, "export"
 
 
 def _git_commit(root: Path) -> str:

@@ -91,7 +91,10 @@ def table(found: Sparsity) -> str:
 
 def build(model: Path, engine: Path, batch: tuple[int, int, int]) -> str:
     """Build with the Python API; returns the log."""
-    import tensorrt as trt
+    try:
+        import tensorrt as trt
+    except ImportError as error:
+        sys.exit(f"TensorRT is not installed (pip install tensorrt), or say --trtexec: {error}")
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
@@ -146,7 +149,10 @@ def run_trtexec(program: str, model: Path, engine: Path, batch: tuple[int, int, 
     inputs = {value.name: tuple(d.dim_value or -1 for d in value.type.tensor_type.shape.dim) for value in graph.input}
     line = command(program, model, engine, shapes(inputs, batch))
     print(" ".join(line))
-    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    try:
+        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except OSError as error:
+        sys.exit(f"cannot run {program}: {error.strerror}")
     if done.returncode:
         sys.exit(f"{done.stdout[-3000:]}\ntrtexec failed with status {done.returncode}")
     return done.stdout
@@ -167,6 +173,8 @@ def main() -> None:
     a = parser.parse_args()
     if (a.model is None) == (a.log is None):
         parser.error("say either MODEL.onnx or --log FILE")
+    if not (found := a.log or a.model).exists():
+        parser.error(f"{found} is missing")
     if a.log:
         log = a.log.read_text(encoding="utf-8", errors="replace")
     else:

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 import maskllm4v
 from maskllm4v.checkpoints import load_masks
+from maskllm4v.export.onnx import about_graph
 from maskllm4v.packed import load_packed_file
+from maskllm4v.sealed import kind_of
 
 ARCHITECTURE = MODEL[:6]  # no data, no workers
 OF_MASKS = ("--checkpoint", "prior.safetensors", *ARCHITECTURE, *DENSE)
@@ -104,8 +106,8 @@ def test_files_go_round(here: Path) -> None:
     flags = ("--checkpoint", "plain.pt", *ARCHITECTURE, "-o", "broken.safetensors")
     done = run("export", *flags)
     assert done.code == 1
-    fault = "export: layer 'blocks.1.mlp.fc1': group 1 of row 2 has more than 2 non-zero weights"
-    assert done.err.splitlines()[-1] == fault
+    fault = "export: plain.pt: layer 'blocks.1.mlp.fc1': group 1 of row 2 has more than 2 non-zero weights; if it is "
+    assert done.err.splitlines()[-1].startswith(fault)
     assert not (here / "broken.safetensors").exists()
     well("export", *flags, "--exclude", "head", "blocks.1.mlp.fc1")
     assert len(load_packed_file(here / "broken.safetensors").masks) == len(first.masks) - 1
@@ -116,8 +118,8 @@ def test_other_patterns(here: Path) -> None:
     well("prune", *common, "--pattern", "1:4")
     well("export", *OF_MASKS, "--format", "dense")
     flags = ("--checkpoint", "prior-dense.safetensors", *ARCHITECTURE)
-    well("export", *flags, "--pattern", "1:4", "-o", "quarter.safetensors")
-    well("export", *flags, "-o", "half.safetensors")  # whatever is 1:4 is 2:4, too
+    well("export", *flags, "-o", "quarter.safetensors")  # as the file says
+    well("export", *flags, "--pattern", "2:4", "-o", "half.safetensors")  # whatever is 1:4 is 2:4, too
     quarter, half = (load_packed_file(here / f"{name}.safetensors") for name in ("quarter", "half"))
     assert (str(quarter.pattern), str(half.pattern)) == ("1:4", "2:4")
     assert all(torch.equal(half.tensors[name], tensor) for name, tensor in quarter.tensors.items())
@@ -126,9 +128,36 @@ def test_other_patterns(here: Path) -> None:
     assert "holds 1:4 masks, not 2:8 ones" in done.err
 
 
+def test_what_a_file_says_of_itself_goes_on(here: Path) -> None:
+    facts = {"model": "test_vit", "method": "magnitude", "base": load_masks(here / "prior.safetensors").base}
+    for format in ("packed", "dense"):
+        well("export", *OF_MASKS, "--format", format, "-o", "first.safetensors")
+        well("export", "--checkpoint", "first.safetensors", *ARCHITECTURE, "-o", "second.safetensors")
+        well("export", "--checkpoint", "second.safetensors", *ARCHITECTURE, "--format", "onnx", "-o", "third.onnx")
+        about = load_packed_file(here / "second.safetensors").about
+        graph = about_graph(here / "third.onnx")
+        assert {key: about[key] for key in facts} == {key: graph[key] for key in facts} == facts
+        assert about["args"] == graph["args"] == {"num_classes": 3, "img_size": 32}
+    assert kind_of(here / "first.safetensors") == "dense"
+    with torch.no_grad():
+        halves = {name: tensor.bfloat16() for name, tensor in load_file(here / "first.safetensors").items()}
+    torch.save(halves, here / "half.v1.pth.tar")
+    well("export", "--checkpoint", "half.v1.pth.tar", *ARCHITECTURE)
+    found = load_packed_file(here / "half.v1-packed.safetensors")  # in the file's own type, under its own name
+    assert {tensor.dtype for tensor in found.tensors.values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
+        (("a-row", "--pattern", "1:4"), "--pattern is for --checkpoint"),
+        (("a-row", "--exclude", "foo"), "--exclude is for --checkpoint"),
+        (("a-row", *ARCHITECTURE), "--model is for --checkpoint"),
+        ((*OF_MASKS, "--seed-of-row", "7"), "--seed-of-row is for rows"),
+        ((*OF_MASKS, "--params", "nope.yaml"), "--params is for rows"),
+        ((*OF_MASKS, "--format", "mask", "--dtype", "bf16"), "--dtype is not for masks"),
+        ((*OF_MASKS, "-o", "x.onnx"), "--output: x.onnx does not end in .safetensors, as 'packed' files do"),
+        ((*OF_MASKS, "--format", "onnx", "-o", "x.pt"), "--output: x.pt does not end in .onnx, as 'onnx' files do"),
         ((), "say either a row of the experiment or --checkpoint FILE"),
         (("row", *OF_MASKS), "say either a row of the experiment or --checkpoint FILE"),
         (("--checkpoint", "prior.safetensors"), "--checkpoint needs --model"),

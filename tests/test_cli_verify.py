@@ -20,7 +20,7 @@ from test_original import gated, gates_of, pruned, timm_file, winners
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints import save_dense, save_masks
-from maskllm4v.export.files import Folded, save_folded, save_packed
+from maskllm4v.export.files import Folded, write_folded, write_packed
 from maskllm4v.patterns import NMPattern
 from maskllm4v.sealed import save_sealed
 
@@ -128,7 +128,7 @@ def test_our_file_of_a_model_without_masks() -> None:
     assert verdicts(checks("m.safetensors", code=1)) == {"fc": "dense"}
 
 
-@pytest.mark.parametrize("write", [save_packed, save_folded])
+@pytest.mark.parametrize("write", [write_packed, write_folded])
 @pytest.mark.parametrize("dtype", [None, "fp16", "bf16"])
 def test_our_weights(write: Callable[..., None], dtype: str | None) -> None:
     write(Path("m.safetensors"), folded(), dtype)
@@ -241,7 +241,7 @@ class Code:
 
 
 def test_files_that_cannot_be_read() -> None:
-    save_packed(Path("m.safetensors"), folded())
+    write_packed(Path("m.safetensors"), folded())
     content = Path("m.safetensors").read_bytes()
     Path("cut.safetensors").write_bytes(content[:-9])
     Path("flipped.safetensors").write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
@@ -290,3 +290,13 @@ def test_real_process() -> None:
     assert ((good.code, good.err), (bad.code, bad.err)) == ((0, ""), (1, ""))
     assert good.out.endswith("good.safetensors: 2:4 holds (layers: 2 hold, 0 violated, 1 dense)\n")
     assert (absent.code, absent.out, absent.err) == (2, "", "verify: absent.safetensors is missing\n")
+
+
+def test_a_crash_is_no_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("maskllm4v.export.verify.verify_file", crash)
+    done = run("verify", str(tmp_path / "any"))
+    assert done.code == 2
+    assert done.out == ""

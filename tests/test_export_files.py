@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import maskllm4v
 from maskllm4v.checkpoints import load_masks, load_plain_state
 from maskllm4v.errors import CheckpointError, PatternError
-from maskllm4v.export.files import DTYPES, Folded, save_folded, save_masks_alone, save_packed
+from maskllm4v.export.files import DTYPES, Folded, write_folded, write_masks, write_packed
 from maskllm4v.original import State, load_any
 from maskllm4v.packed import load_packed, load_packed_file
 from maskllm4v.patterns import NMPattern
@@ -70,7 +70,7 @@ def check(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("text", ["2:4", "1:4", "3:4", "1:2", "2:8", "4:8", "1:3"])
 def test_packed_round_trip(text: str, dtype: str | None, tmp_path: Path) -> None:
     folded = odd(text)
-    save_packed(tmp_path / "packed.safetensors", folded, dtype)
+    write_packed(tmp_path / "packed.safetensors", folded, dtype)
     found = load_packed_file(tmp_path / "packed.safetensors")
     check(dict(found.tensors), folded.state(dtype))
     assert found.pattern == NMPattern(text)
@@ -81,7 +81,7 @@ def test_packed_round_trip(text: str, dtype: str | None, tmp_path: Path) -> None
 @given(text=st.sampled_from(["2:4", "1:4", "2:8", "3:5"]), seed=st.integers(0, 10**6))
 def test_model_comes_back(text: str, seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     path, folded = tmp_path_factory.mktemp("packed") / "p.safetensors", odd(text, seed)
-    save_packed(path, folded)
+    write_packed(path, folded)
     fresh = Odd(NMPattern(text))
     assert load_packed(fresh, path) is fresh
     check(fresh.state_dict(), folded.model.state_dict())
@@ -91,8 +91,8 @@ def test_one_line_loads_into_timm(tmp_path: Path) -> None:
     dense = timm.create_model("test_vit", num_classes=3)
     masks = maskllm4v.prune(dense, "magnitude", exclude=["head"])
     folded = Folded(maskllm4v.fold_(dense), masks, NMPattern("2:4"), "test_vit", "magnitude", "ab" * 32)
-    save_packed(tmp_path / "packed.safetensors", folded, "fp16")
-    save_folded(tmp_path / "dense.safetensors", folded, "fp16")
+    write_packed(tmp_path / "packed.safetensors", folded, "fp16")
+    write_folded(tmp_path / "dense.safetensors", folded, "fp16")
     model = maskllm4v.load_packed(timm.create_model("test_vit", num_classes=3), str(tmp_path / "packed.safetensors"))
     plain = timm.create_model("test_vit", num_classes=3, checkpoint_path=str(tmp_path / "dense.safetensors"))
     check(model.state_dict(), plain.state_dict())  # timm knows nothing of us
@@ -102,21 +102,37 @@ def test_one_line_loads_into_timm(tmp_path: Path) -> None:
     assert 0.5625 < sizes[0] / sizes[1] < 0.75  # embeddings, norms and head are not pruned
 
 
+def test_from_python(tmp_path: Path) -> None:
+    """As in the docstring of ``save_packed``."""
+    folded = odd("1:4")
+    path = str(tmp_path / "packed.safetensors")
+    maskllm4v.save_packed(folded.model, folded.masks, path, pattern="1:4", dtype="bf16", method="by hand")
+    found = load_packed_file(tmp_path / "packed.safetensors")
+    check(dict(found.tensors), folded.state("bf16"))
+    facts = {"model": "Odd", "method": "by hand", "pattern": "1:4", "base": None}
+    assert facts.items() <= found.about.items()
+    with pytest.raises(PatternError, match="layer 'wide': group 0 of row 0 keeps 1 of 4 weights, not 2"):
+        maskllm4v.save_packed(folded.model, folded.masks, path)
+
+
 @pytest.mark.parametrize("text", ["2:4", "1:4", "4:8"])
 def test_masks_alone(text: str, tmp_path: Path) -> None:
-    folded = odd(text)
-    save_masks_alone(tmp_path / "mask.safetensors", folded)
+    folded = odd(text, record="34" * 32)
+    write_masks(tmp_path / "mask.safetensors", folded)
     found = load_masks(tmp_path / "mask.safetensors", pattern=text, base=folded.base)
     assert found.method == "maskllm"
+    with safe_open(tmp_path / "mask.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()["maskllm4v"])
+    assert {key: about[key] for key in ("model", "record")} == {"model": "Odd", "record": "34" * 32}
     assert all(torch.equal(found.masks[name], mask) for name, mask in folded.masks.items())
     with pytest.raises(CheckpointError, match="masks alone do not give the model"):
-        save_masks_alone(tmp_path / "again.safetensors", Folded(**{**vars(folded), "updated": True}))
+        write_masks(tmp_path / "again.safetensors", Folded(**{**vars(folded), "updated": True}))
     assert not (tmp_path / "again.safetensors").exists()
 
 
 def test_metadata_says_what_it_is(tmp_path: Path) -> None:
     folded = odd(manifest="12" * 32, record="34" * 32)
-    for save, kind in ((save_packed, "packed"), (save_folded, "dense")):
+    for save, kind in ((write_packed, "packed"), (write_folded, "dense")):
         save(tmp_path / "a.safetensors", folded, "bf16")
         with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
             metadata = file.metadata()
@@ -132,8 +148,8 @@ def test_metadata_says_what_it_is(tmp_path: Path) -> None:
 
 def test_every_file_of_ours_is_read_as_what_it_is(tmp_path: Path) -> None:
     folded = odd()
-    save_packed(tmp_path / "packed", folded)
-    save_folded(tmp_path / "dense", folded)
+    write_packed(tmp_path / "packed", folded)
+    write_folded(tmp_path / "dense", folded)
     found = load_any(tmp_path / "packed", pattern="2:4")
     assert isinstance(found, State)
     assert (found.learned, found.zeroed, str(found.pattern)) == (True, True, "2:4")
@@ -157,7 +173,7 @@ def test_every_file_of_ours_is_read_as_what_it_is(tmp_path: Path) -> None:
     ],
     ids=["last byte", "half", "header", "empty", "bit", "pattern", "method", "byte 1000"],
 )
-@pytest.mark.parametrize("save", [save_packed, save_folded])
+@pytest.mark.parametrize("save", [write_packed, write_folded])
 def test_damaged_files_are_refused(save: Callable[[Path, Folded], None], change: Change, tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     save(path, odd())
@@ -170,14 +186,21 @@ def test_damaged_files_are_refused(save: Callable[[Path, Folded], None], change:
 
 def test_files_that_are_not_packed(tmp_path: Path) -> None:
     folded = odd()
-    save_folded(tmp_path / "dense", folded)
-    with pytest.raises(CheckpointError, match="holds dense in format 2, not packed"):
+    write_folded(tmp_path / "dense", folded)
+    with pytest.raises(CheckpointError, match="is a file of 'dense', not of 'packed'"):
         load_packed(Odd(NMPattern("2:4")), tmp_path / "dense")
     with pytest.raises(CheckpointError, match="is missing"):
         load_packed(Odd(NMPattern("2:4")), tmp_path / "nowhere")
-    save_packed(tmp_path / "packed", folded)
-    with pytest.raises(CheckpointError, match="does not fit the model"):
-        load_packed(Odd(NMPattern("2:8")), tmp_path / "packed")
+    write_packed(tmp_path / "packed", folded)
+    other = Odd(NMPattern("2:8"))
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(
+        CheckpointError, match=r"size mismatch for 'row\.weight': \(1, 20\), not"
+    ):
+        load_packed(other, tmp_path / "packed")
+    check(other.state_dict(), before)  # nothing of it was loaded
+    with pytest.raises(CheckpointError, match="is a folder"):
+        load_packed(other, tmp_path)
     about = {"kind": "packed", "pattern": "2:4", "layers": ["row"]}
     save_sealed(tmp_path / "sealed", {"row.weight.values": torch.ones(1, 10)}, about)
     with pytest.raises(CheckpointError, match=r"'row\.weight\.positions' is missing"):
@@ -191,20 +214,20 @@ def test_files_that_are_not_packed(tmp_path: Path) -> None:
 def test_models_that_cannot_be_written(tmp_path: Path) -> None:
     path, folded = tmp_path / "file.safetensors", odd()
     dense = Folded(folded.model, {}, None, "Odd", "dense", "ab" * 32)
-    for save in (save_packed, lambda path, folded: save_masks_alone(path, folded)):
+    for save in (write_packed, lambda path, folded: write_masks(path, folded)):
         with pytest.raises(CheckpointError, match="a model without masks cannot be written as"):
             save(path, dense)
-    save_folded(path, dense)
+    write_folded(path, dense)
     path.unlink()
     with torch.no_grad():
         folded.model.head.weight[0, 0] = 1e6
-    save_packed(path, folded, "bf16")
+    write_packed(path, folded, "bf16")
     path.unlink()
     with pytest.raises(CheckpointError, match=r"'head\.weight' holds values that are too large for fp16"):
-        save_packed(path, folded, "fp16")
+        write_packed(path, folded, "fp16")
     with torch.no_grad():
         folded.model.row.weight.fill_(1)
-    for save in (save_packed, save_folded):
+    for save in (write_packed, write_folded):
         with pytest.raises(PatternError, match="layer 'row': the weight is not zero where its mask is"):
             save(path, folded)
     assert not path.exists()

@@ -1,18 +1,21 @@
 """Write a sparse model for others: packed weights, masks alone, a state dict with zeros, an ONNX graph.
 
-Either a row of the pipeline, or a checkpoint: masks of prune or train, packed ones, the original's files, or any state
-dict whose pruned weights are zero.
+Either a row of the pipeline, or a checkpoint of a timm model: masks of prune or train, packed ones, the original's
+files, or any state dict whose pruned weights are zero.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskllm4v.cli import options
 from maskllm4v.config import PARAMS, load_experiment
-from maskllm4v.errors import ConfigError
+from maskllm4v.errors import CheckpointError, ConfigError, PatternError
 from maskllm4v.layout import data_folder
 
 if TYPE_CHECKING:
@@ -24,11 +27,13 @@ if TYPE_CHECKING:
     from maskllm4v.tasks import Task
 
 FORMATS = {
-    "packed": "kept values and 2-bit positions; maskllm4v.load_packed reads it",
+    "packed": "kept values and their places; maskllm4v.load_packed reads it",
     "mask": "masks alone, 3 bits a group of 2:4",
     "dense": "a state dict with zeros, which timm reads",
     "onnx": "a graph for other runtimes",
 }
+OF_ROWS = ("params", "seed_of_row")
+OF_FILES = ("model", "pattern", "exclude", "use_ema", "pretrained", "dense_checkpoint", "num_classes", "img_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), help="of floating-point tensors (default: as they are)"
     )
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default <row or checkpoint>-<format>...")
     parser.add_argument(
-        "--params", type=Path, default=PARAMS, metavar="FILE", help=f"the experiment (default {PARAMS})"
+        "-o", "--output", type=Path, metavar="FILE", help="default: here, e.g. digits-wanda-packed-fp16.safetensors"
     )
+    parser.add_argument("--params", type=Path, metavar="FILE", help=f"the experiment (default {PARAMS})")
     parser.add_argument("--seed-of-row", type=int, metavar="N", help="whose masks to take (default: the first)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a file instead of a row; needs --model")
     parser.add_argument(
@@ -49,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_exclude(parser, "of files without masks: ")
     options.add_pattern(parser, "what the file says; else 2:4")
-    options.add_model(parser, required=False)
-    parser.set_defaults(dataset=None, data_dir="none", workers=0, device="cpu")
+    options.add_model(parser, required=False, images=False)
+    parser.set_defaults(exclude=None, dataset=None, data_dir="none", workers=0, device="cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -59,49 +64,91 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.tasks import open_task
 
     a = arguments
-    if (a.row is None) == (a.checkpoint is None):
-        raise ConfigError("say either a row of the experiment or --checkpoint FILE")
+    _check_flags(a)
+    dtype = a.dtype
     if a.row is not None:
-        experiment = load_experiment(a.params)
+        experiment = load_experiment(a.params or PARAMS)
         experiment = experiment.model_copy(update={"runtime": experiment.runtime.model_copy(update={"device": "cpu"})})
         task = open_task(experiment, data_folder(experiment.data.name))
         folded, name = folded_row(experiment, task, a.row, a.seed_of_row), a.row
     else:
-        if a.model is None:
-            raise ConfigError("--checkpoint needs --model, timm's name of the architecture")
-        experiment = options.experiment(a, data={"train": "train", "test": "val", "calibration": 1}, exclude=a.exclude)
+        data = {"train": "train", "test": "val", "calibration": 1}  # nobody looks at it
+        experiment = options.experiment(a, data=data, exclude=["head"] if a.exclude is None else a.exclude)
         task = inputs.task_of(experiment)
-        folded, name = _folded_file(a, experiment, task), a.checkpoint.name.partition(".")[0]
-    path = a.output or Path(file_name(name, a.format, None if a.format == "mask" else a.dtype))
-    write(path, a.format, folded, a.dtype, task)
+        folded, own = _folded_file(a, experiment, task)
+        name = re.sub(r"(\.(safetensors|pth|pt|bin|tar))+$", "", a.checkpoint.name)
+        dtype = dtype or own
+    path = a.output or Path(file_name(name, a.format, a.dtype))
+    write(path, a.format, folded, dtype, task)
     size, layers = path.stat().st_size, len(folded.masks)
     print(f"{path}: {size:,} bytes, {layers} layers {folded.pattern}" if layers else f"{path}: {size:,} bytes, dense")
 
 
-def _folded_file(a: argparse.Namespace, experiment: Experiment, task: Task) -> Folded:
+def _check_flags(a: argparse.Namespace) -> None:
+    """Raise :class:`ConfigError` for flags that would do nothing."""
+    if (a.row is None) == (a.checkpoint is None):
+        raise ConfigError("say either a row of the experiment or --checkpoint FILE")
+    foreign, where = (OF_ROWS, "rows") if a.row is None else (OF_FILES, "--checkpoint")
+    if given := [key for key in foreign if getattr(a, key) not in (None, False)]:
+        raise ConfigError(f"--{given[0].replace('_', '-')} is for {where}")
+    if a.row is None and a.model is None:
+        raise ConfigError("--checkpoint needs --model, timm's name of the architecture")
+    if a.format == "mask" and a.dtype is not None:
+        raise ConfigError("--dtype is not for masks, which have none")
+    suffix = ".onnx" if a.format == "onnx" else ".safetensors"
+    if a.output is not None and a.output.suffix != suffix:
+        raise ConfigError(f"--output: {a.output} does not end in {suffix}, as {a.format!r} files do")
+
+
+def _folded_file(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple[Folded, str | None]:
+    """The model of a checkpoint, and the type of its weights, if they have one."""
     from maskllm4v.cli import inputs
     from maskllm4v.export.files import Folded
     from maskllm4v.original import State, load_any
     from maskllm4v.patterns import NMPattern
     from maskllm4v.sealed import tensors_digest
-    from maskllm4v.surgery import fold_
+    from maskllm4v.surgery import fold_, prunable_linears
 
     found = load_any(a.checkpoint, ema=a.use_ema, pattern=a.pattern)
+    said = found.about if isinstance(found, State) else {}
     model, masks = inputs.masked_model(a, experiment, task, found, a.checkpoint)
-    model = fold_(model)
-    if masks is not None:
+    name, args = experiment.model.name, experiment.model.args
+    if isinstance(found, State) and masks is None:
+        pattern = NMPattern(a.pattern or said.get("pattern") or "2:4")
+        layers = said.get("layers") or prunable_linears(model, pattern, exclude=experiment.model.dense_layers)
+        zeros = _masks_of_zeros(model, pattern, layers, a.checkpoint)
+        base = said.get("base") or tensors_digest(model.state_dict())
+        folded = Folded(model, zeros, pattern, name, said.get("method", "unknown"), base, updated=True)
+    else:
+        assert masks is not None
         updated = found.zeroed if isinstance(found, State) else bool(masks.weights)
-        return Folded(model, masks.masks, masks.pattern, experiment.model.name, masks.method, masks.base, updated)
-    pattern = NMPattern(a.pattern or "2:4")
-    base = tensors_digest(model.state_dict())
-    zeros = _masks_of_zeros(model, pattern, experiment.model.dense_layers)
-    return Folded(model, zeros, pattern, experiment.model.name, "unknown", base, updated=True)
+        base, method = said.get("base") or masks.base, said.get("method") or masks.method
+        folded = Folded(fold_(model), masks.masks, masks.pattern, name, method, base, updated)
+    return replace(folded, manifest=said.get("manifest"), record=said.get("record"), args=args), _dtype(found)
 
 
-def _masks_of_zeros(model: nn.Module, pattern: NMPattern, exclude: list[str]) -> dict[str, Tensor]:
-    """The masks that a model's zeros amount to; a layer that breaks the pattern is an error."""
+def _masks_of_zeros(model: nn.Module, pattern: NMPattern, layers: Iterable[str], path: Path) -> dict[str, Tensor]:
+    """The masks that a model's zeros amount to.
+
+    Raises:
+        CheckpointError: a layer breaks the pattern.
+    """
     from maskllm4v.packed import mask_of
-    from maskllm4v.surgery import prunable_linears
+    from maskllm4v.surgery import linear
 
-    layers = prunable_linears(model, pattern, exclude=exclude)
-    return {name: mask_of(layer.weight.detach(), pattern, name) for name, layer in layers.items()}
+    try:
+        return {name: mask_of(linear(model, name).weight.detach(), pattern, name) for name in layers}
+    except PatternError as error:
+        hint = "if it is pruned, say its --pattern, and --exclude what is dense"
+        raise CheckpointError(f"{path}: {error}; {hint}") from error
+
+
+def _dtype(found: object) -> str | None:
+    """The one type of a file's floating-point weights; None if there are several, or it holds masks."""
+    from maskllm4v.export.files import DTYPES
+    from maskllm4v.original import State
+
+    if not isinstance(found, State):
+        return None
+    types = {tensor.dtype for tensor in found.weights.values() if tensor.is_floating_point()}
+    return next((name for name, type in DTYPES.items() if types == {type}), None)

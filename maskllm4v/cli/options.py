@@ -56,7 +56,8 @@ def add_replaced(parser: argparse.ArgumentParser, hints: Mapping[str, str]) -> N
         )
 
 
-def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True, images: bool = True) -> None:
+    """``images``: with flags that say how images are prepared."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m", "--model", required=required, metavar="NAME", help="timm's name, e.g. vit_base_patch16_224"
@@ -80,12 +81,21 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     group.add_argument(
         "--img-size", "--image-size", type=int, metavar="PIXELS", help="image size, if not the model's own"
     )
-    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="subtracted from images, a value a channel")
-    group.add_argument("--std", type=float, nargs="+", metavar="X", help="images are divided by it, a value a channel")
-    group.add_argument(
-        "--crop-pct", type=float, metavar="X", help="share of the resized image that the centre crop keeps"
-    )
-    group.add_argument("--interpolation", metavar="KIND", help="bilinear, bicubic or nearest, when images are resized")
+    if images:
+        group.add_argument(
+            "--mean", type=float, nargs="+", metavar="X", help="subtracted from images, a value a channel"
+        )
+        group.add_argument(
+            "--std", type=float, nargs="+", metavar="X", help="images are divided by it, a value a channel"
+        )
+        group.add_argument(
+            "--crop-pct", type=float, metavar="X", help="share of the resized image that the centre crop keeps"
+        )
+        group.add_argument(
+            "--interpolation", metavar="KIND", help="bilinear, bicubic or nearest, when images are resized"
+        )
+    else:
+        parser.set_defaults(mean=None, std=None, crop_pct=None, interpolation=None)
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default 0)")
 
 

@@ -8,7 +8,7 @@ dense one is a plain state dict, which timm and ``torch`` load without us.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ class Folded:
         masks: boolean ``[out, in]`` by layer name; empty for a dense model.
         pattern: theirs; None without masks.
         name: of the architecture, e.g. timm's.
+        args: that it is built with, as a JSON object.
         method: e.g. ``"maskllm"``; ``"dense"`` without masks.
-        base: digest of the dense model's tensors.
+        base: digest of the dense model's tensors; None where unknown.
         updated: whether masks alone would not give it: weights were changed, or the dense ones are lost.
         manifest, record: digests of the data's manifest and of the record that measured it; None where unknown.
     """
@@ -45,16 +46,18 @@ class Folded:
     pattern: NMPattern | None
     name: str
     method: str
-    base: str
+    base: str | None
     updated: bool = False
     manifest: str | None = None
     record: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
 
     def about(self, kind: str) -> dict[str, Any]:
         """What a file says of itself."""
         return {
             "kind": kind,
             "model": self.name,
+            "args": dict(self.args),
             "method": self.method,
             "pattern": None if self.pattern is None else str(self.pattern),
             "layers": sorted(self.masks),
@@ -89,7 +92,40 @@ class Folded:
         return self.pattern
 
 
-def save_packed(path: Path, folded: Folded, dtype: str | None = None) -> None:
+def save_packed(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    path: Path | str,
+    *,
+    pattern: NMPattern | str = "2:4",
+    dtype: str | None = None,
+    name: str = "",
+    method: str = "",
+) -> None:
+    """Write a folded model packed; :func:`maskllm4v.load_packed` reads it.
+
+    ::
+
+        masks = maskllm4v.prune(model, "wanda", calibration=images, exclude=["head"])
+        maskllm4v.save_packed(maskllm4v.fold_(model), masks, "packed.safetensors")
+
+    Args:
+        model: with plain layers whose pruned weights are zero, see :func:`maskllm4v.fold_`.
+        masks: boolean ``[out, in]`` by layer name, of the layers to pack.
+        path: ``.safetensors``.
+        pattern: theirs.
+        dtype: of floating-point tensors: ``"fp32"``, ``"fp16"``, ``"bf16"``; None: as the model's.
+        name, method: what the file says of itself: the architecture, and where the masks are from.
+
+    Raises:
+        CheckpointError: there are no masks, or a value is too large for ``dtype``.
+        PatternError: a mask is of another pattern, or a weight is not zero where its mask is.
+    """
+    folded = Folded(model, masks, NMPattern(pattern), name or type(model).__name__, method or "unknown", None)
+    write_packed(Path(path), folded, dtype)
+
+
+def write_packed(path: Path, folded: Folded, dtype: str | None = None) -> None:
     """Write kept values, their positions, and everything else as it is.
 
     Args:
@@ -108,24 +144,26 @@ def save_packed(path: Path, folded: Folded, dtype: str | None = None) -> None:
     save_sealed(path, tensors, {**folded.about("packed"), "dtype": dtype})
 
 
-def save_folded(path: Path, folded: Folded, dtype: str | None = None) -> None:
-    """Write the state dict with its zeros; arguments and errors as in :func:`save_packed`."""
+def write_folded(path: Path, folded: Folded, dtype: str | None = None) -> None:
+    """Write the state dict with its zeros; arguments and errors as in :func:`write_packed`."""
     for layer, mask in folded.masks.items():
         if bool((linear(folded.model, layer).weight.detach().cpu()[~mask.cpu()] != 0).any()):
             raise PatternError(f"layer {layer!r}: the weight is not zero where its mask is; fold the model first")
     save_sealed(path, folded.state(dtype), {**folded.about("dense"), "dtype": dtype})
 
 
-def save_masks_alone(path: Path, folded: Folded) -> None:
+def write_masks(path: Path, folded: Folded) -> None:
     """Write the masks, :attr:`~maskllm4v.patterns.NMPattern.bits` bits a group, for those who have the dense model.
 
     Raises:
         CheckpointError: the model has none, or masks alone would not give it.
     """
     pattern = folded.need_masks("mask")
-    if folded.updated:
+    if folded.updated or folded.base is None:
         raise CheckpointError(
             "masks alone do not give the model: its weights were updated, or its dense ones are lost; write 'packed'"
         )
     masks = {layer: mask.cpu() for layer, mask in folded.masks.items()}
-    save_masks(path, MaskCheckpoint(pattern, masks, folded.base, folded.method, weights={}, prior={}))
+    said = folded.about("masks")
+    more = {key: said[key] for key in ("model", "args", "manifest", "record")}
+    save_masks(path, MaskCheckpoint(pattern, masks, folded.base, folded.method, weights={}, prior={}), more)

@@ -68,7 +68,7 @@ def graph_weights(path: Path) -> list[GraphWeight]:
     layers = {name: layer for layer, name in reversed(about.get("weights", {}).items())}
     try:
         return [replace(found, layer=layers.get(found.name)) for found in matrices(model.graph)]
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {line(error)}") from error
 
 
@@ -107,7 +107,7 @@ def read_graph(path: Path) -> tuple[Any, dict[str, Any]]:
         raise CheckpointError(f"{path} is an ONNX file in format {about.get('format')} of ours, not {FORMAT}")
     try:
         found = _digests(model)
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {line(error)}") from error
     for part, digest in found.items():
         if about[part] != digest:
@@ -168,7 +168,7 @@ def library(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ConfigError(f"ONNX files need {name}: pip install 'maskllm4v[export]' ({error})") from error
+        raise ConfigError(f"ONNX files need {name}: pip install -e '.[export]' ({error})") from error
 
 
 def line(error: BaseException) -> str:

@@ -1,15 +1,17 @@
 """Folded models on GPUs with 2:4 tensor cores: semi-structured weights of ``torch.sparse``, where right and worth it.
 
-``to_sparse_semi_structured`` as torch offers it has three traps, measured on an H100 with torch 2.11:
+``to_sparse_semi_structured`` as torch offers it has three traps, seen on an H100 with torch 2.11; the numbers are in
+``reports/benchmarks/inference_cuda.json``:
 
 - A weight with three non-zeros in a group of four is compressed all the same, and its products are garbage. Here every
   group is checked first, and every converted layer against its dense product afterwards.
-- cuSPARSELt plans each product anew, 0.43 ms of host time a call: ViT-B/16 at batch 8 takes 31.9 ms instead of 2.7 when
-  run eagerly. Run converted models in CUDA graphs: captured by hand, or ``torch.compile(mode="reduce-overhead")``.
+- cuSPARSELt plans each product anew, more than half a millisecond of host time a call: run eagerly, ViT-B/16 at batch 8
+  is nine times slower than dense. Run converted models in CUDA graphs: captured by hand, or
+  ``torch.compile(mode="reduce-overhead")``.
 - The product is a transposed view, and all elementwise operations behind it run on strided memory: even in a graph
-  ViT-B/16 in bf16 at batch 128 took 37.9 ms instead of 13.1. Here it is written row-major, which costs the same.
+  ViT-B/16 at batch 128 is three times slower. Here it is written row-major, which costs the same.
 
-Few tokens do not pay: at 208 of them a 2304×768 layer takes 12 µs instead of 7. See ``example`` and ``faster_only``.
+Few tokens do not pay: with the 197 of one image all layers of ViT-B/16 are slower. See ``example`` and ``faster_only``.
 """
 
 from __future__ import annotations

@@ -1,21 +1,23 @@
-"""Rows and checkpoints as files of every format, each read back and compared before it counts as written."""
+"""Rows and checkpoints as files of every format, each read back and compared before it gets its name."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from maskllm4v.checkpoints import load_dense, load_masks
 from maskllm4v.config import Experiment
 from maskllm4v.errors import CheckpointError, ConfigError
 from maskllm4v.evaluation import install
-from maskllm4v.export.files import Folded, save_folded, save_masks_alone, save_packed
+from maskllm4v.export.files import Folded, write_folded, write_masks, write_packed
 from maskllm4v.export.onnx import export_onnx
-from maskllm4v.files import file_digest
+from maskllm4v.files import file_digest, replacing
 from maskllm4v.layout import checkpoint, record_file
 from maskllm4v.packed import load_packed_file
+from maskllm4v.sealed import load_sealed
 from maskllm4v.surgery import fold_
 from maskllm4v.tasks import Task
 
@@ -37,12 +39,13 @@ def folded_row(experiment: Experiment, task: Task, row: str, seed: int | None = 
     base = load_dense(checkpoint(experiment.dense.row, experiment.dense_seed(seed)), model, name)
     record = record_file(experiment.table, row)
     manifest, measured = task.data_digest, file_digest(record) if record.exists() else None
+    args = experiment.model.args
     if experiment.kind(row) == "dense":
-        return Folded(model.cpu(), {}, None, name, "dense", base, manifest=manifest, record=measured)
+        return Folded(model.cpu(), {}, None, name, "dense", base, manifest=manifest, record=measured, args=args)
     path = checkpoint(row, seed)
     found = load_masks(path, pattern=experiment.pattern_of(row), base=base)
     model, updated = fold_(install(model, found, str(path))).cpu(), bool(found.weights)
-    return Folded(model, found.masks, found.pattern, name, found.method, base, updated, manifest, measured)
+    return Folded(model, found.masks, found.pattern, name, found.method, base, updated, manifest, measured, args)
 
 
 def write(path: Path, format: str, folded: Folded, dtype: str | None, task: Task) -> None:
@@ -59,16 +62,9 @@ def write(path: Path, format: str, folded: Folded, dtype: str | None, task: Task
         CheckpointError: the model cannot be written so, or what was written is not what was meant.
         PatternError: a weight is not zero where its mask is.
     """
-    if format == "packed":
-        save_packed(path, folded, dtype)
-        _read_back(path, folded.state(dtype))
-    elif format == "dense":
-        save_folded(path, folded, dtype)
-    elif format == "mask":
-        save_masks_alone(path, folded)
-    elif dtype == "bf16":
+    if format == "onnx" and dtype == "bf16":
         raise CheckpointError("ONNX is written in fp32 and fp16, not in bf16")
-    else:
+    if format == "onnx":
         export_onnx(
             path,
             task.deployable(folded.model, BATCH),
@@ -77,6 +73,17 @@ def write(path: Path, format: str, folded: Folded, dtype: str | None, task: Task
             pattern=folded.pattern,
             about=folded.about("onnx"),
         )
+        return
+    with replacing(path) as temporary:
+        if format == "packed":
+            write_packed(temporary, folded, dtype)
+            _compare(load_packed_file(temporary).tensors, folded.state(dtype), path)
+        elif format == "dense":
+            write_folded(temporary, folded, dtype)
+            _compare(load_sealed(temporary, "dense")[0], folded.state(dtype), path)
+        else:
+            write_masks(temporary, folded)
+            _compare(load_masks(temporary).masks, folded.masks, path)
 
 
 def file_name(row: str, format: str, dtype: str | None) -> str:
@@ -105,14 +112,13 @@ def write_row(experiment: Experiment, task: Task, row: str, folder: Path) -> dic
     }
 
 
-def _read_back(path: Path, wanted: dict[str, torch.Tensor]) -> None:
-    found = load_packed_file(path).tensors
+def _compare(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
     for name, tensor in wanted.items():
         other = found.get(name)
-        if other is None or other.dtype != tensor.dtype or not _same_values(other, tensor):
+        if other is None or other.dtype != tensor.dtype or not _same_values(other, tensor.cpu()):
             raise CheckpointError(f"{path}: {name!r} does not come back as it was written")
 
 
-def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _same_values(one: Tensor, other: Tensor) -> bool:
     """Equal, and not-a-number where the other is."""
     return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from maskllm4v.files import read_json
 from maskllm4v.reporting.costs import benchmark, machine
@@ -31,7 +32,7 @@ CANDIDATES = {  # as the benchmark calls them
 MODES = {  # likewise
     "eager": "Whole model, eager",
     "graphed": "Whole model, CUDA graph",
-    "compiled": "Whole model, torch.compile with CUDA graphs",
+    "compiled": "Whole model, torch.compile",
     "onnxruntime": "Whole model, ONNX Runtime",
 }
 FRONT = "graphed"  # shown at once, for it is the way to run converted models; the others are folded away
@@ -111,7 +112,10 @@ def size_table(lines: Sequence[tuple[str, list[Row]]]) -> str:
 def latency_tables(found: Row) -> dict[str, str]:
     """A table a way to run whole models, by mode; a line a model and batch, a column a candidate."""
     rows = rows_of(found, "latency")
-    return {mode: table(title, [row for row in rows if row["mode"] == mode], _speed) for mode, title in MODES.items()}
+    lines = list(dict.fromkeys(tuple(row[column] for column in LINE) for row in rows))
+    return {
+        mode: table(title, [row for row in rows if row["mode"] == mode], _speed, lines) for mode, title in MODES.items()
+    }
 
 
 def part_tables(found: Row) -> list[str]:
@@ -127,18 +131,20 @@ def memory_table(found: Row) -> str:
     return table(MEMORY, [row for row in rows if row["batch"] == largest[row["model"]]], _memory)
 
 
-def table(title: str, rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
-    """A line a model and batch, a column a candidate; empty without rows."""
+def table(
+    title: str, rows: Sequence[Row], cell: Callable[[Row], str], lines: Sequence[tuple[Any, ...]] | None = None
+) -> str:
+    """A line a model and batch, by default those of the rows; a column a candidate; empty without rows."""
     if not rows:
         return ""
     names = [name for name in CANDIDATES if find(rows, {"candidate": name})]
-    lines = []
-    for key in dict.fromkeys(tuple(row[column] for column in LINE) for row in rows):
+    shown = []
+    for key in lines or dict.fromkeys(tuple(row[column] for column in LINE) for row in rows):
         where = dict(zip(LINE, key, strict=True))
         cells = [find(rows, {**where, "candidate": name}) for name in names]
         label = f"{_model(where['model'])}, {where['precision']}, batch {where['batch']}"
-        lines.append([label, *(MISSING if row is None else cell(row) for row in cells)])
-    return markdown([title, *(CANDIDATES[name] for name in names)], lines)
+        shown.append([label, *(MISSING if row is None else cell(row) for row in cells)])
+    return markdown([title, *(CANDIDATES[name] for name in names)], shown)
 
 
 def _speed(row: Row) -> str:
