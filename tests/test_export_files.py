@@ -194,9 +194,7 @@ def test_files_that_are_not_packed(tmp_path: Path) -> None:
     write_packed(tmp_path / "packed", folded)
     other = Odd(NMPattern("2:8"))
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(
-        CheckpointError, match=r"size mismatch for 'row\.weight': \(1, 20\), not"
-    ):
+    with pytest.raises(CheckpointError, match=r"size mismatch for 'row\.weight': \(1, 20\), not"):
         load_packed(other, tmp_path / "packed")
     check(other.state_dict(), before)  # nothing of it was loaded
     with pytest.raises(CheckpointError, match="is a folder"):

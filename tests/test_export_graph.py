@@ -165,6 +165,11 @@ def change_tensor(model: Any) -> None:
     tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
 
 
+def change_type(model: Any) -> None:
+    """To one that there is not: numpy's converter looks it up."""
+    model.graph.initializer[0].data_type = 33
+
+
 def change_node(model: Any) -> None:
     gemm = next(found for found in model.graph.node if found.name == "last")
     next(attribute for attribute in gemm.attribute if attribute.name == "transB").i = 0
@@ -183,6 +188,7 @@ def forget_words(model: Any) -> None:
     ("change", "match"),
     [
         (change_tensor, "its tensors do not have the digest"),
+        (change_type, "33"),
         (change_node, "its nodes do not have the digest"),
         (change_words, "what it says of itself does not have the digest"),
         (forget_words, "what it says of itself is missing"),

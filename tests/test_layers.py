@@ -190,6 +190,7 @@ def test_fold_equals_forward(layer_class: type[nn.Linear], bias: bool, training:
     assert type(folded) is nn.Linear
     assert folded.training is training
     assert NMPattern("2:4").is_valid((folded.weight != 0).to(torch.uint8))
+    assert not torch.signbit(folded.weight[folded.weight == 0]).any()  # no −0 where a weight was negative
     assert (folded.bias is None) is not bias
     x = torch.randn(3, 8)
     assert torch.equal(folded(x), layer.eval()(x))
