@@ -84,6 +84,7 @@ def tiny_params() -> Params:
             "tiny-distilled": {**learned, "distillation": 0.5, "optimizer": "nadamw"},
         },
         "finetuned": {"tiny-tuned": {**common, "start": "tiny-magnitude", "ema": 0.9, "lr": 0.001}},
+        "exports": {},
         "runtime": {"device": "cpu", "checkpoint_minutes": 0, "checkpoint_steps": EVERY},
     }
     rows = ["tiny-dense", *params["priors"], *params["learned"], *params["finetuned"]]

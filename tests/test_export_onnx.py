@@ -278,4 +278,4 @@ def test_refuses_a_graph_that_is_not_the_model(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])
 def test_says_what_to_install(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    refused(tmp_path, ConfigError, rf"need {name}: pip install 'maskllm4v\[export\]'", deployed.toy()[0])
+    refused(tmp_path, ConfigError, rf"need {name}: pip install -e '\.\[export\]'", deployed.toy()[0])
