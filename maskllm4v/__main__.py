@@ -86,8 +86,8 @@ def main() -> None:
         sys.exit(arguments.error_status)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:
-        if arguments.error_status == 1:  # Python's own
+    except Exception:  # a bug; Python would end with 1, which is a finding where a command has another status
+        if arguments.error_status == 1:
             raise
         traceback.print_exc()
         sys.exit(arguments.error_status)

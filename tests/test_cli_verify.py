@@ -15,8 +15,8 @@ import torch
 from commands import Done, run
 from import_graph import ROOT
 from mask_files import BASE, checkpoint, random_mask
+from original_files import gated, gates_of, pruned, timm_file, winners
 from safetensors.torch import save_file
-from test_original import gated, gates_of, pruned, timm_file, winners
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints import save_dense, save_masks

@@ -16,6 +16,7 @@ from maskllm4v.evaluation import install
 from maskllm4v.export.onnx import about_graph
 from maskllm4v.export.verify import passes, verify_file
 from maskllm4v.files import file_digest, read_json
+from maskllm4v.models import build_model
 from maskllm4v.packed import load_packed, load_packed_file
 from maskllm4v.surgery import fold_
 from maskllm4v.tasks import open_task
@@ -84,6 +85,8 @@ def test_files_are_the_row_that_was_measured(made: Path, exports: Path) -> None:
     fold_(install(expected, load_masks(path, base=base), str(path)))
     packed = exports / f"{ROW}-packed-fp32.safetensors"
     load_packed(found, packed)
+    of_readme = load_packed(build_model(settings.model, 0, pretrained=False), packed)
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in of_readme.state_dict().items())
     wanted = expected.state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.state_dict().items())
     record = read_json(made / f"reports/small/runs/{ROW}/evaluation/record.json")

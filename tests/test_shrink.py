@@ -1,75 +1,22 @@
-"""Small copies of an image folder: names, order and pixels; resuming; what cannot be read; other people's files."""
+"""Small copies of an image folder: names, order and pixels; resuming; other splits."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from commands import run, well
 from images import folder_settings
 from PIL import Image
+from small_copies import ORIENTATION, SIZE, content, decoded, draw, images, manifest, photograph, psnr, recipe
 
-from maskllm4v.data import Manifest, prepare
-from maskllm4v.data.decoded import decode
 from maskllm4v.data.folder import reader
-from maskllm4v.data.manifest import Entry
-from maskllm4v.data.shrink import RECORD, Recipe, shrink, small_copy, small_size
-from maskllm4v.errors import ConfigError, DataError, UserError
+from maskllm4v.data.shrink import RECORD, shrink, small_copy, small_size
 from maskllm4v.files import read_json
-
-ORIENTATION = 0x0112  # of EXIF
-SIZE = 64
-
-
-def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth colours and some detail: noise alone is nothing that JPEG keeps."""
-    draw = np.random.default_rng(seed)
-    whole = np.zeros((height, width, 3))
-    for cells, strength in ((4, 90), (16, 25), (48, 8)):
-        noise = draw.uniform(0, 255, size=(cells, cells, 3)).astype(np.uint8)
-        layer = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-        whole += (np.asarray(layer) / 255.0 - 0.5) * 2 * strength
-    return Image.fromarray((whole + 128).clip(0, 255).astype(np.uint8))
-
-
-def draw(root: Path) -> Path:
-    """Every kind of file, 200×150 pixels unless its name says otherwise."""
-    image = photograph(200, 150)
-    turned = Image.Exif()
-    turned[ORIENTATION] = 6
-    palette = image.quantize(16)
-    files: dict[str, tuple[Image.Image, dict[str, Any]]] = {
-        "train/cat/a.JPEG": (image, {"format": "JPEG", "quality": 90}),
-        "train/cat/b.png": (image, {}),
-        "train/cat/c.bmp": (image, {}),
-        "train/cat/d.webp": (image, {"quality": 90}),
-        "train/cat/cmyk.jpg": (image.convert("CMYK"), {}),
-        "train/dog/exif.jpg": (image, {"exif": turned}),
-        "train/dog/grey.jpg": (image.convert("L"), {}),
-        "train/dog/bits.png": (image.convert("1"), {}),
-        "train/dog/palette.png": (palette, {"transparency": bytes([0, 128, *range(14)])}),
-        "train/dog/alpha.png": (image.convert("RGBA"), {}),
-        "train/dog/grey_alpha.png": (image.convert("LA"), {}),
-        "train/dog/png.JPEG": (image, {"format": "PNG"}),  # ImageNet has one of these
-        "train/dog/gif.jpg": (palette, {"format": "GIF"}),
-        "train/dog/huge.jpg": (photograph(640, 520), {"quality": 95}),  # decoded at half its size
-        "train/dog/tall.jpg": (photograph(100, 300), {}),
-        "val/cat/equal.jpg": (photograph(SIZE, 90), {}),
-        "val/cat/small.jpg": (photograph(40, 100), {"quality": 50, "exif": turned}),
-        "val/dog/small.png": (photograph(30, 30), {}),
-        "val/dog/z.jpg": (image, {}),
-    }
-    for name, (content, options) in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        content.save(root / name, **options)
-    (root / "val" / "dog" / "notes.txt").write_text("no image")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -80,33 +27,6 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def source(drawn: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(drawn, tmp_path / "pets"))
-
-
-def recipe(source: Path, output: str = "small", **values: Any) -> Recipe:
-    return Recipe(source, source.parent / output, **{"size": SIZE, **values})
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def images(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in content(folder).items() if name not in (RECORD, "val/dog/notes.txt")}
-
-
-def manifest(root: Path) -> Manifest:
-    return prepare(folder_settings(root), root.parent / f"{root.name}-manifest")
-
-
-def decoded(root: Path, name: str, mode: str = "RGB") -> Image.Image:
-    """As training reads it."""
-    found: Image.Image = decode(lambda _: (root / name, name), Entry(name, 0, 0, ""), mode)
-    return found
-
-
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    error = np.mean((np.asarray(a, dtype=float) - np.asarray(b, dtype=float)) ** 2)
-    return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
 # What is made
@@ -279,49 +199,6 @@ def test_original_gone_bad_after_it_was_shrunk_is_told(source: Path) -> None:
     assert len(shrink(recipe(source)).faults) == 1
 
 
-# Files that cannot be read
-
-
-def test_damaged_files_are_listed_at_the_end_and_the_rest_is_done(source: Path) -> None:
-    damaged = {
-        "train/cat/b.png": lambda data: data[: len(data) // 2],
-        "train/dog/tall.jpg": lambda data: b"this is text",
-        "val/cat/small.jpg": lambda data: data[: len(data) // 2],  # small ones are read, too
-        "val/dog/z.jpg": lambda data: b"",
-    }
-    for name, damage in damaged.items():
-        (source / name).write_bytes(damage((source / name).read_bytes()))
-    deep = Image.fromarray(np.full((100, 100), 1000, dtype=np.uint16))
-    deep.save(source / "val" / "dog" / "sixteen.png")
-    (source / "val" / "dog" / "missing.jpg").symlink_to("nowhere.jpg")
-    flags = ("--data-dir", str(source), "--output", str(source.parent / "small"), "--size", "64", "-j", "2")
-    done = run("shrink", *flags)
-    assert done.code == 1
-    assert "13 images made smaller, 2 copied, 0 there already" in done.out
-    said = done.err.splitlines()
-    assert said[0] == "shrink: 6 images cannot be read and are left out:"
-    expected = [*sorted(damaged)[:3], "val/dog/missing.jpg", "val/dog/sixteen.png", "val/dog/z.jpg"]
-    assert [line.split(" ")[0] for line in said[1:]] == [str(source / name) for name in expected]
-    assert "has more than 8 bits a channel" in done.err
-    assert "missing.jpg cannot be read: No such file" in done.err
-    assert images(source.parent / "small").keys() == images(source).keys() - set(expected)
-    for name in expected:  # mended
-        (source / name).unlink()
-        shutil.copy(source / "train/cat/a.JPEG", source / name)
-    done = well("shrink", *flags)
-    assert "6 images made smaller, 0 copied, 15 there already" in done.out
-
-
-def test_errors_of_writing_end_the_run(source: Path) -> None:
-    shrink(recipe(source))
-    target = source.parent / "small" / "train" / "cat" / "b.png"
-    target.unlink()
-    target.mkdir()
-    for workers in (1, 2):
-        with pytest.raises(UserError, match=r"cannot write .*b\.png"):
-            shrink(recipe(source), workers)
-
-
 # Splits
 
 
@@ -346,91 +223,6 @@ def test_other_splits_are_linked_if_asked_for(source: Path) -> None:
     assert shrink(linked).kept == 16  # again: nothing to do
     shutil.move(source.parent, source.parent.parent / "moved")
     assert (source.parent.parent / "moved" / "small" / "val" / "dog" / "z.jpg").is_file()
-
-
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"size": 63}, "size is 63; allowed: 64 pixels or more"),
-        ({"quality": 0}, "quality is 0; allowed: 1 to 100"),
-        ({"splits": ("test",)}, r"pets has no split 'test'; allowed: train, val"),
-        ({"link": True}, "link is for the splits that are not shrunk"),
-        ({"output": "pets"}, "lie one inside the other"),
-        ({"output": "pets/small"}, "lie one inside the other"),
-        ({"output": "pets/train/cat/small"}, "lie one inside the other"),
-        ({"output": "."}, "lie one inside the other"),
-        ({"output": "full"}, r"full is not empty and has no shrunk\.json"),
-    ],
-)
-def test_mistakes(source: Path, values: dict[str, Any], message: str) -> None:
-    (source.parent / "full").mkdir()
-    (source.parent / "full" / "thesis.txt").write_text("mine")
-    before = content(source.parent)
-    with pytest.raises(ConfigError, match=message):
-        shrink(recipe(source, **values))
-    assert content(source.parent) == before
-
-
-def test_no_workers(source: Path) -> None:
-    with pytest.raises(ConfigError, match="workers is 0; allowed: 1 or more"):
-        shrink(recipe(source), 0)
-
-
-def test_output_inside_a_linked_split(source: Path) -> None:
-    shutil.move(source / "val", source.parent / "elsewhere")
-    (source / "val").symlink_to(source.parent / "elsewhere")
-    with pytest.raises(ConfigError, match="lie one inside the other"):
-        shrink(recipe(source, "elsewhere/small"))
-
-
-def test_links_in_circles(source: Path) -> None:
-    (source / "val" / "again").symlink_to(source)
-    with pytest.raises(DataError, match=r"val/again links to a folder that it lies in"):
-        shrink(recipe(source))
-
-
-@pytest.mark.parametrize("folders", [[], ["train", "val/cat"]])
-def test_no_images(folders: list[str], tmp_path: Path) -> None:
-    (tmp_path / "pets").mkdir()
-    for folder in folders:
-        (tmp_path / "pets" / folder).mkdir(parents=True)
-    with pytest.raises(DataError, match="pets holds no image to shrink"):
-        shrink(recipe(tmp_path / "pets"))
-    with pytest.raises(DataError, match="nowhere is no folder"):
-        shrink(recipe(tmp_path / "nowhere"))
-    assert not (tmp_path / "small").exists()
-
-
-def test_other_settings_do_not_mix(source: Path) -> None:
-    first = recipe(source)
-    shrink(first)
-    before = content(first.output)
-    for other, said in (
-        (replace(first, size=80), "size 64"),
-        (replace(first, quality=90), "quality 95"),
-        (replace(first, splits=("train",), link=True), "splits None, link False"),
-        (replace(first, source=source.parent / "other"), "source /"),
-    ):
-        shutil.copytree(source, source.parent / "other", dirs_exist_ok=True)
-        with pytest.raises(ConfigError, match=f"small was made otherwise: {said}"):
-            shrink(other)
-    assert content(first.output) == before
-    assert read_json(first.output / RECORD)["size"] == SIZE
-
-
-@pytest.mark.parametrize("place", ["val", "val/cat"])
-def test_originals_are_not_written_through_links(source: Path, place: str) -> None:
-    shrink(recipe(source))
-    small = source.parent / "small"
-    shutil.rmtree(small / place)
-    (small / place).symlink_to(source / place)
-    before = content(source)
-    with pytest.raises(ConfigError, match="is a link or in one"):
-        shrink(recipe(source))
-    assert content(source) == before
 
 
 # The command
