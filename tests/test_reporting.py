@@ -21,7 +21,7 @@ from maskllm4v.config import Experiment
 from maskllm4v.files import read_json, write_json
 from maskllm4v.layout import record_file
 from maskllm4v.metrics import METRICS
-from maskllm4v.reporting.aggregate import aggregate, current_records, timestep_metrics
+from maskllm4v.reporting.aggregate import aggregate, best_row, current_records, timestep_metrics
 from maskllm4v.reporting.comparison import comparison_markdown
 from maskllm4v.reporting.published import ROWS
 from maskllm4v.reporting.report import table_texts
@@ -66,6 +66,19 @@ def test_mean_spread_and_paired_difference(experiment: Experiment, reports: Path
         found = [metrics(experiment, "digits-wanda", seed)[name] for seed in (0, 1, 2)]
         assert line[f"{name}_mean"] == pytest.approx(statistics.mean(found))
         assert line[f"{name}_std"] == pytest.approx(statistics.stdev(found))
+
+
+def test_best_row(experiment: Experiment, reports: Path) -> None:
+    """By the task's own direction, among rows with a pattern; of equals the first; unmeasured rows do not count."""
+    table = aggregate(experiment, current_records(experiment, reports))
+    assert best_row(experiment, table) == "digits-maskllm-distilled"
+    means = table.set_index("row")["top1_mean"].drop("digits-dense")
+    table.loc[table["row"].isin(["digits-wanda", "digits-maskllm-detinit"]), "top1_mean"] = means.max() + 1
+    table.loc[table["row"] == "digits-dense", "top1_mean"] = 100.0
+    assert best_row(experiment, table) == "digits-wanda"
+    assert best_row(experiment, table.assign(top1_mean=float("nan"))) is None
+    made = aggregate(DIFFUSION, current_records(DIFFUSION, make_diffusion_records(DIFFUSION, reports)))
+    assert best_row(DIFFUSION, made) == "tiny-magnitude"  # lower is better
 
 
 @pytest.mark.parametrize("init", ["scratch", "checkpoint"])

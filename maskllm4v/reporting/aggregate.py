@@ -77,6 +77,23 @@ def aggregate(
     return pd.DataFrame(lines, columns=columns)
 
 
+def best_row(experiment: Experiment, table: pd.DataFrame) -> str | None:
+    """The sparse row whose headline has the best mean; of equals, the one further up.
+
+    Args:
+        experiment: whose task says which way is better.
+        table: from :func:`aggregate`.
+
+    Returns:
+        Its key, or None where no row with a pattern was measured.
+    """
+    task = METRICS[experiment.task.name]
+    means = table[table["pattern"] != "dense"].set_index("row")[f"{task.headline.name}_mean"].dropna()
+    if means.empty:
+        return None
+    return str(means.idxmax() if task.better == "higher" else means.idxmin())  # the first of equals
+
+
 def _describe(experiment: Experiment, row: str) -> dict[str, Any]:
     kind, start = experiment.kind(row), experiment.mask_row(row)
     update = kind == "finetuned" or (kind == "oneshot" and experiment.priors[row].update_weights)
