@@ -57,6 +57,15 @@ def layers_file(table: str, row: str, reports: Path = REPORTS) -> Path:
     return evaluation_folder(table, row, reports) / "layers.csv"
 
 
+def mask_statistics_file(table: str, row: str, reports: Path = REPORTS) -> Path:
+    return evaluation_folder(table, row, reports) / "masks.csv"
+
+
+def tile_file(table: str, row: str, reports: Path = REPORTS) -> Path:
+    """A corner of one weight with its mask before and after, of the first seed."""
+    return evaluation_folder(table, row, reports) / "tile.json"
+
+
 def picture_file(table: str, row: str, name: str, reports: Path = REPORTS) -> Path:
     return evaluation_folder(table, row, reports) / f"{name}.png"
 

@@ -58,6 +58,7 @@ ROOMS = {  # from the ground up: a module, or a package as a whole, and all of o
     "weights": {"averaging", "config", "loop", "resume", "tasks", "training"},
     "dense": {"checkpoints", "config", "resume", "tasks", "weights"},
     "diagnostics": {"calibration", "checkpoints", "distributed", "surgery"},
+    "mask_statistics": {"checkpoints", "patterns", "sealed"},
     "evaluation": {"checkpoints", "config", "diagnostics", "surgery", "tasks"},
     "export": {
         *("checkpoints", "config", "evaluation", "files", "layers", "layout", "original", "packed", "patterns"),

@@ -151,7 +151,7 @@ def test_an_evaluation_leaves_nothing_of_the_one_before(small_project: Path, tmp
     folder = project / "reports/small/runs/small-magnitude/evaluation"
     (folder / "samples.png").write_bytes(b"of an earlier run")
     assert stage(project, "evaluate", "small-magnitude").returncode == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["layers.csv", "record.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["layers.csv", "masks.csv", "record.json", "tile.json"]
     assert digests(project) == digests(small_project)
 
 
