@@ -1,13 +1,61 @@
-"""Training curves as CSV: one line a point, six significant digits."""
+"""Training curves as CSV: one line a point, six significant digits; finished ones, and ones that still grow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from maskllm4v.errors import UserError
 from maskllm4v.files import write_csv
 
 
 def write_curve(path: Path, columns: Sequence[str], points: Sequence[Sequence[float]]) -> None:
     """Write a curve; the first column is the step."""
-    write_csv(path, columns, ((int(point[0]), *(f"{value:.6g}" for value in point[1:])) for point in points))
+    write_csv(path, columns, map(_cells, points))
+
+
+def read_curve(path: Path) -> Iterator[dict[str, float]]:
+    """The points of a curve by column, the step among them; a last line that is still being written is none.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it holds something else than numbers.
+    """
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    columns, *lines = list(csv.reader(whole.splitlines())) or [[]]
+    for line in lines:
+        yield {column: float(value) for column, value in zip(columns, line, strict=True)}
+
+
+class GrowingCurve:
+    """A curve's file that gets its points while they are taken, for those who watch.
+
+    It is no result: where it cannot be written, the training goes on without.
+
+    Args:
+        path: of the file; what lies there is replaced.
+        columns: of the points.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self._path, self._columns = path, columns
+        self._begun = self._failed = False
+
+    def __call__(self, points: Sequence[Sequence[float]]) -> None:
+        """Add points; the first ones replace the file."""
+        if self._failed:
+            return
+        try:
+            if self._begun:
+                with self._path.open("a", encoding="utf-8", newline="") as file:
+                    csv.writer(file, lineterminator="\n").writerows(map(_cells, points))
+            else:
+                write_curve(self._path, self._columns, points)
+        except (OSError, UserError):
+            self._failed = True
+        self._begun = True
+
+
+def _cells(point: Sequence[float]) -> list[int | str]:
+    return [int(point[0]), *(f"{value:.6g}" for value in point[1:])]

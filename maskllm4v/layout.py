@@ -8,6 +8,7 @@ ARTIFACTS = Path("artifacts")
 REPORTS = Path("reports")
 TIMINGS = Path(".cache/timings")  # git-ignored; nothing hashes them
 RESUME = Path(".cache/resume")
+LIVE = Path(".cache/live")
 
 
 def data_folder(name: str) -> Path:
@@ -37,6 +38,15 @@ def origin_file(row: str) -> Path:
 def resume_folder(row: str) -> Path:
     """States of interrupted trainings, undeclared to DVC."""
     return RESUME / row
+
+
+def live_folder(row: str) -> Path:
+    """Curves of a row's trainings while they run."""
+    return LIVE / row
+
+
+def live_file(row: str, seed: int) -> Path:
+    return live_folder(row) / f"seed{seed}.csv"
 
 
 def run_folder(table: str, row: str, reports: Path = REPORTS) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import resource
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +69,10 @@ class Learner(ABC):
     def log(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:  # noqa: B027
         """A point of the training curve."""
 
+    def points(self, first: int = 0) -> list[tuple[float, ...]]:
+        """The training curve from its ``first``-th point on; empty where none is kept. Waits for the device."""
+        return []
+
     def end_epoch(self, step: int) -> None:  # noqa: B027
         """After the last step of an epoch, and of the run."""
 
@@ -102,6 +106,7 @@ def run(
     position: int = 0,
     resume: Resume | None = None,
     phases: tuple[tuple[Task, int], ...] = (),
+    watch: Callable[[list[tuple[float, ...]]], None] | None = None,
 ) -> Cost:
     """Train from the first step, or from the last state saved, to the end.
 
@@ -113,6 +118,7 @@ def run(
         position: line of the progress bar.
         resume: where the state is kept; None: nowhere.
         phases: tasks that give the first batches, each up to a step; ``task`` gives the rest.
+        watch: given the points of the curve in the main process: first those restored, then each as it is taken.
 
     Raises:
         TrainingError: the loss stopped being finite; names row, seed and step.
@@ -133,6 +139,7 @@ def run(
     start = _restore(learner, accelerator, resume, device)
     divided = {} if share == WHOLE else {"share": share}  # a task for one process need not know it
     learner.train_mode()
+    seen = _Watching(learner, watch if is_main() else None)
     clock = _Clock(settings.batch_size, device)
     with (
         closing(_batches(task, phases, start, steps, seed=seed, batch_size=settings.batch_size, **divided)) as batches,
@@ -166,6 +173,7 @@ def run(
             if step % settings.log_every == 0 or step == steps - 1:
                 learner.log(step, lr, accelerator.reduce(total, "mean"), norm.detach())
                 finite.check(learner.row, seed)
+                seen.update()
             clock.tick()
             if (step + 1) % steps_per_epoch == 0 or step == steps - 1:
                 learner.end_epoch(step)
@@ -277,6 +285,20 @@ def _restore(learner: Learner, accelerator: Accelerator, resume: Resume | None, 
         accelerator.scaler.load_state_dict(state["scaler"])
     learner.load_state(state["learner"])
     return step
+
+
+class _Watching:
+    """Hands on the points of a curve that were taken since the last time."""
+
+    def __init__(self, learner: Learner, watch: Callable[[list[tuple[float, ...]]], None] | None) -> None:
+        self._learner, self._watch, self._count = learner, watch, 0
+        self.update()
+
+    def update(self) -> None:
+        if self._watch is not None:
+            points = self._learner.points(self._count)
+            self._count += len(points)
+            self._watch(points)
 
 
 class _Clock:

@@ -57,6 +57,7 @@ def learn_masks(
     position: int = 0,
     resume: Resume | None = None,
     on_point: Callable[[int], None] | None = None,
+    watch: Callable[[list[tuple[float, ...]]], None] | None = None,
 ) -> Learned:
     """Learn the masks of a model whose layers :func:`maskllm4v.make_learnable` has made learnable.
 
@@ -70,14 +71,15 @@ def learn_masks(
         position: line of the progress bar.
         resume: where the state of an interrupted run is kept; None: nowhere.
         on_point: called with the step whenever a point of the curve has been taken.
+        watch: given the points themselves, see :func:`maskllm4v.loop.run`.
 
     Raises:
         TrainingError: nothing is learnable, or the loss stopped being finite; names row, seed and step.
     """
     learner = MaskLearner(model, task, settings, prior=prior, row=row, on_point=on_point)
-    cost = run(learner, task, settings, seed=seed, position=position, resume=resume)
+    cost = run(learner, task, settings, seed=seed, position=position, resume=resume, watch=watch)
     learner.finish()
-    return Learned(current_masks(model), learner.curve.points(), cost)
+    return Learned(current_masks(model), learner.points(), cost)
 
 
 class MaskLearner(Learner):
@@ -153,6 +155,10 @@ class MaskLearner(Learner):
         if self.on_point is not None:
             self.on_point(step)
 
+    def points(self, first: int = 0) -> list[tuple[float, ...]]:
+        """In the order of :data:`CURVE_COLUMNS`."""
+        return self.curve.points(first)
+
     def end_epoch(self, step: int) -> None:
         """Remember the logits (averaged, if they are) that do best on the held-out slice."""
         if self.settings.select == "last":
@@ -225,12 +231,12 @@ class _Curve:
         shares = (loss, top / groups, off / groups, flipped / groups, norm, energy / dense_energy)
         self.measured.append(torch.stack([value.float() for value in shares]))
 
-    def points(self) -> list[tuple[float, ...]]:
-        """All points, in the order of :data:`CURVE_COLUMNS`."""
-        measured = torch.stack(self.measured).tolist() if self.measured else []
+    def points(self, first: int) -> list[tuple[float, ...]]:
+        """The points from the ``first``-th on, in the order of :data:`CURVE_COLUMNS`."""
+        measured = torch.stack(self.measured[first:]).tolist() if self.measured[first:] else []
         return [
             (step, loss, lr, tau, scaling, *rest)
-            for (step, lr, tau, scaling), (loss, *rest) in zip(self.scalars, measured, strict=True)
+            for (step, lr, tau, scaling), (loss, *rest) in zip(self.scalars[first:], measured, strict=True)
         ]
 
     def state(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,10 +56,11 @@ class WeightLearner(Learner):
         self.scalars.append((step, lr))
         self.measured.append(torch.stack([loss.float(), grad_norm.float()]))
 
-    def points(self) -> list[tuple[float, ...]]:
-        """The curve, in the order of :data:`CURVE_COLUMNS`."""
-        measured = torch.stack(self.measured).tolist() if self.measured else []
-        return [(step, loss, lr, norm) for (step, lr), (loss, norm) in zip(self.scalars, measured, strict=True)]
+    def points(self, first: int = 0) -> list[tuple[float, ...]]:
+        """In the order of :data:`CURVE_COLUMNS`."""
+        measured = torch.stack(self.measured[first:]).tolist() if self.measured[first:] else []
+        scalars = self.scalars[first:]
+        return [(step, loss, lr, norm) for (step, lr), (loss, norm) in zip(scalars, measured, strict=True)]
 
     def state(self) -> dict[str, Any]:
         buffers = {name: buffer for name, buffer in self.model.named_buffers() if self.new}
@@ -96,8 +98,9 @@ def finetune(
     row: str,
     position: int = 0,
     resume: Resume | None = None,
+    watch: Callable[[list[tuple[float, ...]]], None] | None = None,
 ) -> tuple[list[tuple[float, ...]], Cost]:
-    """Train a model's weights on, in place, its masks (if it has any) fixed.
+    """Train a model's weights on, in place, its masks (if it has any) fixed; ``watch`` as in :func:`loop.run`.
 
     Returns:
         The curve, in the order of :data:`CURVE_COLUMNS`, and what it cost.
@@ -106,6 +109,6 @@ def finetune(
         TrainingError: the loss is not finite; names the step.
     """
     learner = WeightLearner(model, task, settings, row=row, ema=settings.ema, new=False)
-    cost = run(learner, task, settings, seed=seed, position=position, resume=resume)
+    cost = run(learner, task, settings, seed=seed, position=position, resume=resume, watch=watch)
     learner.average.swap()
     return learner.points(), cost

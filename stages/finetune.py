@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, cost_file, curve_file, data_folder
+from maskllm4v.layout import checkpoint, cost_file, curve_file, data_folder, live_file
 from stages.entry import run
 
 
@@ -12,9 +12,10 @@ def main(experiment: Experiment, row: str) -> None:
     from dataclasses import asdict
 
     from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_masks
-    from maskllm4v.curves import write_curve
+    from maskllm4v.curves import GrowingCurve, write_curve
     from maskllm4v.evaluation import install
     from maskllm4v.files import write_json
+    from maskllm4v.live import watched
     from maskllm4v.origin import write_origin
     from maskllm4v.parallel import map_seeds
     from maskllm4v.processes import is_main
@@ -36,7 +37,8 @@ def main(experiment: Experiment, row: str) -> None:
             found = load_masks(checkpoint(start, seed), pattern=experiment.pattern_of(row), base=base)
             install(model, found, start)
         resume = resume_of(experiment, row, seed, manifest=task.data_digest, dense=base, start=found.digest)
-        curve, cost = finetune(model, task, settings, seed=seed, row=row, position=position, resume=resume)
+        live = GrowingCurve(live_file(row, seed), CURVE_COLUMNS)
+        curve, cost = finetune(model, task, settings, seed=seed, row=row, position=position, resume=resume, watch=live)
         if is_main():
             weights = {name: model.state_dict()[name] for name in names}
             save_masks(
@@ -45,7 +47,8 @@ def main(experiment: Experiment, row: str) -> None:
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, curve)
             write_json(cost_file(row, seed), asdict(cost))
 
-    map_seeds(experiment, experiment.row_seeds(row), one)
+    with watched(experiment, row):
+        map_seeds(experiment, experiment.row_seeds(row), one)
     write_origin(experiment, row)
     forget(row)
 

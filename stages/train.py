@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, cost_file, curve_file, data_folder
+from maskllm4v.layout import checkpoint, cost_file, curve_file, data_folder, live_file
 from stages.entry import run
 
 
@@ -12,8 +12,9 @@ def main(experiment: Experiment, row: str) -> None:
     from dataclasses import asdict
 
     from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_masks
-    from maskllm4v.curves import write_curve
+    from maskllm4v.curves import GrowingCurve, write_curve
     from maskllm4v.files import write_json
+    from maskllm4v.live import watched
     from maskllm4v.origin import write_origin
     from maskllm4v.parallel import map_seeds
     from maskllm4v.processes import is_main
@@ -30,9 +31,8 @@ def main(experiment: Experiment, row: str) -> None:
     def one(seed: int, position: int) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))
         base = load_dense(dense, model, experiment.model.name)
-        learned_on = task if settings.inputs == "data" else task.generated(model, seed)
-        # Only the prior's masks: weights stay the dense model's own.
-        prior = load_masks(checkpoint(settings.prior, seed), pattern=pattern, base=base)
+        source = task if settings.inputs == "data" else task.generated(model, seed)
+        prior = load_masks(checkpoint(settings.prior, seed), pattern=pattern, base=base)  # not its updated weights
         make_learnable(
             model,
             prior.masks,
@@ -44,8 +44,9 @@ def main(experiment: Experiment, row: str) -> None:
             seed=seed,
         )
         resume = resume_of(experiment, row, seed, manifest=task.data_digest, dense=base, prior=prior.digest)
+        live = GrowingCurve(live_file(row, seed), CURVE_COLUMNS)
         learned = learn_masks(
-            model, learned_on, settings, seed=seed, prior=prior.masks, row=row, position=position, resume=resume
+            model, source, settings, seed=seed, prior=prior.masks, row=row, position=position, resume=resume, watch=live
         )
         if is_main():
             found = MaskCheckpoint(prior.pattern, learned.masks, base, "maskllm", {}, prior.masks)
@@ -53,7 +54,8 @@ def main(experiment: Experiment, row: str) -> None:
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, learned.curve)
             write_json(cost_file(row, seed), asdict(learned.cost))
 
-    map_seeds(experiment, experiment.row_seeds(row), one)
+    with watched(experiment, row):
+        map_seeds(experiment, experiment.row_seeds(row), one)
     write_origin(experiment, row)
     forget(row)
 

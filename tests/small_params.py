@@ -45,7 +45,7 @@ SECTIONS = {
     "finetuned.tuned": FINETUNING,
     "exports.own": ["formats", "dtypes"],
     "runtime": [
-        *("device", "processes", "loader_workers", "seed_processes", "checkpoint_minutes", "checkpoint_steps"),
+        *("device", "processes", "loader_workers", "seed_processes", "checkpoint_minutes", "checkpoint_steps", "live"),
     ],
 }
 

@@ -96,9 +96,10 @@ ALL = "dense one own plain tuned more"
 CHANGES = [
     ("title", "Other", ""),
     ("rows.own", "Other", ""),
-    *((f"runtime.{key}", 2, "") for key in SECTIONS["runtime"] if key not in ("device", "checkpoint_minutes")),
+    *((f"runtime.{key}", 2, "") for key in SECTIONS["runtime"] if key not in ("device", "checkpoint_minutes", "live")),
     ("runtime.device", "cpu", ""),
     ("runtime.checkpoint_minutes", 1.5, ""),
+    ("runtime.live", False, ""),
     ("learned.own.lr", 0.1, "own"),
     ("finetuned.tuned.lr", 0.1, "tuned"),
     ("finetuned.more.start", "one", "more"),

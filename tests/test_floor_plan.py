@@ -23,6 +23,7 @@ ROOMS = {  # from the ground up: a module, or a package as a whole, and all of o
     "randomness": set(),
     "schedule": set(),
     "share": set(),
+    "workspace": set(),
     "config": set(),
     "curves": {"files"},
     "pictures": {"files"},
@@ -44,6 +45,7 @@ ROOMS = {  # from the ground up: a module, or a package as a whole, and all of o
     "models": {"config", "randomness"},
     "origin": {"config", "devices", "files", "layout", "processes"},
     "parallel": {"config", "devices", "processes"},
+    "live": {"config", "layout", "processes", "workspace"},
     "resume": {"config", "files", "layout", "processes", "records"},
     "data": {"config", "files", "processes", "progress", "randomness", "share"},
     "tasks": {
@@ -71,7 +73,7 @@ ROOMS = {  # from the ground up: a module, or a package as a whole, and all of o
         *("files", "layout", "models", "original", "packed", "patterns", "pictures", "processes", "pruners"),
         *("records", "resume", "sealed", "surgery", "tasks", "training"),
     },
-    "__main__": {"cli", "config", "files", "reporting", "tracking"},
+    "__main__": {"cli", "config", "files", "layout", "reporting", "tracking"},
 }
 ALL = sorted(modules())
 

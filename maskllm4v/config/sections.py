@@ -279,3 +279,4 @@ class RuntimeSettings(Settings):
     seed_processes: Number = 0  # seeds side by side; 0: all at once where that is exact, otherwise one
     checkpoint_minutes: NonNegative = 5.0  # between two saved states of a training; 0: never
     checkpoint_steps: Number = 0  # the same in steps; 0: by minutes alone
+    live: bool = True  # show the curves of trainings in MLflow while they run, where it has a store
