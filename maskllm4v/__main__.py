@@ -12,17 +12,21 @@ from maskllm4v.cli import export, options, prune, sample, shrink, train, validat
 from maskllm4v.config import PARAMS, Experiment, load_experiment
 from maskllm4v.errors import ConfigError, UserError
 from maskllm4v.files import write_text
+from maskllm4v.layout import REPORTS
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Render tables, figures and the README from the committed records, or check them."""
-    from maskllm4v.reporting.report import check_report, write_report
+    """Render tables, figures and the README from the committed records, check them, or print a table."""
+    from maskllm4v.reporting.report import check_report, find_experiment, write_report
+    from maskllm4v.reporting.terminal import show
 
     if arguments.check:
         check_report(Path())
         print("README and tables agree with the records")
         return
-    for path in write_report(Path()):
+    written = [] if arguments.show is not None else write_report(Path())
+    show(find_experiment(Path(), arguments.show), REPORTS)
+    for path in written:
         print(path)
 
 
@@ -67,7 +71,11 @@ def main() -> None:
         sub = commands.add_parser(command.__name__, help=command.__doc__)
         sub.set_defaults(command=command)
         if command is report:
-            sub.add_argument("--check", action="store_true", help="only say whether README and records agree")
+            alone = sub.add_mutually_exclusive_group()
+            alone.add_argument("--check", action="store_true", help="only say whether README and records agree")
+            alone.add_argument(
+                "--show", nargs="?", const="", metavar="TABLE", help="only print the active table, or this one"
+            )
         if command is use:
             sub.add_argument("experiment", help="name of a file in experiments/, without .yaml")
     for step in (prune, train, validate, sample, shrink, export, verify):

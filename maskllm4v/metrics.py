@@ -20,6 +20,7 @@ class Metric:
         noun: what sentences call it; by default the header.
         axis: what axes call it; by default the header.
         percent: whether it ends at 100.
+        better: which way it gets better.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Metric:
     noun: str = ""
     axis: str = ""
     percent: bool = False
+    better: Literal["higher", "lower"] = "higher"
 
     @property
     def in_sentences(self) -> str:
@@ -45,19 +47,15 @@ class TaskMetrics:
 
     Attributes:
         columns: those that a table has a column for, in its order; the first one is the :attr:`headline`.
-        better: which way the headline gets better; its axis says so where that is downwards.
         figure: name of the figure with bars.
         bars: names of the metrics in that figure, a panel each.
-        listed: names of those in ``metrics.json``.
         decimals: of ``table.csv`` and ``metrics.json``.
         facts: what captions say on metrics of the dense row that are no columns, by name: a format of the value.
     """
 
     columns: tuple[Metric, ...]
-    better: Literal["higher", "lower"]
     figure: str
     bars: tuple[str, ...]
-    listed: tuple[str, ...]
     decimals: int = 4
     facts: tuple[tuple[str, str], ...] = ()
 
@@ -65,6 +63,11 @@ class TaskMetrics:
     def headline(self) -> Metric:
         """What rows are compared by: to the dense model, and in figures."""
         return self.columns[0]
+
+    @property
+    def better(self) -> Literal["higher", "lower"]:
+        """Which way the headline gets better; its axis says so where that is downwards."""
+        return self.headline.better
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,23 +87,30 @@ METRICS = {
         columns=(
             Metric("top1", "Top-1 (%)", 2, noun="top-1", axis="top-1 accuracy (%)", percent=True),
             Metric("top5", "Top-5 (%)", 2, percent=True),
-            Metric("nll", "Cross-entropy", 3),
-            Metric("ece", "ECE (%)", 1, "ECE: expected calibration error, 15 bins", percent=True),
+            Metric("nll", "Cross-entropy", 3, better="lower"),
+            Metric(
+                "ece", "ECE (%)", 1, "ECE: expected calibration error, 15 bins", percent=True, better="lower"
+            ),
             Metric("agreement", "Agreement (%)", 1, "agreement: same top-1 class as the dense model", percent=True),
         ),
-        better="higher",
         figure="accuracy",
         bars=("top1",),
-        listed=("top1", "nll"),
     ),
     "diffusion": TaskMetrics(
         columns=(
-            Metric("eps_mse", "ε-MSE", 4, "ε-MSE: mean squared error of the predicted noise, lower is better"),
+            Metric(
+                "eps_mse",
+                "ε-MSE",
+                4,
+                "ε-MSE: mean squared error of the predicted noise, lower is better",
+                better="lower",
+            ),
             Metric(
                 "dense_mse",
                 "MSE to dense",
                 4,
                 "MSE to dense: mean squared distance of the outputs to the dense model's",
+                better="lower",
             ),
             Metric(
                 "accuracy",
@@ -115,13 +125,12 @@ METRICS = {
                 "FD (our classifier)",
                 2,
                 "FD: Fréchet distance in that classifier's features, not FID",
+                better="lower",
             ),
-            Metric("kd", "KD (our classifier)", 4, "KD: kernel distance, likewise"),
+            Metric("kd", "KD (our classifier)", 4, "KD: kernel distance, likewise", better="lower"),
         ),
-        better="lower",
         figure="quality",
         bars=("accuracy", "eps_mse"),
-        listed=("eps_mse", "accuracy", "fd"),
         decimals=6,
         facts=(("judge_accuracy", "it gets {:.1f} % of the real images right"),),
     ),

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from maskllm4v.config import Experiment
+from maskllm4v.layout import REPORTS
 from stages.entry import run
 
 
 def main(experiment: Experiment, _: str) -> None:
     from maskllm4v.reporting.report import write_report
+    from maskllm4v.reporting.terminal import show
 
-    for path in write_report(Path()):
+    written = write_report(Path())
+    show(experiment, REPORTS)
+    for path in written:
         print(path)
 
 

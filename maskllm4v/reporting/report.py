@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 from maskllm4v.config import Experiment, load_experiment
-from maskllm4v.errors import UserError
+from maskllm4v.errors import ConfigError, UserError
 from maskllm4v.files import write_text
 from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import aggregate, current_records
 from maskllm4v.reporting.comparison import comparison_markdown
 from maskllm4v.reporting.costs import cost_caption, row_costs
+from maskllm4v.reporting.curves import curves_csv
 from maskllm4v.reporting.deployment import deployment_markdown, exports_markdown
 from maskllm4v.reporting.figures import draw_figures
 from maskllm4v.reporting.performance import performance_markdown
@@ -30,6 +31,20 @@ def experiments(root: Path) -> dict[str, Experiment]:
     return {**found, active.table: active}
 
 
+def find_experiment(root: Path, table: str | None) -> Experiment:
+    """The experiment of a table; without a name the active one.
+
+    Raises:
+        ConfigError: no experiment makes it.
+    """
+    if not table:
+        return load_experiment(root / "params.yaml")
+    found = experiments(root)
+    if table not in found:
+        raise ConfigError(f"no table {table!r}; allowed: {', '.join(found)}")
+    return found[table]
+
+
 def table_texts(experiment: Experiment, reports: Path) -> dict[str, str]:
     """The files of one table by name, relative to its folder."""
     records = current_records(experiment, reports)
@@ -40,6 +55,7 @@ def table_texts(experiment: Experiment, reports: Path) -> dict[str, str]:
         "table.md": results_markdown(table, metrics) + "\n" + text,
         "table.csv": results_csv(table, metrics),
         "exports.md": exports_markdown(experiment.table, reports),
+        "curves.csv": curves_csv(experiment, reports),
         "metrics.json": json.dumps(metrics_json(table, metrics), indent=2) + "\n",
     }
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import pandas as pd
 
 from maskllm4v.config import Experiment
 from maskllm4v.metrics import TaskMetrics
+from maskllm4v.reporting.names import short_names
 
 MISSING = "–"
+LEAKS = "Calibrated on the reported split, which leaks"
+LABELS = 4  # columns that say what a row is; then come the headline, its difference, other metrics, the cost
 
 
 def markdown(headers: list[str], rows: list[list[str]]) -> str:
@@ -38,33 +41,41 @@ def significant(value: Any, digits: int = 2) -> str:
 
 def results_markdown(table: pd.DataFrame, metrics: TaskMetrics) -> str:
     """The table that the README shows: the headline and its difference to dense, then the other metrics."""
-    headline, others = metrics.headline, metrics.columns[1:]
-    headers = [
-        "Method",
-        "Pattern",
-        "Weight update",
-        "Mask prior",
-        headline.header,
-        "Δ to dense",
-        *(metric.header for metric in others),
-        "Cost (s)",
-    ]
     rows = []
     for line in table.to_dict("records"):
-        label = f"**{line['label']}**" if line["kind"] == "learned" else str(line["label"])
-        rows.append(
-            [
-                label,
-                str(line["pattern"]),
-                "✔" if line["update"] else MISSING,
-                MISSING if pd.isna(line["prior"]) else str(line["prior"]),
-                number(line[f"{headline.name}_mean"], line[f"{headline.name}_std"], headline.digits),
-                number(line["delta_mean"], line["delta_std"], headline.digits, sign=True),
-                *(number(line[f"{m.name}_mean"], line[f"{m.name}_std"], m.digits) for m in others),
-                significant(line["cost_seconds"]),
-            ]
-        )
-    return markdown(headers, rows)
+        label, *cells = result_cells(line, metrics)
+        rows.append([f"**{label}**" if line["kind"] == "learned" else label, *cells])
+    return markdown(result_headers(metrics), rows)
+
+
+def result_headers(metrics: TaskMetrics) -> list[str]:
+    """Of the columns that :func:`result_cells` fills."""
+    columns = (metrics.headline.header, "Δ to dense", *(metric.header for metric in metrics.columns[1:]))
+    return ["Method", "Pattern", "Weight update", "Mask prior", *columns, "Cost (s)"]
+
+
+def result_cells(line: Mapping[Hashable, Any], metrics: TaskMetrics) -> list[str]:
+    """One line of the aggregated table as texts: four that say what the row is, then numbers."""
+    headline, others = metrics.headline, metrics.columns[1:]
+    return [
+        str(line["label"]),
+        str(line["pattern"]),
+        "✔" if line["update"] else MISSING,
+        MISSING if pd.isna(line["prior"]) else str(line["prior"]),
+        number(line[f"{headline.name}_mean"], line[f"{headline.name}_std"], headline.digits),
+        number(line["delta_mean"], line["delta_std"], headline.digits, sign=True),
+        *(number(line[f"{m.name}_mean"], line[f"{m.name}_std"], m.digits) for m in others),
+        significant(line["cost_seconds"]),
+    ]
+
+
+def lead(experiment: Experiment, metrics: TaskMetrics) -> str:
+    """What the numbers are, in short: of what, over which seeds, compared with what."""
+    seeds = len(experiment.seeds)
+    spread = f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "One seed"
+    one_dense = len(experiment.row_seeds(experiment.dense.row)) < seeds
+    to_dense = "to the one dense model that all seeds share" if one_dense else "to the dense model of the same seed"
+    return f"{experiment.title}. {spread}; Δ is the paired difference of {metrics.headline.in_sentences} {to_dense}"
 
 
 def caption(experiment: Experiment, metrics: TaskMetrics, records: dict[str, dict[str, Any]], cost: str = "") -> str:
@@ -74,18 +85,12 @@ def caption(experiment: Experiment, metrics: TaskMetrics, records: dict[str, dic
     first = next(iter(records.values()))
     hardware = sorted({record[what]["hardware"] for record in records.values() for what in ("made", "evaluated")})
     versions = ", ".join(f"{name} {release}" for name, release in first["versions"].items())
-    seeds = len(experiment.seeds)
-    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     claim = "bit-identical there in the locked environment" if experiment.exact else "a recording of that machine"
-    one_dense = len(experiment.row_seeds(experiment.dense.row)) < seeds
-    to_dense = "to the one dense model that all seeds share" if one_dense else "to the dense model of the same seed"
     said = [*metrics.captions, *_facts(metrics, records.get(experiment.dense.row))]
-    leaks = experiment.data.calibration_split == "test"
+    leaks = f"**{LEAKS}** (as the original does). " if experiment.data.calibration_split == "test" else ""
     return (
-        f"*{experiment.title}. {spread[0].upper()}{spread[1:]}; Δ is the paired difference of "
-        f"{'; '.join([f'{metrics.headline.in_sentences} {to_dense}', *said])}. "
-        + ("**Calibrated on the reported split, which leaks** (as the original does). " if leaks else "")
-        + f"Hardware: {'; '.join(hardware)}: {claim}. {versions}.{f' {cost}' if cost else ''}*\n"
+        f"*{'; '.join([lead(experiment, metrics), *said])}. {leaks}"
+        f"Hardware: {'; '.join(hardware)}: {claim}. {versions}.{f' {cost}' if cost else ''}*\n"
     )
 
 
@@ -102,14 +107,7 @@ def results_csv(table: pd.DataFrame, metrics: TaskMetrics) -> str:
 
 
 def metrics_json(table: pd.DataFrame, metrics: TaskMetrics) -> dict[str, dict[str, float]]:
-    """``{metric: {row: mean}}`` of the measured rows, for ``dvc metrics`` and ``dvc exp show``.
-
-    A metric that none of the measured rows has is left out.
-    """
-    measured = table.dropna(subset=[f"{metrics.headline.name}_mean"]).set_index("row")
-    found = {}
-    for name in metrics.listed:
-        means = measured[f"{name}_mean"].dropna()
-        if len(means) or measured.empty:
-            found[name] = {str(row): round(float(value), metrics.decimals) for row, value in means.items()}
-    return found
+    """``{headline: {row: mean}}`` of the measured rows under short names: a column each in ``dvc exp show``."""
+    name = metrics.headline.name
+    means = table.set_index("row")[f"{name}_mean"].rename(short_names(table["row"])).dropna()
+    return {name: {str(row): round(float(value), metrics.decimals) for row, value in means.items()}}

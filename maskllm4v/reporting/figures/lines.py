@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from maskllm4v.config import Experiment
-from maskllm4v.layout import curve_file
 from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import timestep_metrics
+from maskllm4v.reporting.curves import read_curves
 from maskllm4v.reporting.figures.labels import COLOURS, row_labels
 
 if TYPE_CHECKING:
@@ -72,10 +70,3 @@ def timesteps(experiment: Experiment, records: Mapping[str, Mapping[str, Any]]) 
     names = [labels[row] for row in lines]
     figure.legend(list(lines.values()), names, loc="outside lower center", ncols=2, fontsize=8)
     return figure
-
-
-def read_curves(experiment: Experiment, reports: Path, row: str) -> pd.DataFrame | None:
-    """All seeds' curves of a learned row, with a ``seed`` column; None where there are none."""
-    paths = {seed: curve_file(experiment.table, row, seed, reports) for seed in experiment.seeds}
-    frames = [pd.read_csv(path).assign(seed=seed) for seed, path in paths.items() if path.exists()]
-    return pd.concat(frames, ignore_index=True) if frames else None
