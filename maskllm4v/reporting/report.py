@@ -15,6 +15,7 @@ from maskllm4v.reporting.costs import cost_caption, row_costs
 from maskllm4v.reporting.curves import curves_csv
 from maskllm4v.reporting.deployment import deployment_markdown, exports_markdown
 from maskllm4v.reporting.figures import draw_figures
+from maskllm4v.reporting.page import PAGE, index_page, table_page
 from maskllm4v.reporting.performance import performance_markdown
 from maskllm4v.reporting.readme import splice
 from maskllm4v.reporting.tables import caption, metrics_json, results_csv, results_markdown
@@ -60,6 +61,13 @@ def table_texts(experiment: Experiment, reports: Path) -> dict[str, str]:
     }
 
 
+def page_text(experiment: Experiment, root: Path) -> str:
+    """The page of one table."""
+    files = {path.stem: load_experiment(path) for path in sorted((root / "experiments").glob("*.yaml"))}
+    same = (name for name, e in files.items() if e.model_copy(update={"runtime": experiment.runtime}) == experiment)
+    return table_page(experiment, root / "reports", next(same, None))
+
+
 def readme_sections(root: Path) -> dict[str, str]:
     """The README's generated sections by marker name."""
     reports = root / "reports"
@@ -73,7 +81,7 @@ def readme_sections(root: Path) -> dict[str, str]:
 
 
 def write_report(root: Path) -> list[Path]:
-    """Render the active experiment's tables and figures, and all tables of the README."""
+    """Render the active experiment's tables, figures and page, and what all tables share: README and index."""
     experiment = load_experiment(root / "params.yaml")
     reports, folder = root / "reports", root / "reports" / experiment.table
     written = []
@@ -82,6 +90,10 @@ def write_report(root: Path) -> list[Path]:
         written.append(folder / name)
     records = current_records(experiment, reports)
     written += draw_figures(experiment, records, aggregate(experiment, records), reports, folder / "figures")
+    pages = {folder / PAGE: page_text(experiment, root), reports / PAGE: index_page(experiments(root), reports)}
+    for path, text in pages.items():
+        write_text(path, text)
+        written.append(path)
     readme = root / "README.md"
     if readme.exists():
         text = readme.read_text(encoding="utf-8")
@@ -93,16 +105,18 @@ def write_report(root: Path) -> list[Path]:
 
 
 def check_report(root: Path) -> None:
-    """Raise :class:`UserError` unless README and tables are what the committed records give."""
-    wrong = []
+    """Raise :class:`UserError` unless README, tables and pages are what the committed records give."""
+    wrong, reports = [], root / "reports"
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     if splice(text, readme_sections(root)) != text:
         wrong.append("README.md")
+    expected = {reports / PAGE: index_page(experiments(root), reports)}
     for table, experiment in experiments(root).items():
-        for name, expected in table_texts(experiment, root / "reports").items():
-            path = root / "reports" / table / name
-            if path.exists() and path.read_text(encoding="utf-8") != expected:
-                wrong.append(str(path.relative_to(root)))
+        texts = {**table_texts(experiment, reports), PAGE: page_text(experiment, root)}
+        expected |= {reports / table / name: text for name, text in texts.items()}
+    for path, text in expected.items():
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            wrong.append(str(path.relative_to(root)))
     if wrong:
         raise UserError(f"{', '.join(wrong)}: not what the records give; run `python -m maskllm4v report`")

@@ -1,0 +1,112 @@
+"""A table's results as one HTML file: complete without a network, a server or a script, and exact to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskllm4v.config import Experiment
+from maskllm4v.reporting.page import budget, details, exports, headline, layers, lines, masks, tiles
+from maskllm4v.reporting.page.bars import bar_chart
+from maskllm4v.reporting.page.results import KINDS, Results
+from maskllm4v.reporting.page.svg import attributes, marked
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+TEMPLATES = Path(__file__).parent / "templates"
+PAGE = "index.html"  # in a table's folder, and in that of all tables
+IN_FRONT = 2  # tiles that are shown at once; the others are folded away
+
+
+def table_page(experiment: Experiment, reports: Path, file: str | None) -> str:
+    """The page of one table.
+
+    Args:
+        experiment: whose table it is.
+        reports: where records, curves and diagnostics lie.
+        file: its name in ``experiments/``, without ``.yaml``; None if it stands in ``params.yaml`` alone.
+    """
+    results = Results(experiment, reports)
+    measured = layers.read_layers(results)
+    statistics = masks.read_mask_statistics(results)
+    drawn = [tile for row in _best_first(results) if (tile := tiles.read_tile(results, row))]
+    return _render(
+        "table.html",
+        results=results,
+        headers=headline.headers(results),
+        table=headline.table_lines(results),
+        champion=headline.winner(results),
+        dense=headline.described(results, results.dense) if results.dense in results.measured else None,
+        best={kind: headline.winner(results, (kind,)) for kind in ("oneshot", "learned", "finetuned")},
+        bars=[chart for name in results.metrics.bars if (chart := bar_chart(results, results.metrics[name]))],
+        budget=budget.budget_chart(results),
+        curves=lines.curve_panels(results),
+        timesteps=lines.timestep_panels(results),
+        output_error=layers.layer_table(results, measured, "output_error"),
+        kept_energy=layers.layer_table(results, measured, "kept_energy", whole=True),
+        prior_agreement=layers.layer_table(results, measured, "prior_agreement", whole=True),
+        has_masks=bool(statistics or drawn),
+        agreement=masks.agreement_chart(results, masks.seed_agreement(statistics)),
+        seeds_note=_seeds_note(experiment),
+        candidates=masks.candidate_charts(results, statistics),
+        tiles=(drawn[:IN_FRONT], drawn[IN_FRONT:]),
+        exports=exports.export_manifests(results),
+        pictures=exports.pictures(results),
+        details=[details.row_details(results, row, file) for row in results.records],
+    )
+
+
+def index_page(experiments: Mapping[str, Experiment], reports: Path) -> str:
+    """The page that lists all tables."""
+    tables = []
+    for experiment in experiments.values():
+        results = Results(experiment, reports)
+        tables.append(
+            {
+                "results": results,
+                "dense": headline.described(results, results.dense) if results.dense in results.measured else None,
+                "oneshot": headline.winner(results, ("oneshot",)),
+                "learned": headline.winner(results, ("learned",)),
+            }
+        )
+    return _render("tables.html", tables=tables)
+
+
+def _seeds_note(experiment: Experiment) -> str:
+    """What agreement between seeds can be expected."""
+    if len({experiment.dense_seed(seed) for seed in experiment.seeds}) > 1:
+        return "Every seed has a dense model of its own, so its masks have nothing in common but chance."
+    return "All seeds share one dense model."
+
+
+def _best_first(results: Results) -> list[str]:
+    """Learned rows from the best on; of equals, the one further up."""
+    name = results.metrics.headline.name
+    sign = -1 if results.metrics.better == "higher" else 1
+    learned = [row for row in results.measured if results.kind(row) == "learned"]
+    return sorted(learned, key=lambda row: sign * float(results.lines[row][f"{name}_mean"]))
+
+
+def _render(template: str, **values: Any) -> str:
+    return _environment().get_template(template).render(kinds=KINDS, **values)
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    found = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    found.globals["own_file"] = lambda name: Markup((TEMPLATES / name).read_text(encoding="utf-8"))  # styles, scripts
+    found.globals["marked"] = lambda *what: attributes(marked(*what))
+    return found
