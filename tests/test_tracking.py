@@ -17,7 +17,8 @@ from maskllm4v.config import Experiment
 from maskllm4v.files import read_json, value_digest, write_json
 from maskllm4v.layout import record_file
 from maskllm4v.pictures import read_picture
-from maskllm4v.tracking import LARGEST_ARTIFACT, flatten, publish
+from maskllm4v.tracking.publishing import publish
+from maskllm4v.tracking.runs import LARGEST_ARTIFACT, flatten
 
 ROWS = ("digits-dense", "digits-magnitude", "digits-maskllm-short-magnitude")
 
@@ -77,7 +78,7 @@ def test_run_says_what_the_record_says(root: Path, experiment: Experiment) -> No
     assert run.data.tags["prior"] == "digits-magnitude"
     assert run.data.tags["current"] == "true"
     assert (run.data.tags["hardware"], run.data.tags["world_size"]) == ("a machine", "1")
-    assert {"ece", "agreement", "agreement_std", "ece/seed0", "top1_delta"} <= set(run.data.metrics)
+    assert {"ece", "agreement", "agreement/std", "ece/seed0", "top1/delta"} <= set(run.data.metrics)
     assert run.info.status == "FINISHED"
     (data,) = run.inputs.dataset_inputs
     assert record["inputs"]["manifest"].startswith(data.dataset.digest)
@@ -124,7 +125,7 @@ def test_controls_name_what_they_start_from(root: Path) -> None:
         ["finetune", "finetune", "digits-magnitude", "2:4"],
     ]
     assert found[rows[0]].data.params["finetuning.steps"] == "200"
-    assert {"train/loss", "train/lr", "train/grad_norm", "top1_delta"} <= set(found[rows[0]].data.metrics)
+    assert {"train/loss", "train/lr", "train/grad_norm", "top1/delta"} <= set(found[rows[0]].data.metrics)
 
 
 def test_deleted_store_is_rebuilt(root: Path, experiment: Experiment) -> None:
@@ -139,7 +140,7 @@ def test_run_cut_short_is_replaced(root: Path, experiment: Experiment, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("maskllm4v.tracking._artifact_files", fail)
+        patch.setattr("maskllm4v.tracking.publishing.row_files", fail)
         with pytest.raises(KeyboardInterrupt):
             publish(root, experiment)
     assert len(runs(root)) == 1
@@ -216,9 +217,9 @@ def test_runs_of_diffusion(root: Path) -> None:
     assert set(found) == set(tiny.rows)
     dense, pruned = found["tiny-dense"].data, found["tiny-magnitude"].data
     assert pruned.metrics["eps_mse"] == pytest.approx(0.061)
-    assert pruned.metrics["eps_mse_delta"] == pytest.approx(0.01)
-    assert {"eps_mse/seed1", "dense_mse", "accuracy", "fd", "kd_std"} <= set(pruned.metrics)
-    assert not {"dense_mse", "eps_mse_delta", "timesteps/dense_mse"} & set(dense.metrics)
+    assert pruned.metrics["eps_mse/delta"] == pytest.approx(0.01)
+    assert {"eps_mse/seed1", "dense_mse", "accuracy", "fd", "kd/std"} <= set(pruned.metrics)
+    assert not {"dense_mse", "eps_mse/delta", "timesteps/dense_mse"} & set(dense.metrics)
     assert not [name for name in pruned.metrics if "top1" in name or "/t0" in name]
     assert (dense.metrics["judge_accuracy"], dense.metrics["judge_accuracy/seed0"]) == (97.5, 97.5)
     assert pruned.tags["task"] == "diffusion"
