@@ -23,7 +23,7 @@ def signed(root: Path) -> str:
 
 
 def is_dead(tags: Mapping[str, str]) -> bool:
-    """Whether nobody else writes a run: its process ended, gave no sign for a day, is this one, or there never was one."""
+    """Whether nobody else writes a run: its process ended, is this one, or gave no sign for a day."""
     host, pid, start, _, seen = _parts(tags)
     if host == socket.gethostname():
         return not pid.isdigit() or int(pid) == os.getpid() or _start(int(pid)) != start
