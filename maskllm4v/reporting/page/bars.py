@@ -44,8 +44,8 @@ def bar_chart(results: Results, metric: Metric) -> Markup | None:
         WIDTH,
         frame.bottom + 42,
         frame.axes(below),
-        *drawn,
         _dense_line(results, metric, frame),
+        *drawn,
         name="bars",
     )
 

@@ -16,6 +16,7 @@ from maskllm4v.reporting.tables import number, significant
 
 WIDTH, HEIGHT = 480.0, 420.0
 RADIUS = 5.0
+DENSE = "dense"  # the pattern of rows without one
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 AROUND = tuple(  # where a number may stand, as seen from its point: close before far, beside before above
     (across * distance, up * distance)
@@ -46,11 +47,19 @@ def budget_of(results: Results) -> Budget:
     return Budget({**dict.fromkeys(experiment.priors, 0.0), **known}, f"{unit} of training", False)
 
 
-def budget_chart(results: Results) -> Markup | None:
-    """A point a row, called by its number; the dense model is a band. None where no row has both coordinates."""
+def budget_charts(results: Results) -> dict[str, Markup]:
+    """A chart a pattern, by pattern: rows as far apart as 1:4 and 2:4 would leave each other no room."""
+    patterns = [p for p in dict.fromkeys(str(line["pattern"]) for line in results.lines.values()) if p != DENSE]
+    charts = {pattern: _chart(results, pattern) for pattern in patterns}
+    return {pattern: chart for pattern, chart in charts.items() if chart is not None}
+
+
+def _chart(results: Results, pattern: str) -> Markup | None:
+    """A point a row of the pattern or dense, called by its number; the dense model is a band."""
     metric, budget = results.metrics.headline, budget_of(results)
-    rows = [row for row in results.measured if row in budget.costs and row != results.dense]
-    if not rows:
+    known = [row for row in results.measured if row in budget.costs and row != results.dense]
+    rows = [row for row in known if results.lines[row]["pattern"] in (pattern, DENSE)]
+    if all(results.lines[row]["pattern"] == DENSE for row in rows):
         return None
     spans = {row: _span(results, row) for row in [*rows, *(r for r in [results.dense] if r in results.measured)]}
     values = [value for span in spans.values() for value in span]
@@ -63,12 +72,12 @@ def budget_chart(results: Results) -> Markup | None:
     better = "lower is better" if results.metrics.better == "lower" else "higher is better"
     marks = [_point(results, row, budget, frame, points[row], taken) for row in rows]
     return drawing(
-        f"{metric.on_axes} against cost",
+        f"{metric.on_axes} against cost, {pattern}",
         "A point a row, numbered as in the table, with its standard deviation; grey: the dense model.",
         WIDTH,
         HEIGHT,
         frame.axes(budget.axis),
-        tag("text", f"{metric.on_axes}, {better}", x=8.0, y=14.0, class_="axis"),
+        tag("text", f"{pattern}: {metric.on_axes}, {better}", x=8.0, y=14.0, class_="title"),
         _band(results, frame),
         *marks,
         name="budget",

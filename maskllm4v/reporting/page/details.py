@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from maskllm4v.records import DIGITS
 from maskllm4v.reporting.page.results import Results
 
 ABSENT = object()
@@ -25,10 +26,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Value:
-    """A metric by seed, as the record holds it."""
+    """A metric by seed: with two decimals more than the table, and as the record holds it."""
 
     metric: str
-    by_seed: dict[int, str]
+    shown: dict[int, str]
+    exact: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,13 @@ def _shown(value: Any) -> str:
 def _values(results: Results, metrics: Mapping[str, Mapping[str, float]]) -> list[Value]:
     """The table's columns first, then what else the record holds, by name."""
     names = {name for of_seed in metrics.values() for name in of_seed}
-    columns = [name for name in results.metrics.names if name in names]
-    seeds = sorted(metrics, key=int)
-    return [
-        Value(name, {int(seed): f"{metrics[seed][name]:.6g}" for seed in seeds if name in metrics[seed]})
-        for name in [*columns, *sorted(names - set(columns))]
-    ]
+    digits = {metric.name: metric.digits + 2 for metric in results.metrics.columns if metric.name in names}
+    found = []
+    for name in [*digits, *sorted(names - digits.keys())]:
+        exact = {int(seed): metrics[seed][name] for seed in sorted(metrics, key=int) if name in metrics[seed]}
+        shown = {seed: f"{value:.{digits.get(name, DIGITS)}f}" for seed, value in exact.items()}
+        found.append(Value(name, shown, {seed: repr(value) for seed, value in exact.items()}))
+    return found
 
 
 def _where(made: Mapping[str, Any]) -> str:

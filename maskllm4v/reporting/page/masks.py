@@ -17,6 +17,7 @@ from maskllm4v.reporting.page.svg import drawing, marked, tag
 WIDTH = 480.0
 LINE = 31.0
 FREQUENCY = (380.0, 150.0)  # pixels of a chart of candidates
+MANY, BROAD = 40, 784.0  # from so many candidates on, a chart is so wide
 PLAIN = ("row", "seed", "layer", "groups", "seed_agreement")  # columns that are no candidates
 
 
@@ -119,7 +120,7 @@ def _shares(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _candidate_chart(results: Results, row: str, shares: pd.DataFrame, most: float) -> Markup:
-    width, height = FREQUENCY
+    width, height = (BROAD if len(shares) >= MANY else FREQUENCY[0]), FREQUENCY[1]
     m = len(str(shares.index[0]))
     frame = Frame(40, 8, width - 8, height - 8 * m, linear([0, 1]), linear([0.0, 100 * most], count=3))
     step = (frame.right - frame.left) / len(shares)
