@@ -56,7 +56,7 @@ ui: $(READY)
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --port $(PORT)
 
 figures: $(READY)
-	python scripts/draw_figures.py
+	python -m scripts.draw_figures
 
 experiments: $(READY)
 	dvc exp show --only-changed --hide-workspace --drop '.*/|Created|(?!.*$(ROW)).*\.'
