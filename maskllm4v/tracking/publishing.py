@@ -70,7 +70,7 @@ def publish(root: Path, experiment: Experiment) -> dict[str, str]:
         lines = {str(line["row"]): line for _, line in table.iterrows()}
         runs = {
             row: publication.publish(records[row], lines[row], digests[row])
-            for row in bar(records, f"publishing {experiment.table}")
+            for row in bar(list(reversed(records)), f"publishing {experiment.table}")  # the UI lists the last one first
         }
         if not is_copy(root):
             publish_champion(client, root, experiment, table, records, digests, runs)
@@ -156,13 +156,13 @@ class _Publication:
         client.set_tag(run_id, "record_digest", digest)
 
     def _log_data(self, run_id: str, record: Mapping[str, Any]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.entities import Dataset, DatasetInput
 
         name, digest = self.experiment.data.name, record["inputs"]["manifest"]
         manifest = ARTIFACTS / "data" / name / "manifest.json"
         source = json.dumps({"uri": manifest.as_posix(), "sha256": digest})
         data = Dataset(name, digest[:32], "local", source)
-        self.client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "evaluation")])])
+        self.client.log_inputs(run_id, [DatasetInput(data)])
 
     def _log_report(self, run_id: str) -> None:
         for path in self.report:

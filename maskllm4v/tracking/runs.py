@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -65,6 +66,7 @@ def settings_tags(experiment: Experiment, row: str) -> dict[str, str]:
         "model": settings["model"]["name"],
         "exact": str(experiment.exact).lower(),
         "mlflow.note.content": experiment.rows[row],
+        "mlflow.runColor": _colour(list(experiment.rows).index(row)),
     }
     return {key: value for key, value in tags.items() if value}
 
@@ -104,6 +106,12 @@ def report_files(root: Path, table: str) -> list[Path]:
 
 def report_digest(files: list[Path]) -> str:
     return value_digest({path.name: file_digest(path) for path in files})
+
+
+def _colour(number: int) -> str:
+    """Of a row in the UI's charts, which would give some rows the same: hues far apart, bright and dark in turn."""
+    parts = colorsys.hls_to_rgb(number * 0.618 % 1, (0.42, 0.58)[number % 2], 0.65)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
 
 
 def _git_commit(root: Path) -> str:
