@@ -5,6 +5,7 @@ It is written as an exported graph (``torch.export``): no pickle, and no code of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import chdir, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from maskllm4v.config import Experiment
 from maskllm4v.errors import CheckpointError, UserError
 from maskllm4v.layout import checkpoint, data_folder
 from maskllm4v.reporting.aggregate import best_row
+from maskllm4v.workspace import SERVER
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -106,7 +108,9 @@ def _register(client: MlflowClient, name: str, run_id: str, deployable: Deployab
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     with suppress(MlflowException):  # it exists
         client.create_registered_model(name)
-    client.create_model_version(name, f"models:/{model.model_id}", run_id, dict(tags), model_id=model.model_id)
+    # A server takes the model's name alone; a client of a file would look the name up in its default store.
+    source = f"models:/{model.model_id}" if os.environ.get(SERVER) else model.artifact_location
+    client.create_model_version(name, source, run_id, dict(tags), model_id=model.model_id)
 
 
 def _save(path: Path, deployable: Deployable, run_id: str, model_id: str) -> None:
