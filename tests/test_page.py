@@ -163,11 +163,9 @@ def test_diffusion_has_timesteps_and_samples(judged: bool, tmp_path: Path) -> No
     page = page_of(experiment, make_diffusion_records(experiment, tmp_path, judged=judged))
     assert len(page.find("svg", class_="bars")) == 1 + judged
     assert len(page.find("img")) == len(experiment.rows)
-    lines = [
-        e.shows[:2] for e in page.elements if e.tag == "path" and e.parent and e.shows[1] in ("eps_mse", "dense_mse")
-    ]
-    assert ("tiny-dense", "eps_mse") in lines
-    assert ("tiny-dense", "dense_mse") not in lines
+    lines = {e.shows[:2] for e in page.elements if e.tag == "path"}
+    assert ("tiny-dense", "eps_mse/t") in lines
+    assert ("tiny-dense", "dense_mse/t") not in lines
 
 
 def test_stale_rows_have_no_marks(tmp_path: Path) -> None:

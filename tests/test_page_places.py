@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from import_graph import ROOT
+from made_diffusion import diffusion, make_records
 from parsed_page import Element, Page, changes
 
 from maskllm4v.files import read_json, write_json, write_text
@@ -132,6 +133,22 @@ def test_share_of_a_candidate_mask(before: Page, reports: Path) -> None:
     assert {element.shows for element in found} == {(LEARNED, "candidates", None)}
     assert {element.marks["data-candidate"] for element in found} == {"1100"}
     assert [element.tag for element in found] == ["title", "rect"]  # the layer is neither the least nor the most
+
+
+def test_error_at_a_timestep_bends_a_line(tmp_path: Path) -> None:
+    experiment, row = diffusion(), "tiny-wanda"
+
+    def drawn() -> Page:
+        return Page(table_page(experiment, tmp_path, None))
+
+    make_records(experiment, tmp_path)
+    before, path = drawn(), record_file("tiny", row, tmp_path)
+    record: dict[str, Any] = read_json(path)
+    record["metrics"]["1"]["eps_mse/t0250"] *= 2
+    write_json(path, record)
+    shown = [(row, "eps_mse/t", None), (row, "eps_mse/t0250", "1")]
+    found = assert_exactly(before, drawn(), lambda e: e.shows in shown and e.tag != "title")
+    assert [element.tag for element in found] == ["path", "td"]
 
 
 def test_what_a_page_does_not_show_changes_nothing(before: Page, reports: Path) -> None:

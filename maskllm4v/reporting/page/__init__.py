@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskllm4v.config import Experiment
-from maskllm4v.reporting.page import budget, details, exports, headline, layers, lines, masks, tiles
+from maskllm4v.reporting.page import budget, candidates, details, exports, headline, layers, lines, tiles
+from maskllm4v.reporting.page.agreement import agreement_chart
 from maskllm4v.reporting.page.bars import bar_chart
+from maskllm4v.reporting.page.masks import read_mask_statistics
 from maskllm4v.reporting.page.results import KINDS, Results
 from maskllm4v.reporting.page.svg import attributes, marked
 
@@ -31,7 +33,7 @@ def table_page(experiment: Experiment, reports: Path, file: str | None) -> str:
     """
     results = Results(experiment, reports)
     measured = layers.read_layers(results)
-    statistics = masks.read_mask_statistics(results)
+    statistics = read_mask_statistics(results)
     drawn = [tile for row in _best_first(results) if (tile := tiles.read_tile(results, row))]
     return _render(
         "table.html",
@@ -49,10 +51,10 @@ def table_page(experiment: Experiment, reports: Path, file: str | None) -> str:
         kept_energy=layers.layer_table(results, measured, "kept_energy", whole=True),
         prior_agreement=layers.layer_table(results, measured, "prior_agreement", whole=True),
         has_masks=bool(statistics or drawn),
-        agreement=masks.agreement_chart(results, masks.seed_agreement(statistics)),
+        agreement=agreement_chart(results, statistics),
         seeds_note=_seeds_note(experiment),
-        candidates=masks.candidate_charts(results, statistics),
-        broad={row for row, frame in statistics.items() if len(masks.candidates(frame)) >= masks.MANY},
+        candidates=candidates.candidate_charts(results, statistics),
+        broad={row for row, frame in statistics.items() if candidates.is_broad(frame)},
         tiles=(drawn[:IN_FRONT], drawn[IN_FRONT:]),
         exports=exports.export_manifests(results),
         pictures=exports.pictures(results),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
-
 import pandas as pd
 from markupsafe import Markup
 
@@ -11,12 +9,12 @@ from maskllm4v.metrics import Metric
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import Scale, linear, logarithmic
+from maskllm4v.reporting.page.stack import Place, heading, stacked
 from maskllm4v.reporting.page.svg import drawing, marked, tag
 from maskllm4v.reporting.tables import number
 
 WIDTH, VALUE = 480.0, 96.0  # pixels of the chart, and of the numbers at its right
-LETTERS = 62  # of a label's line
-TEXT, BAR, GAP = 15.0, 11.0, 12.0  # heights of a label's line and of a bar, and what is left below it
+BAR, GAP = 11.0, 12.0  # height of a bar, and what is left below it
 WIDE = 5.0  # a spread from which on an axis that has no upper end is logarithmic
 SMALL = 5.0  # percent from which on bars need not start at zero
 
@@ -27,17 +25,14 @@ def bar_chart(results: Results, metric: Metric) -> Markup | None:
     if not rows:
         return None
     scale = _scale(results, metric, rows)
-    tops = [6.0]
-    for row in rows:
-        tops.append(tops[-1] + TEXT * len(_lines(results, row)) + BAR + GAP)
-    frame = Frame(8, 0, WIDTH - VALUE, tops[-1], scale)
+    places = stacked(results, rows, BAR, GAP)
+    frame = Frame(8, 0, WIDTH - VALUE, places[-1].lower + GAP, scale)
     downwards = metric == results.metrics.headline and results.metrics.better == "lower"
     below = metric.on_axes + (", lower is better" if downwards else "")
     if scale.log:
         below += ", logarithmic"
     elif scale.ticks[0] > 0:
         below += f", bars start at {scale.label(scale.ticks[0])}"
-    drawn = [_bar(results, metric, row, frame, top) for row, top in zip(rows, tops, strict=False)]
     return drawing(
         f"{metric.on_axes} by method",
         "A bar a row: mean over seeds, standard deviation as a line, a dot a seed; dashed: the dense model.",
@@ -45,7 +40,7 @@ def bar_chart(results: Results, metric: Metric) -> Markup | None:
         frame.bottom + 42,
         frame.axes(below),
         _dense_line(results, metric, frame),
-        *drawn,
+        *(_bar(results, metric, place, frame) for place in places),
         name="bars",
     )
 
@@ -63,17 +58,15 @@ def _scale(results: Results, metric: Metric, rows: list[str]) -> Scale:
     return linear([0.0, *values])
 
 
-def _bar(results: Results, metric: Metric, row: str, frame: Frame, top: float) -> Markup:
+def _bar(results: Results, metric: Metric, place: Place, frame: Frame) -> Markup:
+    row, upper, middle = place.row, place.upper, place.middle
     line, seeds = results.lines[row], results.seeds(row, metric.name)
     mean, std = line[f"{metric.name}_mean"], line[f"{metric.name}_std"]
     text = number(mean, std, metric.digits)
     zero = frame.x(max(frame.across.ticks[0], min(0.0, frame.across.ticks[-1])))
-    labels, end = _lines(results, row), frame.x(mean)
-    upper = top + TEXT * len(labels)
-    middle, shows = upper + BAR / 2, marked(row, metric.name)
+    end, shows = frame.x(mean), marked(row, metric.name)
     marks = [
-        tag("text", f"{results.numbers[row]}", x=frame.left, y=top + 11, class_="number"),
-        *(tag("text", part, x=frame.left + 23, y=top + 11 + TEXT * n, class_="name") for n, part in enumerate(labels)),
+        heading(results, place, frame.left),
         tag("text", text, x=WIDTH, y=middle + 4.5, text_anchor="end", class_="value", **shows),
         tag("rect", x=min(zero, end), y=upper, width=abs(end - zero), height=BAR, class_="bar", **shows),
         tag("path", d=f"M{end:.1f} {upper:.1f}v{BAR:.0f}", class_="mean", **shows),
@@ -85,10 +78,6 @@ def _bar(results: Results, metric: Metric, row: str, frame: Frame, top: float) -
         title = tag("title", f"seed {seed}: {value:.{metric.digits}f}")
         marks.append(tag("circle", title, cx=frame.x(value), cy=middle, r=2.6, **marked(row, metric.name, seed)))
     return tag("g", tag("title", f"{results.labels[row]}: {text}", **shows), *marks, class_=f"k-{line['kind']}")
-
-
-def _lines(results: Results, row: str) -> list[str]:
-    return textwrap.wrap(results.labels[row], LETTERS)
 
 
 def _dense_line(results: Results, metric: Metric, frame: Frame) -> Markup:

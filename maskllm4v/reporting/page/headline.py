@@ -10,7 +10,7 @@ import pandas as pd
 from maskllm4v.metrics import Metric
 from maskllm4v.reporting.aggregate import best_row
 from maskllm4v.reporting.page.results import Results
-from maskllm4v.reporting.tables import MISSING, number, result_cells, result_headers, significant
+from maskllm4v.reporting.tables import number, result_cells, result_headers, significant
 
 DELTA, COST = "delta", "cost"  # what cells are marked with that show no metric
 
@@ -101,8 +101,3 @@ def described(results: Results, row: str) -> Winner:
         delta=number(line["delta_mean"], line["delta_std"], metric.digits, sign=True),
         cost=significant(line["cost_seconds"]),
     )
-
-
-def said(winner: Winner) -> bool:
-    """Whether there is a difference to the dense model to speak of."""
-    return winner.delta != MISSING

@@ -81,7 +81,7 @@ def timestep_panels(results: Results) -> Panels:
         up = logarithmic(value for line in lines for _, value in line.points if value > 0)
         across = linear([0.0, *(step for line in lines for step, _ in line.points)])
         title = f"{metric.on_axes}, logarithmic"
-        charts.append(_panel(results, title, metric.name, lines, across, up, "timestep", styles))
+        charts.append(_panel(results, title, f"{metric.name}/t", lines, across, up, "timestep", styles))
     return Panels(charts, styles if charts else {})
 
 
