@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskllm4v.config import Experiment
-from maskllm4v.reporting.page import budget, candidates, details, exports, headline, layers, lines, tiles
-from maskllm4v.reporting.page.agreement import agreement_chart
+from maskllm4v.reporting.page import budget, candidates, details, exports, headline, layers, lines, samples
+from maskllm4v.reporting.page.agreement import agreement_chart, seeds_note
 from maskllm4v.reporting.page.bars import bar_chart
 from maskllm4v.reporting.page.masks import read_mask_statistics
 from maskllm4v.reporting.page.results import KINDS, Results
 from maskllm4v.reporting.page.svg import attributes, marked
+from maskllm4v.reporting.page.tiles import read_tiles
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -34,7 +35,7 @@ def table_page(experiment: Experiment, reports: Path, file: str | None) -> str:
     results = Results(experiment, reports)
     measured = layers.read_layers(results)
     statistics = read_mask_statistics(results)
-    drawn = [tile for row in _best_first(results) if (tile := tiles.read_tile(results, row))]
+    drawn = read_tiles(results)
     return _render(
         "table.html",
         results=results,
@@ -52,12 +53,12 @@ def table_page(experiment: Experiment, reports: Path, file: str | None) -> str:
         prior_agreement=layers.layer_table(results, measured, "prior_agreement", whole=True),
         has_masks=bool(statistics or drawn),
         agreement=agreement_chart(results, statistics),
-        seeds_note=_seeds_note(experiment),
+        seeds_note=seeds_note(experiment),
         candidates=candidates.candidate_charts(results, statistics),
         broad={row for row, frame in statistics.items() if candidates.is_broad(frame)},
         tiles=(drawn[:IN_FRONT], drawn[IN_FRONT:]),
         exports=exports.export_manifests(results),
-        pictures=exports.pictures(results),
+        samples=samples.read_samples(results),
         details=[details.row_details(results, row, file) for row in results.records],
     )
 
@@ -76,21 +77,6 @@ def index_page(experiments: Mapping[str, Experiment], reports: Path) -> str:
             }
         )
     return _render("tables.html", tables=tables)
-
-
-def _seeds_note(experiment: Experiment) -> str:
-    """What agreement between seeds can be expected."""
-    if len({experiment.dense_seed(seed) for seed in experiment.seeds}) > 1:
-        return "Every seed has a dense model of its own, so its masks have nothing in common but chance."
-    return "All seeds share one dense model."
-
-
-def _best_first(results: Results) -> list[str]:
-    """Learned rows from the best on; of equals, the one further up."""
-    name = results.metrics.headline.name
-    sign = -1 if results.metrics.better == "higher" else 1
-    learned = [row for row in results.measured if results.kind(row) == "learned"]
-    return sorted(learned, key=lambda row: sign * float(results.lines[row][f"{name}_mean"]))
 
 
 def _render(template: str, **values: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from markupsafe import Markup
 
+from maskllm4v.config import Experiment
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.masks import candidates
 from maskllm4v.reporting.page.results import Results
@@ -28,7 +29,7 @@ def agreement_chart(results: Results, statistics: dict[str, pd.DataFrame]) -> Ma
     places = stacked(results, [row for row, frame in known.items() if len(frame)], HEIGHT, GAP)
     if not places:
         return None
-    frame = Frame(8, 0, WIDTH - VALUE, places[-1].lower + GAP, linear([0.0, 1.0]))
+    frame = Frame(12, 0, WIDTH - VALUE, places[-1].lower + GAP, linear([0.0, 1.0]))
     return drawing(
         "Agreement between seeds by layer",
         "A line a row, a dot a layer: the share of groups with the same mask in another seed; dashed ticks: chance.",
@@ -38,6 +39,13 @@ def agreement_chart(results: Results, statistics: dict[str, pd.DataFrame]) -> Ma
         *(_line(results, place, known[place.row], frame) for place in places),
         name="agreement",
     )
+
+
+def seeds_note(experiment: Experiment) -> str:
+    """What agreement can be expected."""
+    if len({experiment.dense_seed(seed) for seed in experiment.seeds}) > 1:
+        return "Every seed has a dense model of its own, so its masks have nothing in common but chance."
+    return "All seeds share one dense model."
 
 
 def _line(results: Results, place: Place, known: pd.DataFrame, frame: Frame) -> Markup:

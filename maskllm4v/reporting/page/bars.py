@@ -26,7 +26,7 @@ def bar_chart(results: Results, metric: Metric) -> Markup | None:
         return None
     scale = _scale(results, metric, rows)
     places = stacked(results, rows, BAR, GAP)
-    frame = Frame(8, 0, WIDTH - VALUE, places[-1].lower + GAP, scale)
+    frame = Frame(12, 0, WIDTH - VALUE, places[-1].lower + GAP, scale)
     downwards = metric == results.metrics.headline and results.metrics.better == "lower"
     below = metric.on_axes + (", lower is better" if downwards else "")
     if scale.log:

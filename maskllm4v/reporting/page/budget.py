@@ -65,7 +65,7 @@ def _chart(results: Results, pattern: str) -> Markup | None:
     values = [value for span in spans.values() for value in span]
     costs = [budget.costs[row] for row in rows]
     up = linear([min(100.0, max(0.0, value)) for value in values] if metric.percent else values, count=8)
-    frame = Frame(40, 26, WIDTH - 14, HEIGHT - 42, logarithmic(costs) if budget.log else linear([0.0, *costs]), up)
+    frame = Frame(40, 26, WIDTH - 18, HEIGHT - 42, logarithmic(costs) if budget.log else linear([0.0, *costs]), up)
     points = {row: (frame.x(budget.costs[row]), frame.y(results.lines[row][f"{metric.name}_mean"])) for row in rows}
     taken: list[Box] = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in points.values()]
     taken += [(points[row][0] - 1, frame.y(spans[row][1]), points[row][0] + 1, frame.y(spans[row][0])) for row in rows]

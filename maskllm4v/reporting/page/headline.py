@@ -10,7 +10,7 @@ import pandas as pd
 from maskllm4v.metrics import Metric
 from maskllm4v.reporting.aggregate import best_row
 from maskllm4v.reporting.page.results import Results
-from maskllm4v.reporting.tables import number, result_cells, result_headers, significant
+from maskllm4v.reporting.tables import LABELS, number, result_cells, result_headers, significant
 
 DELTA, COST = "delta", "cost"  # what cells are marked with that show no metric
 
@@ -31,7 +31,6 @@ class Winner:
 
     row: str
     label: str
-    pattern: str
     kind: str
     mean: str
     delta: str
@@ -41,7 +40,7 @@ class Winner:
 def headers(results: Results) -> list[tuple[str, str]]:
     """Of the columns: text, and ``number`` or ``text``, which is how to sort it."""
     texts = result_headers(results.metrics)
-    return [(text, "text" if place < 4 else "number") for place, text in enumerate(texts)]
+    return [(text, "text" if place < LABELS else "number") for place, text in enumerate(texts)]
 
 
 def table_lines(results: Results) -> dict[str, list[Cell]]:
@@ -52,9 +51,9 @@ def table_lines(results: Results) -> dict[str, list[Cell]]:
     lines = {}
     for row, line in results.lines.items():
         texts = result_cells(line, metrics)
-        measured = zip(numbers, texts[4:-1], strict=True)
+        measured = zip(numbers, texts[LABELS:-1], strict=True)
         lines[row] = [
-            *(Cell(text) for text in texts[:4]),
+            *(Cell(text) for text in texts[:LABELS]),
             *(Cell(text, name, _order(line[f"{name}_mean"]), row in best[name]) for name, text in measured),
             Cell(texts[-1], COST, _order(line["cost_seconds"])),
         ]
@@ -90,12 +89,12 @@ def winner(results: Results, kinds: tuple[str, ...] = ("oneshot", "learned", "fi
 
 
 def described(results: Results, row: str) -> Winner:
+    """A measured row."""
     line = results.lines[row]
     metric = results.metrics.headline
     return Winner(
         row=row,
         label=results.labels[row],
-        pattern=str(line["pattern"]),
         kind=str(line["kind"]),
         mean=number(line[f"{metric.name}_mean"], line[f"{metric.name}_std"], metric.digits),
         delta=number(line["delta_mean"], line["delta_std"], metric.digits, sign=True),

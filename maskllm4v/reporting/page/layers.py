@@ -60,33 +60,24 @@ def layer_table(results: Results, frame: pd.DataFrame, metric: str, *, whole: bo
     lines = {}
     for row in dict.fromkeys(known["row"]):
         of_row = known[known["row"] == row]
-        cells = [_cell(layer, of_row[of_row["layer"] == layer], metric, scale) for layer in layers]
-        over_layers = of_row.groupby("seed", sort=True)[metric].mean()
-        lines[row] = [*cells, _mean_cell({int(str(k)): float(v) for k, v in over_layers.items()}, scale)]
+        by_layer = {layer: of_row[of_row["layer"] == layer].set_index("seed")[metric] for layer in layers}
+        over_layers = of_row.groupby("seed")[metric].mean()
+        lines[row] = [_cell(layer, values, scale) for layer, values in {**by_layer, ALL: over_layers}.items()]
     blocks = [(block, [rest for _, rest in names]) for block, names in groupby(map(_split, layers), lambda n: n[0])]
     return LayerTable(metric, scale, blocks, lines)
 
 
-def _cell(layer: str, known: pd.DataFrame, metric: str, scale: Scale) -> Cell:
-    by_seed = {int(seed): float(value) for seed, value in zip(known["seed"], known[metric], strict=True)}
-    return _of_seeds(layer, by_seed, scale)
-
-
-def _mean_cell(by_seed: dict[int, float], scale: Scale) -> Cell:
-    return _of_seeds(ALL, by_seed, scale)
-
-
-def _of_seeds(layer: str, by_seed: dict[int, float], scale: Scale) -> Cell:
-    if not by_seed:
+def _cell(layer: str, by_seed: pd.Series[float], scale: Scale) -> Cell:
+    if by_seed.empty:
         return Cell(layer, "", "", 0)
-    mean = sum(by_seed.values()) / len(by_seed)
-    seeds = ", ".join(f"{value:.4f}" for value in by_seed.values())
+    mean = float(by_seed.mean())
+    seeds = ", ".join(f"{value:.4f}" for value in by_seed)
     name = "mean over all layers" if layer == ALL else layer
     about = f"{name}: {mean:.4f}" + (f" (seeds: {seeds})" if len(by_seed) > 1 else "")
-    return Cell(layer, short(mean), about, round(100 * scale(mean)))
+    return Cell(layer, _short(mean), about, round(100 * scale(mean)))
 
 
-def short(value: float) -> str:
+def _short(value: float) -> str:
     """Two decimals without the zero before them."""
     text = f"{value:.2f}"
     return text[1:] if text.startswith("0.") else text

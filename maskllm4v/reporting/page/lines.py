@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pandas as pd
 from markupsafe import Markup
@@ -42,8 +42,8 @@ class Line:
 class Panels:
     """Charts side by side, and the rows that their shared legend names, with the style of each."""
 
-    charts: list[Markup] = field(default_factory=list)
-    styles: dict[str, str] = field(default_factory=dict)
+    charts: list[Markup]
+    styles: dict[str, str]
 
 
 def curve_panels(results: Results) -> Panels:
@@ -56,7 +56,8 @@ def curve_panels(results: Results) -> Panels:
     charts = []
     last = max((int(frame["step"].max()) for frame in found.values()), default=0)
     for column, title in CURVES.items():
-        lines = [_over_steps(row, frame, column) for row, frame in found.items() if column in frame]
+        all_lines = (_over_steps(row, frame, column) for row, frame in found.items() if column in frame)
+        lines = [line for line in all_lines if line.points]
         if not lines:
             continue
         ends = [value for line in lines for _, value in (*line.low, *line.high)]
@@ -78,7 +79,10 @@ def timestep_panels(results: Results) -> Panels:
     charts = []
     for metric in metrics:
         lines = [Line(row, list(of[metric.name].items())) for row, of in found.items() if metric.name in of]
-        up = logarithmic(value for line in lines for _, value in line.points if value > 0)
+        positive = [value for line in lines for _, value in line.points if value > 0]
+        if not positive:
+            continue
+        up = logarithmic(positive)
         across = linear([0.0, *(step for line in lines for step, _ in line.points)])
         title = f"{metric.on_axes}, logarithmic"
         charts.append(_panel(results, title, f"{metric.name}/t", lines, across, up, "timestep", styles))

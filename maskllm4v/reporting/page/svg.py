@@ -45,12 +45,10 @@ def polyline(points: Iterable[Point]) -> str:
 
 
 def drawing(title: str, about: str, width: float, height: float, *children: Any, name: str = "") -> Markup:
-    """A picture of its own that scales; ``title`` and ``about`` are what screen readers say."""
+    """A picture of its own that scales, a line a child; ``title`` and ``about`` are what screen readers say."""
     return tag(
         "svg",
-        tag("title", title),
-        tag("desc", about),
-        *children,
+        Markup("\n").join([tag("title", title), tag("desc", about), *children]),
         class_=f"chart {name}".strip(),
         viewBox=f"0 0 {at(width)} {at(height)}",
         role="img",

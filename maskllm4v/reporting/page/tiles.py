@@ -26,14 +26,17 @@ class Tile:
     about: str
 
 
-def read_tile(results: Results, row: str) -> Tile | None:
-    """The tile of a row whose mask was learned; None without one."""
-    path = tile_file(results.experiment.table, row, results.reports)
-    if not path.exists():
-        return None
-    found = read_json(path)
-    if not found["before"]:
-        return None
+def read_tiles(results: Results) -> list[Tile]:
+    """Tiles of the rows whose masks were learned, from the best row on; of equals, the one further up."""
+    name = results.metrics.headline.name
+    sign = -1 if results.metrics.better == "higher" else 1
+    learned = [row for row in results.measured if results.kind(row) == "learned"]
+    rows = sorted(learned, key=lambda row: sign * float(results.lines[row][f"{name}_mean"]))
+    paths = {row: tile_file(results.experiment.table, row, results.reports) for row in rows}
+    return [_tile(row, results.labels[row], read_json(path)) for row, path in paths.items() if path.exists()]
+
+
+def _tile(row: str, label: str, found: dict[str, Any]) -> Tile:
     m = int(str(found["pattern"]).partition(":")[2])
     changed = _changed(found["before"], found["after"], m)
     groups = sum(len(bits) // m for bits in found["after"])
@@ -41,7 +44,7 @@ def read_tile(results: Results, row: str) -> Tile | None:
         f"{found['layer']}, seed {found['seed']}, first {len(found['weights'])} rows and "
         f"{len(found['weights'][0])} columns: {len(changed)} of {groups} groups changed."
     )
-    return Tile(row, _picture(results.labels[row], found, m, changed), about)
+    return Tile(row, _picture(label, found, m, changed), about)
 
 
 def _changed(before: list[str], after: list[str], m: int) -> set[tuple[int, int]]:
