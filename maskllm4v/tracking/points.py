@@ -26,13 +26,15 @@ def final_points(record: Mapping[str, Any], line: pd.Series[Any]) -> Iterator[Po
     """
     from maskllm4v.reporting.aggregate import seed_metrics
 
-    headline = METRICS[record["settings"]["task"]["name"]].headline.name
+    task = METRICS[record["settings"]["task"]["name"]]
+    headline, decimals = task.headline.name, task.decimals  # as in table.csv; the UI's columns are narrow
     found: dict[str, float] = {}
     for name, values in seed_metrics(record).items():
         if not any(by_timestep({str(name): 0.0})):  # those are lines of their own
-            found |= {str(name): values.mean(), f"{name}/std": values.std()}
+            found |= {str(name): round(values.mean(), decimals), f"{name}/std": round(values.std(), decimals)}
             found |= {f"{name}/seed{seed}": value for seed, value in values.items()}
-    found |= {f"{headline}/delta": line["delta_mean"], f"{headline}/delta_std": line["delta_std"]}
+    delta, spread = round(line["delta_mean"], decimals), round(line["delta_std"], decimals)
+    found |= {f"{headline}/delta": delta, f"{headline}/delta_std": spread}
     found |= {f"parameters/{name}": count for name, count in record["parameters"].items()}
     return ((name, 0, float(value)) for name, value in found.items() if not math.isnan(value))
 

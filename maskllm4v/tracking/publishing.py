@@ -20,6 +20,7 @@ import pandas as pd
 
 from maskllm4v.config import Experiment
 from maskllm4v.layout import ARTIFACTS, REPORTS, evaluation_folder, run_folder
+from maskllm4v.metrics import METRICS
 from maskllm4v.pictures import read_picture
 from maskllm4v.progress import bar
 from maskllm4v.records import run_digest
@@ -39,6 +40,7 @@ from maskllm4v.tracking.runs import (
     settings_tags,
 )
 from maskllm4v.tracking.store import experiment_id, open_store, runs_of
+from maskllm4v.tracking.views import publish_view
 from maskllm4v.workspace import is_copy
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def publish(root: Path, experiment: Experiment) -> dict[str, str]:
             for row in bar(list(reversed(records)), f"publishing {experiment.table}")  # the UI lists the last one first
         }
         if not is_copy(root):
+            publish_view(client, publication.experiment_id, METRICS[experiment.task.name], publication.pictures())
             publish_champion(client, root, experiment, table, records, digests, runs)
     return digests
 
@@ -109,6 +112,14 @@ class _Publication:
             self._write(adopted, record, points, digest)
         return self._settle(row, record["settings_digest"], digest)
 
+    def pictures(self) -> list[str]:
+        """Keys of the images that its runs hold."""
+        found = {path.stem for row in self.experiment.rows for path in self._pictures(row)}
+        return sorted(found)
+
+    def _pictures(self, row: str) -> list[Path]:
+        return sorted(evaluation_folder(self.experiment.table, row, self.root / REPORTS).glob("*.png"))
+
     def _runs(self, row: str) -> list[Run]:
         return runs_of(self.client, self.experiment_id, row)
 
@@ -141,7 +152,7 @@ class _Publication:
         for first in range(0, len(metrics), BATCH):
             client.log_batch(run_id, metrics=metrics[first : first + BATCH])
         self._log_data(run_id, record)
-        for path in sorted(evaluation_folder(self.experiment.table, row, self.root / REPORTS).glob("*.png")):
+        for path in self._pictures(row):
             # The same key, step and time in every run, so that the UI's grid lays rows side by side; no time of 0,
             # which MLflow takes for none and puts today's in its place.
             client.log_image(run_id, read_picture(path), key=path.stem, step=0, timestamp=1)
