@@ -119,6 +119,7 @@ def _save(path: Path, deployable: Deployable, run_id: str, model_id: str) -> Non
     import torch
     from mlflow import pyfunc
     from mlflow.models import Model, ModelSignature
+    from mlflow.models.utils import _save_example
     from mlflow.types import Schema, TensorSpec
     from torch import Tensor
 
@@ -144,6 +145,7 @@ def _save(path: Path, deployable: Deployable, run_id: str, model_id: str) -> Non
         code_paths=[several_inputs.__file__] if several else None,
     )
     if several:
+        _save_example(model, {name: tensor.numpy() for name, tensor in examples.items()}, str(path))
         loader = several_inputs.__name__.rpartition(".")[2]
         pyfunc.add_to_model(model, loader_module=loader, data="data", code="code", python_env="python_env.yaml")
         model.save(path / "MLmodel")

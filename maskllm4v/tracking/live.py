@@ -86,23 +86,24 @@ class Sender:
         """The run of this repository's training that was interrupted, or a new one."""
         from mlflow.entities import Param
 
-        tags = {**identity(self.experiment, self.row), **settings_tags(self.experiment, self.row), LIVE: "training"}
-        place = experiment_id(client, self.root, self.experiment)
+        tags = {
+            **identity(self.experiment, self.row),
+            **settings_tags(self.experiment, self.row),
+            LIVE: "training",
+            writers.TAG: writers.signed(self.root),
+        }
+        place, name = experiment_id(client, self.root, self.experiment), run_name(self.experiment, self.row)
         for run in runs_of(client, place, self.row):
             found = run.data.tags
-            if (
-                found.get("settings_digest") == tags["settings_digest"]
-                and LIVE in found
-                and writers.is_from(found, self.root)
-                and writers.is_dead(found)
-            ):
+            mine = LIVE in found and writers.is_from(found, self.root) and writers.is_dead(found)
+            if mine and found.get("settings_digest") == tags["settings_digest"]:
                 run_id = str(run.info.run_id)
+                for key in (writers.TAG, LIVE):
+                    client.set_tag(run_id, key, tags[key])
                 client.update_run(run_id, status="RUNNING")
                 break
         else:
-            run_id = str(client.create_run(place, run_name=run_name(self.experiment, self.row), tags=tags).info.run_id)
-        client.set_tag(run_id, writers.TAG, writers.signed(self.root))
-        client.set_tag(run_id, LIVE, "training")
+            run_id = str(client.create_run(place, run_name=name, tags=tags).info.run_id)
         params = [Param(key, value) for key, value in parameters(self.experiment.record_settings(self.row)).items()]
         for first in range(0, len(params), 100):
             client.log_batch(run_id, params=params[first : first + 100])
