@@ -1,6 +1,6 @@
 """Look at what people will see: the report pages and MLflow's UI in headless Chromium, checked and photographed.
 
-    python scripts/screenshots.py [--table digits] [--folder docs/screenshots]
+    python -m scripts.screenshots [--table digits] [--folder docs/screenshots]
 
 Pages: no error on the console, not one request, no cell of the headline table that differs from what the records
 give, no sideways scrolling; wide, narrow and dark. MLflow: all committed records are published over HTTP to a server of
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDE, NARROW = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 # The UI greets newcomers with a chat window; somebody who has closed it once sees no more of it.
-RETURNING = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
+RETURNING = "try { localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true') } catch {}"
 
 
 def main() -> None:
@@ -174,10 +174,11 @@ def take_mlflow(browser: Browser, address: str, table: str, folder: Path) -> lis
     """Pictures of the UI, and what is wrong with it, in words."""
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(address)
+    client, metrics = MlflowClient(address), METRICS[experiments(ROOT)[table].task.name]
     experiment = client.get_experiment_by_name(table).experiment_id
-    runs = client.search_runs([experiment], "tags.current = 'true'", order_by=["attributes.start_time"])
-    best = next((run for run in runs if "champion" in run.data.tags), runs[-1])
+    ranking = f"metrics.{metrics.headline.name} {'DESC' if metrics.better == 'higher' else 'ASC'}"
+    runs = client.search_runs([experiment], "tags.current = 'true'", order_by=[ranking])
+    best = next(run for run in runs if run.data.tags["pattern"] != "dense")
     context = browser.new_context(viewport=WIDE)
     context.add_init_script(RETURNING)
     page, faults = context.new_page(), []
@@ -189,17 +190,21 @@ def take_mlflow(browser: Browser, address: str, table: str, folder: Path) -> lis
         page.goto(f"{address}/#/{path}")
         try:
             page.get_by_text(expected, exact=True).first.wait_for(timeout=30_000)
-        except TimeoutError as error:
-            faults.append(f"MLflow, {name}: no {expected!r} on the page: {error}")
+        except TimeoutError:
+            faults.append(f"MLflow, {name}: no {expected!r} on the page")
         page.wait_for_timeout(4_000)  # charts come one by one, and the UI polls on and on: no quiet to wait for
         page.screenshot(path=folder / f"mlflow_{name}.png")
 
-    view = f"experiments/{experiment}/runs?viewStateShareKey=table&workflowType=machine_learning"
+    training = "workflowType=machine_learning"
+    view = f"experiments/{experiment}/runs?viewStateShareKey=table&{training}"
     shoot("runs", view, best.info.run_name)
-    shoot("charts", f"{view}&compareRunsMode=CHART", "Results (6)", 1500)
-    chosen, of = json.dumps([run.info.run_id for run in runs]), json.dumps([experiment])
-    shoot("compare", f"compare-runs?runs={chosen}&experiments={of}", f"Comparing {len(runs)} Runs from 1 Experiment")
-    shoot("artifact", f"experiments/{experiment}/runs/{best.info.run_id}/artifacts/report/index.html", "report")
+    shoot("charts", f"{view}&compareRunsMode=CHART", "Training", 1500)
+    few = [run for run in runs if run.data.tags["method"] != "maskllm"] + [best]
+    chosen, of = json.dumps([run.info.run_id for run in few]), json.dumps([experiment])
+    compared = f"Comparing {len(few)} Runs from 1 Experiment"
+    shoot("compare", f"compare-runs?runs={chosen}&experiments={of}&{training}", compared, 2400)
+    artifacts = f"experiments/{experiment}/runs/{best.info.run_id}/artifacts"
+    shoot("artifact", f"{artifacts}/report/index.html?{training}", "index.html")
     context.close()
     return faults
 
