@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from maskllm4v.config import Experiment
 from maskllm4v.curves import FollowedCurve
 from maskllm4v.layout import live_file
+from maskllm4v.reporting.names import short_names
 from maskllm4v.tracking import writers
 from maskllm4v.tracking.points import Point, as_metrics, mean_points, seed_points
-from maskllm4v.tracking.runs import LIVE, identity, parameters, run_name, settings_tags
+from maskllm4v.tracking.runs import LIVE, identity, parameters, settings_tags
 from maskllm4v.tracking.store import connect, experiment_id, runs_of
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Sender:
             LIVE: "training",
             writers.TAG: writers.signed(self.root),
         }
-        place, name = experiment_id(client, self.root, self.experiment), run_name(self.experiment, self.row)
+        place, name = experiment_id(client, self.root, self.experiment), short_names(self.experiment.rows)[self.row]
         for run in runs_of(client, place, self.row):
             found = run.data.tags
             mine = LIVE in found and writers.is_from(found, self.root) and writers.is_dead(found)

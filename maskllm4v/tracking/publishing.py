@@ -25,6 +25,7 @@ from maskllm4v.pictures import read_picture
 from maskllm4v.progress import bar
 from maskllm4v.records import run_digest
 from maskllm4v.reporting.aggregate import aggregate, current_records
+from maskllm4v.reporting.names import short_names
 from maskllm4v.tracking import writers
 from maskllm4v.tracking.champion import publish_champion
 from maskllm4v.tracking.points import Point, as_metrics, as_stored, curve_points, final_points, timestep_points
@@ -36,7 +37,6 @@ from maskllm4v.tracking.runs import (
     report_digest,
     report_files,
     row_files,
-    run_name,
     settings_tags,
 )
 from maskllm4v.tracking.store import experiment_id, open_store, runs_of
@@ -139,7 +139,8 @@ class _Publication:
         signed = {writers.TAG: writers.signed(self.root)}
         if run is None:
             tags = {**identity(self.experiment, row), **signed}
-            run = client.create_run(self.experiment_id, run_name=run_name(self.experiment, row), tags=tags)
+            name = short_names(self.experiment.rows)[row]
+            run = client.create_run(self.experiment_id, run_name=name, tags=tags)
         run_id = run.info.run_id
         for key, value in signed.items():
             client.set_tag(run_id, key, value)

@@ -23,14 +23,6 @@ METHODS = {  # stage and method of a kind of row; None: the one-shot method's ow
 }
 
 
-def run_name(experiment: Experiment, row: str) -> str:
-    """A row's key without what all keys of its table begin with: ``maskllm-long-magnitude``."""
-    keys, shared = [key.split("-") for key in experiment.rows], 0
-    while all(len(key) > shared + 1 and key[shared] == keys[0][shared] for key in keys):
-        shared += 1
-    return "-".join(row.split("-")[shared:])
-
-
 def identity(experiment: Experiment, row: str) -> dict[str, str]:
     """The tags that tell one run from another."""
     return {"row": row, "settings_digest": value_digest(experiment.record_settings(row))}

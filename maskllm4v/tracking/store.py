@@ -51,6 +51,7 @@ def open_store(root: Path) -> Iterator[MlflowClient]:
 def connect(root: Path) -> MlflowClient:
     """A client of the store, which exists afterwards."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run, over HTTP
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow.tracking import MlflowClient
