@@ -126,7 +126,9 @@ def take_pages(browser: Browser, table: str, folder: Path) -> None:
         page = browser.new_context(viewport=size, color_scheme=scheme, offline=True).new_page()
         page.goto(page_of(table).as_uri())
         page.screenshot(path=folder / f"page_{name}.png")
-        page.screenshot(path=folder / f"page_{name}_whole.png", full_page=True)
+        for section in ("methods", "masks") if name == "wide" else ():
+            page.locator(f"#{section}").evaluate("element => element.scrollIntoView()")
+            page.screenshot(path=folder / f"page_{section}.png")
         page.context.close()
 
 
@@ -184,7 +186,7 @@ def take_mlflow(browser: Browser, address: str, table: str, folder: Path) -> lis
     page, faults = context.new_page(), []
     page.on("pageerror", lambda error: faults.append(f"MLflow, script: {error}"))
 
-    def shoot(name: str, path: str, expected: str, height: int = WIDE["height"]) -> None:
+    def shoot(name: str, path: str, expected: str, height: int = WIDE["height"], press: str = "") -> None:
         page.set_viewport_size({**WIDE, "height": height})
         page.goto("about:blank")  # or only the fragment changes, and the UI keeps what it showed
         page.goto(f"{address}/#/{path}")
@@ -192,6 +194,8 @@ def take_mlflow(browser: Browser, address: str, table: str, folder: Path) -> lis
             page.get_by_text(expected, exact=True).first.wait_for(timeout=30_000)
         except TimeoutError:
             faults.append(f"MLflow, {name}: no {expected!r} on the page")
+        for switch in page.get_by_role("switch", name=press).all() if press else ():
+            switch.click()
         page.wait_for_timeout(4_000)  # charts come one by one, and the UI polls on and on: no quiet to wait for
         page.screenshot(path=folder / f"mlflow_{name}.png")
 
@@ -199,10 +203,10 @@ def take_mlflow(browser: Browser, address: str, table: str, folder: Path) -> lis
     view = f"experiments/{experiment}/runs?viewStateShareKey=table&{training}"
     shoot("runs", view, best.info.run_name)
     shoot("charts", f"{view}&compareRunsMode=CHART", "Training", 1500)
-    few = [run for run in runs if run.data.tags["method"] != "maskllm"] + [best]
+    few = [run for run in runs if run.data.tags["method"] == best.data.tags["method"]][:5]
     chosen, of = json.dumps([run.info.run_id for run in few]), json.dumps([experiment])
     compared = f"Comparing {len(few)} Runs from 1 Experiment"
-    shoot("compare", f"compare-runs?runs={chosen}&experiments={of}&{training}", compared, 2400)
+    shoot("compare", f"compare-runs?runs={chosen}&experiments={of}&{training}", compared, 2000, press="Show diff only")
     artifacts = f"experiments/{experiment}/runs/{best.info.run_id}/artifacts"
     shoot("artifact", f"{artifacts}/report/index.html?{training}", "index.html")
     context.close()
