@@ -11,9 +11,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from maskllm4v.errors import ConfigError
+from maskllm4v.errors import ConfigError, PatternError
 from maskllm4v.gumbel import positions
-from maskllm4v.patterns import NMPattern
+from maskllm4v.patterns import MAX_CANDIDATES, NMPattern
 
 GATES = ("candidates", "positions")
 
@@ -48,11 +48,7 @@ class Gate(ABC):
 
     @abstractmethod
     def index(self, logits: Tensor) -> Tensor:
-        """A number for :meth:`mask`, ``[groups]``, in one byte for all that has at most 8 positions."""
-
-    @abstractmethod
-    def index_of(self, mask: Tensor, layer: str = "weight") -> Tensor:
-        """The same number of a valid mask ``[out, in]``."""
+        """The candidate index of :meth:`mask`, as :meth:`NMPattern.to_index` gives it, ``[groups]``."""
 
     @abstractmethod
     def shift(self, mask: Tensor) -> Tensor:
@@ -68,10 +64,19 @@ class Gate(ABC):
 
 
 class CandidateGate(Gate):
-    """A logit a candidate mask: K = C(M, N) (MaskLLM, arXiv 2409.17481)."""
+    """A logit a candidate mask: K = C(M, N) (MaskLLM, arXiv 2409.17481).
+
+    Raises:
+        PatternError: there are more than 70 candidates.
+    """
 
     def __init__(self, pattern: NMPattern) -> None:
         super().__init__(pattern)
+        if pattern.num_candidates > MAX_CANDIDATES:
+            raise PatternError(
+                f"pattern {pattern} has {pattern.num_candidates} candidate masks a group; with a logit each at most "
+                f"{MAX_CANDIDATES} are supported: say gate 'positions'"
+            )
         self.logits = pattern.num_candidates
 
     def candidates(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -83,9 +88,6 @@ class CandidateGate(Gate):
 
     def index(self, logits: Tensor) -> Tensor:
         return logits.argmax(0).to(torch.uint8)
-
-    def index_of(self, mask: Tensor, layer: str = "weight") -> Tensor:
-        return self.pattern.to_index(mask, layer)
 
     def shift(self, mask: Tensor) -> Tensor:
         return self.pattern.similarity(mask) - self.pattern.n**2 / self.pattern.m
@@ -117,11 +119,7 @@ class PositionGate(Gate):
         return self.pattern.topn_mask(logits.t())
 
     def index(self, logits: Tensor) -> Tensor:
-        return self._number(self.mask(logits))
-
-    def index_of(self, mask: Tensor, layer: str = "weight") -> Tensor:
-        self.pattern.validate(mask, layer)
-        return self._number(mask.reshape(-1, self.pattern.m).bool())
+        return self.pattern.to_index(self.mask(logits))
 
     def shift(self, mask: Tensor) -> Tensor:
         return mask.reshape(-1, self.pattern.m).t().to(torch.float32) - self.pattern.n / self.pattern.m
@@ -136,14 +134,6 @@ class PositionGate(Gate):
 
     def top_chance(self, scaled: Tensor) -> Tensor:
         return positions.top_chance(scaled, self.pattern.n)
-
-    def _number(self, mask: Tensor) -> Tensor:
-        """A bit a position, of a mask ``[groups, M]``."""
-        columns = mask.to(torch.uint8 if self.pattern.m <= 8 else torch.int32).unbind(1)
-        number = columns[0].clone()
-        for j, column in enumerate(columns[1:], 1):
-            number |= column << j
-        return number
 
 
 def gate_of(name: str, pattern: NMPattern) -> Gate:

@@ -206,7 +206,8 @@ class _Curve:
             self.prior = dict(self.last)
         else:
             self.prior = {
-                name: layer.gate.index_of(prior[name], name).to(layer.logits.device) for name, layer in layers.items()
+                name: layer.pattern.to_index(prior[name], name).to(layer.logits.device)
+                for name, layer in layers.items()
             }
         self.groups = sum(layer.logits.shape[1] for layer in layers.values())
         self.dense_energy = sum(float(layer.weight.detach().square().sum()) for layer in layers.values())

@@ -14,7 +14,7 @@ from maskllm4v.layers import Draw
 from maskllm4v.patterns import NMPattern
 from maskllm4v.surgery import learnable_layers, set_draw
 
-PATTERNS = [(2, 4), (4, 8), (2, 8), (3, 5), (1, 4)]
+PATTERNS = [(2, 4), (4, 8), (2, 8), (3, 5), (1, 4), (16, 17)]
 every_pattern = pytest.mark.parametrize(("n", "m"), PATTERNS, ids=[f"{n}:{m}" for n, m in PATTERNS])
 both = pytest.mark.parametrize("gate", GATES)
 
@@ -93,27 +93,16 @@ def test_chance_and_mask_are_those_of_the_sums(n: int, m: int) -> None:
 
 @both
 @every_pattern
-def test_index_names_the_mask(n: int, m: int, gate: str) -> None:
-    pattern = NMPattern(n, m)
-    found = gate_of(gate, pattern)
-    masks = pattern.candidates()  # every one once
-    index = found.index_of(masks.reshape(1, -1))
-    assert len(set(index.tolist())) == len(masks)
-    assert index.dtype is torch.uint8
+def test_index_is_that_of_the_mask(n: int, m: int, gate: str) -> None:
+    found = gate_of(gate, NMPattern(n, m))
     logits = torch.randn(found.logits, 200)
-    assert torch.equal(found.index(logits), found.index_of(masks_of(found, logits).reshape(1, -1)))
+    assert torch.equal(found.index(logits), NMPattern(n, m).to_index(masks_of(found, logits)))
 
 
-def test_numbers_of_wide_groups_differ() -> None:
-    gate = gate_of("positions", NMPattern("2:12"))
-    masks = NMPattern("2:12").candidates()
-    assert len(set(gate.index_of(masks.reshape(1, -1)).tolist())) == 66
-
-
-@both
-def test_index_of_refuses_invalid_masks(gate: str) -> None:
-    with pytest.raises(PatternError, match="layer 'fc1': group 0 of row 0 keeps 4 of 4"):
-        gate_of(gate, NMPattern("2:4")).index_of(torch.ones(2, 4, dtype=torch.bool), "fc1")
+def test_too_many_candidates_are_refused() -> None:
+    with pytest.raises(PatternError, match=r"8:16 has 12870 candidate masks a group; .* say gate 'positions'"):
+        LearnableMaskedLinear(16, 6, N=8, M=16)
+    assert LearnableMaskedLinear(16, 6, N=8, M=16, gate="positions").logits.shape == (16, 6)
 
 
 @both
@@ -164,7 +153,7 @@ def test_magnitude_start_survives_rounding(group: list[float]) -> None:
 
 
 @pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "8:16"])
 def test_optimising_logits_finds_the_mask(pattern: str, hard: bool) -> None:
     """Of weights that answer alone where they are wanted, and are twice as large where they are not."""
     parts = NMPattern(pattern)

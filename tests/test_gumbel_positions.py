@@ -266,6 +266,14 @@ def test_chance_of_the_likeliest_mask(n: int, m: int) -> None:
     assert torch.equal(theta, before)
 
 
+def test_wide_groups() -> None:
+    """8:16, over all of its 12870 masks."""
+    case, how = Positions(8, 16, out=2), {"tau": 0.5, "scaling": 10.0}
+    equal_in_float64(case.drawn("auto", torch.float64, **how), case.run(over_all_masks, torch.float64, **how))
+    hard = case.drawn("auto", torch.float64, hard=True, **how)
+    equal_in_float64(hard, case.run(over_all_masks, torch.float64, hard=True, **how))
+
+
 # Where it is computed
 
 
