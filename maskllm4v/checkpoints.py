@@ -13,6 +13,8 @@ from maskllm4v.errors import CheckpointError
 from maskllm4v.patterns import NMPattern
 from maskllm4v.sealed import METADATA_KEY, load_sealed, open_tensors, save_sealed
 
+CANDIDATES = "candidates"  # the gate that files do not name
+
 
 @dataclass(frozen=True)
 class MaskCheckpoint:
@@ -27,6 +29,7 @@ class MaskCheckpoint:
         base: digest of the dense model's tensors.
         method: e.g. ``"wanda"`` or ``"maskllm"``.
         digest: of the file's tensors, once it has been read.
+        gate: what the logits stood for that masks were learned with (:mod:`maskllm4v.gates`).
     """
 
     pattern: NMPattern | None
@@ -36,6 +39,7 @@ class MaskCheckpoint:
     weights: Mapping[str, Tensor]
     prior: Mapping[str, Tensor]
     digest: str = ""
+    gate: str = CANDIDATES
 
 
 def save_dense(path: Path, model: nn.Module, name: str) -> str:
@@ -93,7 +97,7 @@ def save_masks(path: Path, checkpoint: MaskCheckpoint, more: Mapping[str, Any] =
     shapes = {name: list(mask.shape) for name, mask in c.masks.items()}
     pattern = None if c.pattern is None else str(c.pattern)
     about = {**more, "kind": "masks", "pattern": pattern, "method": c.method, "base": c.base, "shapes": shapes}
-    return save_sealed(path, tensors, about)
+    return save_sealed(path, tensors, about if c.gate == CANDIDATES else {**about, "gate": c.gate})
 
 
 def load_masks(path: Path, *, pattern: NMPattern | str | None = None, base: str | None = None) -> MaskCheckpoint:
@@ -125,4 +129,13 @@ def load_masks(path: Path, *, pattern: NMPattern | str | None = None, base: str 
     masks = unpack("mask")
     if masks.keys() != shapes.keys():
         raise CheckpointError(f"{path}: the masks of {sorted(shapes.keys() - masks.keys())} are missing")
-    return MaskCheckpoint(found, masks, about["base"], about["method"], weights, unpack("prior"), about["digest"])
+    return MaskCheckpoint(
+        found,
+        masks,
+        about["base"],
+        about["method"],
+        weights,
+        unpack("prior"),
+        about["digest"],
+        about.get("gate", CANDIDATES),
+    )

@@ -15,6 +15,7 @@ from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks
 from maskllm4v.config import Experiment
 from maskllm4v.diagnostics import layer_diagnostics
 from maskllm4v.errors import CheckpointError
+from maskllm4v.gates import gate_of
 from maskllm4v.surgery import apply_masks_, fold_
 from maskllm4v.tasks import Task
 
@@ -68,7 +69,7 @@ def measure(
     logits = 0
     if found.method == "maskllm" and found.pattern is not None:
         groups = sum(mask.numel() // found.pattern.m for mask in found.masks.values())
-        logits = groups * found.pattern.num_candidates
+        logits = groups * gate_of(found.gate, found.pattern).logits
     counts = {"dense": total, "kept": total - pruned, "logits": logits}
     summary, pictures = task.summary(model, metrics, logits), task.pictures(sparse) if first else {}
     return Measured(metrics, summary, layers, counts, base, found.digest, pictures)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.errors import CheckpointError, PatternError
+from maskllm4v.gates import gate_of
 from maskllm4v.gumbel import masked_weight
 from maskllm4v.patterns import NMPattern
 from maskllm4v.randomness import generator, philox_key
@@ -116,11 +117,12 @@ class LearnableMaskedLinear(nn.Linear):
     """A frozen linear layer whose N:M mask is learned (MaskLLM, arXiv 2409.17481).
 
     In training mode each forward samples a soft mask from ``logits``; in evaluation mode the arg-max
-    candidate's mask is used. Weight and bias are frozen; ``logits`` ``[K, groups]`` is the parameter.
+    mask is used. Weight and bias are frozen; ``logits`` ``[K, groups]`` is the parameter.
 
     Args:
         in_features, out_features, bias: as in ``nn.Linear``.
         N, M: the pattern.
+        gate: what logits stand for (:mod:`maskllm4v.gates`): ``"candidates"``, K = C(M, N), or ``"positions"``, K = M.
         hard: straight-through: arg-max forward, soft gradient backward.
         tau: temperature τ.
         scaling: factor s on the logits.
@@ -135,7 +137,7 @@ class LearnableMaskedLinear(nn.Linear):
             training forward moves on to the next step by itself.
     """
 
-    candidates: Tensor
+    candidates: Tensor | None
 
     def __init__(
         self,
@@ -145,6 +147,7 @@ class LearnableMaskedLinear(nn.Linear):
         *,
         N: int = 2,
         M: int = 4,
+        gate: str = "candidates",
         hard: bool = False,
         tau: float = 1.0,
         scaling: float = 100.0,
@@ -155,6 +158,7 @@ class LearnableMaskedLinear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.pattern = NMPattern(N, M)
         self.pattern.check_fits(in_features, name or "weight")
+        self.gate = gate_of(gate, self.pattern)
         self.hard, self.tau, self.scaling, self.gate_std = hard, tau, scaling, gate_std
         self.name = name
         self.draw = Draw(seed)
@@ -175,9 +179,9 @@ class LearnableMaskedLinear(nn.Linear):
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
-        shape = (self.pattern.num_candidates, self.weight.numel() // self.pattern.m)
+        shape = (self.gate.logits, self.weight.numel() // self.pattern.m)
         self.logits = nn.Parameter(torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device))
-        candidates = self.pattern.candidates(self.weight.device, self.weight.dtype)  # no copy a step
+        candidates = self.gate.candidates(self.weight.device, self.weight.dtype)  # no copy a step
         self.register_buffer("candidates", candidates, persistent=False)
         if self.gate_std and not self.weight.is_meta:
             noise = generator(self.draw.seed, "logits", self.name).standard_normal(shape, dtype="float32")
@@ -238,13 +242,14 @@ class LearnableMaskedLinear(nn.Linear):
             hard=self.hard,
             uniform=uniform,
             key=self._key if uniform is None else None,
+            kept=self.gate.kept,
             dtype=dtype,
             backend=self.backend,
         )
 
     def current_mask(self) -> Tensor:
-        """The most probable candidate of each group, boolean ``[out, in]``."""
-        return self.candidates[self.logits.detach().argmax(0)].bool().reshape(self.weight.shape)
+        """The most probable mask of each group, boolean ``[out, in]``."""
+        return self.gate.mask(self.logits.detach(), self.candidates).reshape(self.weight.shape)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.bypassed:
@@ -267,4 +272,4 @@ class LearnableMaskedLinear(nn.Linear):
         return _folded(self, self.current_mask())
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pattern={self.pattern}, hard={self.hard}"
+        return f"{super().extra_repr()}, pattern={self.pattern}, logits={len(self.logits)}, hard={self.hard}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskllm4v.checkpoints import MaskCheckpoint, load_masks
-from maskllm4v.patterns import NMPattern
+from maskllm4v.patterns import MAX_CANDIDATES, NMPattern
 from maskllm4v.sealed import load_sealed
 
 TILE = (16, 32)  # rows and columns of a weight that a tile shows at most
@@ -50,15 +50,20 @@ def describe_masks(dense: Path, masks: Mapping[int, Path], layers: Sequence[str]
 
 
 def columns(pattern: NMPattern) -> list[str]:
-    """Names of the columns of :func:`mask_statistics`; a candidate is called by its mask, ``1100``."""
-    return ["seed", "layer", "groups", "seed_agreement", *map(bits, pattern.candidates())]
+    """Names of the columns of :func:`mask_statistics`; a candidate is called by its mask, ``1100``.
+
+    Where there are too many, a column a position, called by its bit: ``0100``.
+    """
+    counted = torch.eye(pattern.m, dtype=torch.bool) if _wide(pattern) else pattern.candidates()
+    return ["seed", "layer", "groups", "seed_agreement", *map(bits, counted)]
 
 
 def mask_statistics(checkpoints: Mapping[int, MaskCheckpoint], layers: Sequence[str]) -> list[list[str]]:
     """Rows of :func:`columns`: seeds from first to last, the layers of each in the order given.
 
     ``seed_agreement`` is the mean over the other seeds of the share of groups that have the same mask there (empty
-    where there is no other); the candidates' columns are shares of the layer's groups. Six significant digits.
+    where there is no other); the candidates' columns are shares of the layer's groups, a position's the share of groups
+    that keep it. Six significant digits.
 
     Args:
         checkpoints: the masks of one row by seed, all of one pattern.
@@ -70,7 +75,10 @@ def mask_statistics(checkpoints: Mapping[int, MaskCheckpoint], layers: Sequence[
         for seed, found in checkpoints.items():
             pattern, index = found.pattern, taken[seed]
             assert pattern is not None  # there are masks
-            counts = torch.bincount(index.long(), minlength=pattern.num_candidates).tolist()
+            if _wide(pattern):
+                counts = found.masks[layer].reshape(-1, pattern.m).sum(0).tolist()
+            else:
+                counts = torch.bincount(index.long(), minlength=pattern.num_candidates).tolist()
             others = [float((index == taken[other]).double().mean()) for other in checkpoints if other != seed]
             agreement = f"{sum(others) / len(others):.6g}" if others else ""
             shares = [f"{count / len(index):.6g}" for count in counts]
@@ -97,6 +105,10 @@ def tile(weight: Tensor, mask: Tensor, prior: Tensor | None, pattern: NMPattern)
 def bits(mask: Tensor) -> str:
     """``"1100"`` of a boolean mask ``[weights]``."""
     return "".join("1" if kept else "0" for kept in mask.tolist())
+
+
+def _wide(pattern: NMPattern) -> bool:
+    return pattern.num_candidates > MAX_CANDIDATES
 
 
 def _index(checkpoint: MaskCheckpoint, layer: str) -> Tensor:

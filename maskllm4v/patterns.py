@@ -17,6 +17,7 @@ from torch import Tensor
 from maskllm4v.errors import PatternError
 
 MAX_CANDIDATES = 70  # C(8, 4): beyond it one logit a candidate stops making sense
+MAX_WIDE = 16  # positions of groups with more candidates: a table of all 2^M groups numbers them
 
 
 class NMPattern:
@@ -26,7 +27,7 @@ class NMPattern:
     Immutable, hashable, and equal by value; ``str(pattern)`` gives back ``"2:4"``.
 
     Raises:
-        PatternError: not of the form N:M with 1 <= N < M and C(M, N) <= 70.
+        PatternError: not of the form N:M with 1 <= N < M and M <= 16 or C(M, N) <= 70.
     """
 
     __slots__ = ("m", "n")
@@ -37,10 +38,10 @@ class NMPattern:
         n_found, m_found = _parse(pattern, m)
         if not 1 <= n_found < m_found:
             raise PatternError(f"pattern {n_found}:{m_found}: N counts kept weights, so 1 <= N < M is needed")
-        if math.comb(m_found, n_found) > MAX_CANDIDATES:
+        if m_found > MAX_WIDE and math.comb(m_found, n_found) > MAX_CANDIDATES:
             raise PatternError(
                 f"pattern {n_found}:{m_found} has {math.comb(m_found, n_found)} candidate masks a group; "
-                f"at most {MAX_CANDIDATES} are supported"
+                f"at most {MAX_CANDIDATES} are supported where M is above {MAX_WIDE}"
             )
         object.__setattr__(self, "n", n_found)
         object.__setattr__(self, "m", m_found)
@@ -168,9 +169,16 @@ class NMPattern:
         return self.candidates(mask.device, torch.float32) @ groups.t()
 
     def to_index(self, mask: Tensor, layer: str = "weight") -> Tensor:
-        """Candidate index of each group, ``[groups]`` (uint8), of a valid mask ``[out, in]``."""
+        """Candidate index of each group, ``[groups]``, of a valid mask ``[out, in]``: uint8 or int16."""
         self.validate(mask, layer)
-        return self.similarity(mask).argmax(0).to(torch.uint8)
+        if self.m > MAX_WIDE:
+            return self.similarity(mask).argmax(0).to(torch.uint8)
+        table = _index_by_number(self.n, self.m, mask.device)
+        return table.index_select(0, _number(mask.reshape(-1, self.m))).to(self._index_dtype)
+
+    @property
+    def _index_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.bits <= 8 else torch.int16
 
     def from_index(self, index: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
         """Boolean mask ``[out, in]`` from candidate indices ``[groups]``."""
@@ -184,7 +192,7 @@ class NMPattern:
         """
         index = self.to_index(mask, layer).cpu()
         shifts = torch.arange(self.bits, dtype=torch.uint8)
-        stream = (index[:, None] >> shifts & 1).reshape(-1)  # [groups · bits]
+        stream = (index[:, None] >> shifts & 1).to(torch.uint8).reshape(-1)  # [groups · bits]
         stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).reshape(-1, 8)
         return (stream << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
@@ -204,8 +212,8 @@ class NMPattern:
                 f"found {tuple(packed.shape)} of {packed.dtype}"
             )
         stream = (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).reshape(-1)
-        bits = stream[: groups * self.bits].reshape(groups, self.bits)
-        index = (bits << torch.arange(self.bits, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+        bits = stream[: groups * self.bits].reshape(groups, self.bits).to(self._index_dtype)
+        index = (bits << torch.arange(self.bits, dtype=torch.uint8)).sum(1, dtype=self._index_dtype)
         if groups and int(index.max()) >= self.num_candidates:
             raise PatternError(f"layer {layer!r}: packed mask names candidate {int(index.max())}, {self} has fewer")
         return self.from_index(index, (out_features, in_features))
@@ -234,6 +242,24 @@ def _candidates(n: int, m: int) -> Tensor:
     for row, kept in enumerate(itertools.combinations(range(m), n)):
         masks[row, list(kept)] = True
     return masks
+
+
+@cache
+def _index_by_number(n: int, m: int, device: torch.device) -> Tensor:
+    """The candidate's index of every :func:`_number` that is one, int16 ``[2^M]``."""
+    candidates = NMPattern(n, m).candidates(device)
+    table = torch.zeros(2**m, dtype=torch.int16, device=device)
+    table[_number(candidates).long()] = torch.arange(len(candidates), dtype=torch.int16, device=device)
+    return table
+
+
+def _number(groups: Tensor) -> Tensor:
+    """Each group ``[groups, M]``, of any type, as a number with a bit a position, the first one lowest: int32."""
+    columns = groups.to(torch.uint8).unbind(1)
+    number = columns[0].int()
+    for j, column in enumerate(columns[1:], 1):
+        number |= column.int() << j
+    return number
 
 
 @cache

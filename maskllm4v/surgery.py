@@ -170,12 +170,15 @@ def make_learnable(
     seed: int = 0,
     exclude: Exclude = (),
     hard: bool = False,
+    gate: str = "candidates",
 ) -> Model:
     """Freeze a model and make the masks of its linear layers learnable, in place.
 
     ``init="prior"``: logits l ~ N(0, σ²), shifted towards the prior mask P by
     α·std(l)·(⟨P, S_k⟩ − N²/M) (MaskLLM, arXiv 2409.17481, Eq. 9).
     ``init="magnitude"``: no randomness; l_k = ½ · the share of the group's Σw² that candidate k keeps.
+    With ``gate="positions"``, l_j is shifted by α·std(l)·(P_j − N/M), or half weight j's share: as before for their
+    sums over the positions of a mask.
 
     Args:
         model: dense, or pruned by :func:`maskllm4v.prune`; its weights are taken as they are.
@@ -187,10 +190,11 @@ def make_learnable(
         seed: seed of the logits and of the Gumbel noise.
         exclude: with ``prior_masks=None``: layers that stay dense.
         hard: straight-through masks.
+        gate: what logits stand for, ``"candidates"`` or ``"positions"`` (:mod:`maskllm4v.gates`).
 
     Raises:
         PatternError: a prior mask is of another shape or pattern.
-        ConfigError: a prior mask names no linear layer of the model, or ``init`` is unknown.
+        ConfigError: a prior mask names no linear layer of the model, or ``init`` or ``gate`` is unknown.
     """
     pattern = NMPattern(pattern)
     if init not in ("prior", "magnitude"):
@@ -203,33 +207,20 @@ def make_learnable(
     def new(name: str, linear: nn.Linear) -> LearnableMaskedLinear:
         std = gate_std if init == "prior" else 0.0
         layer = LearnableMaskedLinear.from_linear(
-            linear, N=pattern.n, M=pattern.m, hard=hard, gate_std=std, name=name, seed=seed
+            linear, N=pattern.n, M=pattern.m, gate=gate, hard=hard, gate_std=std, name=name, seed=seed
         )
         with torch.no_grad():
             if init == "magnitude":
-                layer.logits.copy_(magnitude_logits(linear.weight, pattern))
+                layer.logits.copy_(layer.gate.magnitude(linear.weight.detach()))
             elif prior_masks is not None:
                 mask = prior_masks[name].to(linear.weight.device)
-                shift = pattern.similarity(mask) - pattern.n**2 / pattern.m
-                layer.logits.add_(shift.to(layer.logits), alpha=prior_strength * float(layer.logits.std()))
+                layer.logits.add_(
+                    layer.gate.shift(mask).to(layer.logits), alpha=prior_strength * float(layer.logits.std())
+                )
         return layer
 
     replace_(model, names, new)
     return model
-
-
-def magnitude_logits(weight: Tensor, pattern: NMPattern) -> Tensor:
-    """½ · the share of each group's Σw² that a candidate keeps, ``[K, groups]``; zero groups get equal logits."""
-    groups = weight.detach().reshape(-1, pattern.m).double()
-    largest = groups.abs().amax(1, keepdim=True)
-    energy = (groups / torch.where(largest > 0, largest, 1.0)).square()  # tiny weights do not underflow
-    share = energy / energy.sum(1, keepdim=True).clamp_min(1.0)
-    logits = 0.5 * (pattern.candidates(weight.device, torch.float64) @ share.t()).to(weight.dtype)
-    # Rounding may tie candidates, or put the magnitude mask just behind another one: it stays ahead.
-    best = pattern.to_index(pattern.topn_mask(weight.detach().abs())).long()[None]
-    ahead = torch.nextafter(logits.amax(0, keepdim=True), torch.full_like(logits[:1], torch.inf))
-    behind = logits.argmax(0, keepdim=True) != best
-    return logits.scatter(0, best, torch.where(behind, ahead, logits.gather(0, best)))
 
 
 def set_draw(model: nn.Module, draw: Draw) -> None:

@@ -29,9 +29,9 @@ CURVE_COLUMNS = (
     "lr",
     "tau",
     "scaling",
-    "max_probability",  # of softmax(s·l): the chance of the likeliest candidate, mean over groups
-    "off_prior",  # share of groups whose arg-max is not the prior's
-    "flipped",  # share of groups whose arg-max changed since the last point
+    "max_probability",  # of softmax(s·l) over all masks: the chance of the likeliest one, mean over groups
+    "off_prior",  # share of groups whose likeliest mask is not the prior's
+    "flipped",  # share of groups whose likeliest mask changed since the last point
     "grad_norm",  # before clipping
     "kept_energy",  # Σ(soft masked weight)² / Σw²
 )
@@ -201,7 +201,7 @@ class _Curve:
 
     def __init__(self, layers: Mapping[str, LearnableMaskedLinear], prior: Mapping[str, Tensor] | None) -> None:
         self.layers = layers
-        self.last = {name: _likeliest(layer.logits.detach()) for name, layer in layers.items()}
+        self.last = {name: layer.gate.index(layer.logits.detach()) for name, layer in layers.items()}
         if prior is None:
             self.prior = dict(self.last)
         else:
@@ -220,9 +220,8 @@ class _Curve:
         top, off, flipped = (torch.zeros_like(loss) for _ in range(3))
         for name, layer in self.layers.items():
             scaled = layer.logits * layer.scaling
-            # max softmax = 1 / Σ exp(z − max z)
-            top += (scaled - scaled.amax(0)).exp().sum(0).reciprocal().sum()
-            index = _likeliest(scaled)
+            top += layer.gate.top_chance(scaled).sum()
+            index = layer.gate.index(scaled)
             off += (index != self.prior[name]).sum()
             flipped += (index != self.last[name]).sum()
             self.last[name] = index
@@ -245,8 +244,3 @@ class _Curve:
     def load_state(self, state: dict[str, Any]) -> None:
         self.scalars = [tuple(point) for point in state["scalars"]]
         self.measured, self.last = state["measured"], state["last"]
-
-
-def _likeliest(logits: Tensor) -> Tensor:
-    """Index of each group's likeliest candidate, uint8 ``[groups]``: kept for as long as a training lasts."""
-    return logits.argmax(0).to(torch.uint8)

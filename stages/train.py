@@ -41,6 +41,7 @@ def main(experiment: Experiment, row: str) -> None:
             gate_std=settings.gate_std,
             init=settings.init,
             hard=settings.hard,
+            gate=settings.gate,
             seed=seed,
         )
         resume = resume_of(experiment, row, seed, manifest=task.data_digest, dense=base, prior=prior.digest)
@@ -49,7 +50,7 @@ def main(experiment: Experiment, row: str) -> None:
             model, source, settings, seed=seed, prior=prior.masks, row=row, position=position, resume=resume, watch=live
         )
         if is_main():
-            found = MaskCheckpoint(prior.pattern, learned.masks, base, "maskllm", {}, prior.masks)
+            found = MaskCheckpoint(prior.pattern, learned.masks, base, "maskllm", {}, prior.masks, gate=settings.gate)
             save_masks(checkpoint(row, seed), found)
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, learned.curve)
             write_json(cost_file(row, seed), asdict(learned.cost))

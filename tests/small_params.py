@@ -16,7 +16,7 @@ TRAINING = [
 LEARNING = [
     *TRAINING,
     *("tau", "scaling", "regularisation", "init", "prior_strength", "gate_std", "hard", "ema", "distillation"),
-    *("distillation_temperature", "select", "inputs"),
+    *("distillation_temperature", "select", "inputs", "gate"),
 ]
 FINETUNING = [*TRAINING, "start", "ema"]
 # Every key of the format, written down a second time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from maskllm4v.checkpoints import (
 )
 from maskllm4v.errors import CheckpointError
 from maskllm4v.patterns import NMPattern
-from maskllm4v.sealed import tensors_digest
+from maskllm4v.sealed import load_sealed, tensors_digest
 
 # Round trips
 
@@ -51,6 +52,16 @@ def test_masks_round_trip(pattern: str, weights: bool, prior: bool, tmp_path: Pa
     assert same(found.weights, wanted.weights)
     assert same(found.prior, wanted.prior)
     assert all(mask.dtype is torch.bool for mask in found.masks.values())
+
+
+def test_gate_round_trip(tmp_path: Path) -> None:
+    given = checkpoint("4:8")
+    for name, gate in (("a", "candidates"), ("b", "positions")):
+        save_masks(tmp_path / name, dataclasses.replace(given, gate=gate))
+        assert load_masks(tmp_path / name).gate == gate
+    save_masks(tmp_path / "c", given)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()  # as before there was a choice
+    assert "gate" not in load_sealed(tmp_path / "a", "masks")[1]
 
 
 def test_masks_take_less_than_a_bit_a_weight(tmp_path: Path) -> None:

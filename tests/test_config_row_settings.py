@@ -68,7 +68,7 @@ def test_seeds_take_turns_with_calibration_sets(sets: int, expected: list[int]) 
     assert [found.calibration_set(seed) for seed in found.seeds] == expected
 
 
-UNWRITTEN = {"inputs"}  # the data; records from before there was a choice still fit
+UNWRITTEN = {"inputs", "gate"}  # at their defaults; records from before there was a choice still fit
 COMMON = {"table", "exact", "seeds", "data", "task", "model", "dense"}
 
 
@@ -104,6 +104,8 @@ CHANGES = [
     ("finetuned.tuned.lr", 0.1, "tuned"),
     ("finetuned.more.start", "one", "more"),
     ("learning.lr", 0.1, "own plain tuned more"),
+    ("learning.gate", "positions", "own plain"),
+    ("learned.own.gate", "positions", "own"),
     ("learning.steps", 3, "plain tuned"),
     ("learning.tau", [3.0, 0.1], "own plain"),
     ("priors.one.method", "wanda", "one own plain tuned"),
@@ -129,6 +131,15 @@ def test_row_settings_change_with_what_a_row_depends_on(path: str, value: Any, r
     assert before != after
     moved = {row for row in before.rows if before.row_settings(row) != after.row_settings(row)}
     assert moved == set(rows.split())
+
+
+def test_gate_is_written_down_only_where_it_is_not_the_default() -> None:
+    assert parse_experiment(changed("learned.own.gate", "candidates")).row_settings("own") == parse_experiment(
+        params()
+    ).row_settings("own")
+    found = parse_experiment(changed("learned.own.gate", "positions"))
+    assert found.row_settings("own")["learning"]["gate"] == "positions"
+    assert "gate" not in found.row_settings("plain")["learning"]
 
 
 OTHER = {float: 0.25, int: 11, bool: True, str: "x", tuple: [0.125, 0.5]}

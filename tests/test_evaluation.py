@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import socket
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,13 @@ def test_dense_row_is_measured(folder: Path, tmp_path: Path) -> None:
     assert found.metrics["nll"] == pytest.approx(metrics_by_hand(model, task)["nll"], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["wanda", "maskllm"])
+@pytest.mark.parametrize(
+    ("method", "logits_a_group"), [("wanda", None), ("maskllm", {"candidates": 6}), ("maskllm", {"positions": 4})]
+)
 @pytest.mark.parametrize("updated", [False, True])
-def test_sparse_row_is_measured(method: str, updated: bool, folder: Path, tmp_path: Path) -> None:
+def test_sparse_row_is_measured(
+    method: str, logits_a_group: dict[str, int] | None, updated: bool, folder: Path, tmp_path: Path
+) -> None:
     task = Classification(experiment(), folder)
     model = task.build_model(5)
     nn.init.normal_(model.head.weight)
@@ -72,12 +77,13 @@ def test_sparse_row_is_measured(method: str, updated: bool, folder: Path, tmp_pa
     prior = random_masks(model, 1) if method == "maskllm" else {}
     dense = copy.deepcopy(model)
     wanted = checkpoint(masks, base=base, method=method, weights=weights, prior=prior)
-    digest = save_masks(tmp_path / "masks", wanted)
+    ((gate, size),) = (logits_a_group or {"candidates": 0}).items()
+    digest = save_masks(tmp_path / "masks", dataclasses.replace(wanted, gate=gate))
     found = measure(experiment(), task, 0, tmp_path / "dense", tmp_path / "masks")
 
     total = sum(p.numel() for p in model.parameters())
     pruned = sum(mask.numel() for mask in masks.values()) // 2
-    logits = 6 * sum(mask.numel() // 4 for mask in masks.values()) if method == "maskllm" else 0
+    logits = size * sum(mask.numel() // 4 for mask in masks.values())
     assert found.parameters == {"dense": total, "kept": total - pruned, "logits": logits}
     assert (found.dense, found.masks) == (base, digest)
     assert [line[0] for line in found.layers] == [name for name, _ in model.named_modules() if name in masks]

@@ -83,6 +83,7 @@ def test_compiled_model_computes_the_same() -> None:
         ({"tau": 0.5}, {"amp": True}),
         ({"hard": True}, {"amp": True}),
         ({"hard": True}, {"trainable": True}),
+        ({"gate": "positions"}, {}),
     ],
 )
 def test_traced_model_computes_the_same(how: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -115,13 +116,16 @@ def test_graphs_for_cpus_hold_the_compiled_operation(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("weight_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operator_keeps_its_promises(dtype: torch.dtype, weight_grad: bool) -> None:
+@pytest.mark.parametrize("kept", [None, 2], ids=["candidates", "positions"])
+def test_operator_keeps_its_promises(kept: int | None, dtype: torch.dtype, weight_grad: bool) -> None:
     """About types and shapes of what it returns, aliases, and gradients."""
     case = Case(dtype=torch.float32)
+    if kept is not None:
+        case.logits, case.candidates = case.logits[:4].clone(), None
     numbers = [torch.tensor(value, dtype=torch.float64) for value in (0.7, 10.0)]
     inputs = [case.weight.requires_grad_(weight_grad), case.logits.requires_grad_(), case.candidates, *numbers]
     key = torch.from_numpy(case.key.view("int64"))
-    torch.library.opcheck(gumbel._masked_weight, (*inputs, True, None, key, dtype, "chunked"))
+    torch.library.opcheck(gumbel._masked_weight, (*inputs, True, None, key, kept, dtype, "chunked"))
 
 
 # Nothing compiled twice

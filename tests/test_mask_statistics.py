@@ -51,6 +51,17 @@ def test_statistics_are_what_counting_gives(name: str) -> None:
         assert float(cells["seed_agreement"]) == pytest.approx(sum(same) / 2, rel=1e-5)
 
 
+def test_positions_are_counted_where_there_are_too_many_candidates() -> None:
+    pattern, checkpoints = NMPattern("8:16"), {seed: found(NMPattern("8:16"), seed) for seed in (0, 1)}
+    header = columns(pattern)
+    assert header[4:6] == ["1000000000000000", "0100000000000000"]
+    for line in mask_statistics(checkpoints, ["early", "late"]):
+        cells = dict(zip(header, line, strict=True))
+        groups = checkpoints[int(cells["seed"])].masks[cells["layer"]].reshape(-1, 16)
+        for bit, kept in zip(header[4:], groups.t(), strict=True):
+            assert float(cells[bit]) == pytest.approx(float(kept.double().mean()), rel=1e-5)
+
+
 def test_one_seed_agrees_with_nobody_and_equal_seeds_wholly() -> None:
     pattern = NMPattern("2:4")
     assert [line[3] for line in mask_statistics({0: found(pattern, 0)}, list(SHAPES))] == ["", ""]

@@ -16,7 +16,7 @@ from torch import Tensor
 from maskllm4v import NMPattern, UserError
 from maskllm4v.errors import PatternError
 
-SHAPES = [(n, m) for m in range(2, 9) for n in range(1, m)] + [(2, 12), (1, 70), (69, 70)]
+SHAPES = [(n, m) for m in range(2, 9) for n in range(1, m)] + [(2, 12), (1, 70), (69, 70), (8, 16), (13, 16)]
 nm = st.sampled_from(SHAPES)
 
 
@@ -57,7 +57,7 @@ def test_parses_two_arguments() -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        *("", "2", "2:", ":4", "a:b", "2:4:8", "2.5:4", "2/4", "-1:4", "0:4", "4:4", "4:2", "4:9", "35:70"),
+        *("", "2", "2:", ":4", "a:b", "2:4:8", "2.5:4", "2/4", "-1:4", "0:4", "4:4", "4:2", "2:17", "35:70"),
         *((2,), (2, 4, 8), (2.5, 4), (2.0, 4), (True, 4), (2, None), (4, 2), (0, 4), True, 2, 2.4, None),
     ],
     ids=str,
@@ -67,10 +67,11 @@ def test_rejects(bad: object) -> None:
         NMPattern(bad)
 
 
-def test_limit_on_candidates_is_70() -> None:
-    assert NMPattern("4:8").num_candidates == 70
-    with pytest.raises(PatternError, match=r"2:13 has 78 candidate .* at most 70"):
-        NMPattern("2:13")
+def test_limit_on_candidates_of_wide_groups_is_70() -> None:
+    assert NMPattern("8:16").num_candidates == 12870
+    assert NMPattern("69:70").num_candidates == 70
+    with pytest.raises(PatternError, match=r"2:17 has 136 candidate .* at most 70 are supported where M is above 16"):
+        NMPattern("2:17")
 
 
 def test_error_is_a_user_error() -> None:

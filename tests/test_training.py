@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,21 +15,27 @@ from torch import Tensor, nn
 
 from maskllm4v.config import LearningSettings
 from maskllm4v.errors import TrainingError
+from maskllm4v.gates import GATES
 from maskllm4v.patterns import NMPattern
 from maskllm4v.randomness import philox_key, uniforms
+from maskllm4v.resume import Resume
 from maskllm4v.surgery import current_masks, learnable_layers, make_learnable
-from maskllm4v.training import CURVE_COLUMNS, learn_masks
+from maskllm4v.training import CURVE_COLUMNS, Learned, learn_masks
 
 
 def soft_mask(layer_logits: Tensor, draw: tuple[str, int, int, int], *, tau: float, scaling: float) -> Tensor:
-    """[groups, 4], written out from Eq. 5-7; ``draw``: layer, seed, step and micro-step."""
+    """[groups, 4], written out from Eq. 5-7; ``draw``: layer, seed, step and micro-step.
+
+    Four logits are the positions': a candidate's logit and noise are their sums.
+    """
     name, seed, step, micro = draw
     candidates = torch.zeros(6, 4, dtype=layer_logits.dtype)
     for k, kept in enumerate(itertools.combinations(range(4), 2)):
         candidates[k, list(kept)] = 1
     noise = uniforms(philox_key(seed, "gumbel", name, step, micro, 0), 0, *layer_logits.shape).to(layer_logits)
     gumbel = -torch.log(-torch.log(noise))
-    return torch.softmax((layer_logits * scaling + gumbel) / tau, 0).t() @ candidates
+    z = (layer_logits * scaling + gumbel) / tau
+    return torch.softmax(candidates @ z if len(z) == 4 else z, 0).t() @ candidates
 
 
 # What changes, and what does not
@@ -123,9 +130,11 @@ def test_strong_regulariser_keeps_nearly_all_energy_that_two_of_four_can_keep() 
 # The optimiser
 
 
-def by_hand(run: LearningSettings, steps: int, seed: int) -> tuple[dict[str, Tensor], list[tuple[float, ...]]]:
+def by_hand(
+    run: LearningSettings, steps: int, seed: int, gate: str = "candidates"
+) -> tuple[dict[str, Tensor], list[tuple[float, ...]]]:
     """MaskLLM in float64, from its formulas and Loshchilov & Hutter's AdamW; also the columns of its curve."""
-    task, model = Regression(dtype=torch.float64), learnable(seed=seed).double()
+    task, model = Regression(dtype=torch.float64), learnable(seed=seed, gate=gate).double()
     layers = learnable_layers(model)
     current = {name: layers[name].logits.detach().clone() for name in NAMES}
     first = {name: torch.zeros_like(value) for name, value in current.items()}
@@ -174,12 +183,13 @@ def test_one_step_is_adamw() -> None:
         assert torch.allclose(value.double(), wanted[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(("clip_grad", "accumulate"), [(0.0, 1), (0.1, 1), (0.1, 2), (0.0, 4)])
-def test_many_steps_and_their_curve_are_the_formulas(clip_grad: float, accumulate: int) -> None:
+def test_many_steps_and_their_curve_are_the_formulas(clip_grad: float, accumulate: int, gate: str) -> None:
     run = settings(steps=6, regularisation=0.05, clip_grad=clip_grad, accumulate=accumulate, **OPTIONS)
-    model = learnable(seed=3).double()
+    model = learnable(seed=3, gate=gate).double()
     learned = learn_masks(model, Regression(dtype=torch.float64), run, seed=3)
-    wanted, points = by_hand(run, 6, 3)
+    wanted, points = by_hand(run, 6, 3, gate)
     for name, value in logits(model).items():
         assert torch.allclose(value, wanted[name], rtol=0, atol=1e-9)
     assert max(norm for _, norm, *_ in points) > 0.1  # clipping had something to do
@@ -256,9 +266,10 @@ def test_points_of_the_curve(steps: int, log_every: int, expected: list[int]) ->
     ) == CURVE_COLUMNS
 
 
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("given", [False, True])
-def test_shares_are_counted_over_all_groups(given: bool) -> None:
-    model = learnable(init="magnitude")
+def test_shares_are_counted_over_all_groups(given: bool, gate: str) -> None:
+    model = learnable(init="magnitude", gate=gate)
     start = current_masks(model)
     reference = priors() if given else start
     snapshots: list[dict[str, Tensor]] = []
@@ -279,6 +290,8 @@ def test_shares_are_counted_over_all_groups(given: bool) -> None:
         for name in NAMES:
             mask = torch.zeros(state[name].shape[1], 4, dtype=torch.bool)
             for group, values in enumerate(state[name].t().tolist()):
+                if gate == "positions":
+                    values = [sum(values[j] for j in kept) for kept in candidates]
                 mask[group, candidates[values.index(max(values))]] = True
                 weights = [math.exp(scaling * (value - max(values))) for value in values]
                 top.append(max(weights) / sum(weights))
@@ -293,6 +306,32 @@ def test_shares_are_counted_over_all_groups(given: bool) -> None:
         last = masks
     assert column(learned, "flipped")[1] > 0
     assert given or column(learned, "off_prior")[-1] != column(learned, "flipped")[-1]
+
+
+# Interrupted
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_interrupted_run_ends_with_the_same_bits(gate: str, tmp_path: Path) -> None:
+    def stop(step: int) -> None:
+        if step == 7:
+            raise InterruptedError
+
+    def run(name: str, on_point: Callable[[int], None] | None) -> tuple[Learned, dict[str, Tensor]]:
+        model, options = learnable(gate=gate), settings(ema=0.9, log_every=1)
+        resume = Resume(tmp_path / name, 0, {"gate": gate}, steps=5)
+        learned = learn_masks(model, Regression(), options, prior=priors(), resume=resume, on_point=on_point)
+        return learned, logits(model)
+
+    whole, wanted = run("whole", None)
+    with pytest.raises(InterruptedError):
+        run("parts", stop)
+    parts, found = run("parts", None)
+    assert parts.curve == whole.curve
+    assert sum(column(whole, "flipped")) > 0
+    for name in NAMES:
+        assert torch.equal(found[name], wanted[name])
+        assert torch.equal(parts.masks[name], whole.masks[name])
 
 
 # The best on the held-out slice

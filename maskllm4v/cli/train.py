@@ -206,6 +206,7 @@ def run(arguments: argparse.Namespace) -> None:
         gate_std=learning.gate_std,
         init=learning.init,
         hard=learning.hard,
+        gate=learning.gate,
         seed=a.seed,
         exclude=() if prior else experiment.model.dense_layers,
     )

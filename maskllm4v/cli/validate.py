@@ -107,7 +107,10 @@ def measured(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple
 
 
 def logits_of(masks: MaskCheckpoint | None) -> int:
-    """How many logits learned masks are the arg-max of."""
+    """How many logits learned masks were made from."""
+    from maskllm4v.gates import gate_of
+
     if masks is None or masks.pattern is None:
         return 0
-    return sum(mask.numel() // masks.pattern.m for mask in masks.masks.values()) * masks.pattern.num_candidates
+    groups = sum(mask.numel() // masks.pattern.m for mask in masks.masks.values())
+    return groups * gate_of(masks.gate, masks.pattern).logits

@@ -25,6 +25,10 @@ FirstLast = Annotated[tuple[Positive, Positive], Field(strict=False)]
 Inputs = Literal["data", "generated"]
 REAL: Any = Field("data", exclude_if=lambda value: value == "data")
 
+# What logits stand for (:mod:`maskllm4v.gates`); not written down where they belong to candidates, for the same reason.
+Gate = Literal["candidates", "positions"]
+CANDIDATES: Any = Field("candidates", exclude_if=lambda value: value == "candidates")
+
 
 class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -225,6 +229,7 @@ class LearningSettings(TrainingSettings):
     prior_strength: NonNegative = 3.0
     gate_std: NonNegative = 0.2
     hard: bool = False
+    gate: Gate = CANDIDATES
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the logits' average; 0: off
     distillation: Share = 0.0  # weight of the dense model's outputs against the labels
     distillation_temperature: Positive = 2.0

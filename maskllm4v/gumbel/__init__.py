@@ -13,6 +13,7 @@ the inputs and nothing else.
 
 Backends give the same function of the same noise, up to rounding: :mod:`~maskllm4v.gumbel.chunked` (plain
 PyTorch), :mod:`~maskllm4v.gumbel.fused` (Triton) and :mod:`~maskllm4v.gumbel.compiled` (``torch.compile``).
+With a logit a position in place of one a candidate, it is another function: :mod:`~maskllm4v.gumbel.positions`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ __all__ = ["BACKENDS", "masked_weight"]
 def masked_weight(
     weight: Tensor,
     logits: Tensor,
-    candidates: Tensor,
+    candidates: Tensor | None,
     *,
     tau: float | Tensor,
     scaling: float | Tensor,
     hard: bool = False,
     uniform: Tensor | None = None,
     key: np.ndarray | Tensor | None = None,
+    kept: int | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -48,7 +50,8 @@ def masked_weight(
     Args:
         weight: ``[out, in]``, frozen or not.
         logits: ``[K, groups]``; groups in row-major order of the weight.
-        candidates: ``[K, M]`` of zeros and ones in the weight's dtype, lexicographic order.
+        candidates: ``[K, M]`` of zeros and ones in the weight's dtype, lexicographic order. None: one logit a position,
+            ``[M, groups]``, of which ``kept`` are kept; K is M then, also in what follows.
         tau: temperature τ > 0. As a float64 scalar tensor on the CPU its value can change without ``torch.compile``
             compiling again.
         scaling: s, the factor on the logits; as ``tau``.
@@ -56,6 +59,7 @@ def masked_weight(
         uniform: noise in (0, 1), ``[K, groups]``; for tests and replays.
         key: Philox key to draw the noise with, if ``uniform`` is not given: two uint64, or the same bits as
             an int64 tensor on the CPU. With neither there is no noise.
+        kept: N, with ``candidates=None``.
         dtype: of the masked weight, the weight's by default. Sums and gradients are computed in the weight's.
         backend: one of :data:`BACKENDS`; ``"auto"`` takes Triton for 2:4 on CUDA, else plain PyTorch, but in a
             graph that ``torch.compile`` makes for the CPU ``"compiled"``.
@@ -69,7 +73,7 @@ def masked_weight(
     """
     if isinstance(key, np.ndarray):
         key = torch.from_numpy(key.view(np.int64))
-    how = (_scalar(tau), _scalar(scaling), hard, uniform, key, dtype or weight.dtype)
+    how = (_scalar(tau), _scalar(scaling), hard, uniform, key, kept, dtype or weight.dtype)
     if torch.compiler.is_compiling():
         compiled = backend == "auto" and not weight.is_cuda
         return _masked_weight(weight, logits, candidates, *how, "compiled" if compiled else backend)
@@ -81,25 +85,33 @@ def _scalar(value: float | Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
-def _sampling(tau: Tensor, scaling: Tensor, hard: bool, uniform: Tensor | None, key: Tensor | None) -> Sampling:
+def _sampling(
+    tau: Tensor, scaling: Tensor, hard: bool, uniform: Tensor | None, key: Tensor | None, kept: int | None
+) -> Sampling:
     """The host's view of the tensors, which lie on the CPU: nothing waits for a device."""
     words = None if key is None else tuple(map(int, key.numpy().view(np.uint64)))
-    return Sampling(float(tau.numpy()), float(scaling.numpy()), hard, words, uniform)  # type: ignore[arg-type]
+    return Sampling(float(tau.numpy()), float(scaling.numpy()), hard, words, uniform, kept)  # type: ignore[arg-type]
+
+
+def _groups(weight: Tensor, logits: Tensor, candidates: Tensor | None) -> Tensor:
+    """``[groups, M]``."""
+    return weight.reshape(-1, len(logits) if candidates is None else candidates.shape[1])
 
 
 def _forward(
     weight: Tensor,
     logits: Tensor,
-    candidates: Tensor,
+    candidates: Tensor | None,
     tau: Tensor,
     scaling: Tensor,
     hard: bool,
     uniform: Tensor | None,
     key: Tensor | None,
+    kept: int | None,
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    w, sampling = weight.reshape(-1, candidates.shape[1]), _sampling(tau, scaling, hard, uniform, key)
+    w, sampling = _groups(weight, logits, candidates), _sampling(tau, scaling, hard, uniform, key, kept)
     masked, energy = choose(backend, w, logits, candidates, sampling).forward(w, logits, candidates, sampling, dtype)
     return masked.view(weight.shape), energy
 
@@ -109,16 +121,17 @@ def _backward(
     grad_energy: Tensor,
     weight: Tensor,
     logits: Tensor,
-    candidates: Tensor,
+    candidates: Tensor | None,
     tau: Tensor,
     scaling: Tensor,
     hard: bool,
     uniform: Tensor | None,
     key: Tensor | None,
+    kept: int | None,
     weight_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    w, sampling = weight.reshape(-1, candidates.shape[1]), _sampling(tau, scaling, hard, uniform, key)
+    w, sampling = _groups(weight, logits, candidates), _sampling(tau, scaling, hard, uniform, key, kept)
     chosen = choose(backend, w, logits, candidates, sampling)
     upstream = grad_masked.reshape(w.shape)
     grad_logits, grad_weight = chosen.backward(w, logits, candidates, sampling, upstream, grad_energy, weight_grad)
@@ -127,9 +140,9 @@ def _backward(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
     """For backward: the inputs."""
-    weight, logits, candidates, tau, scaling, hard, uniform, key, _, backend = inputs
+    weight, logits, candidates, tau, scaling, hard, uniform, key, kept, _, backend = inputs
     ctx.save_for_backward(weight, logits, candidates, tau, scaling, uniform, key)
-    ctx.hard, ctx.backend = hard, backend
+    ctx.hard, ctx.kept, ctx.backend = hard, kept, backend
 
 
 def _gradients(ctx: Any, backward: Any, grad_masked: Tensor, grad_energy: Tensor) -> tuple[Tensor | None, ...]:
@@ -146,10 +159,11 @@ def _gradients(ctx: Any, backward: Any, grad_masked: Tensor, grad_energy: Tensor
         ctx.hard,
         uniform,
         key,
+        ctx.kept,
         weight_grad,
         ctx.backend,
     )
-    return grad_weight if weight_grad else None, grad_logits, *[None] * 8
+    return grad_weight if weight_grad else None, grad_logits, *[None] * 9
 
 
 class _MaskedWeight(torch.autograd.Function):
@@ -173,14 +187,14 @@ _masked_weight_backward = torch.library.custom_op("maskllm4v::masked_weight_back
 
 
 @_masked_weight.register_fake
-def _(weight: Tensor, logits: Tensor, candidates: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
-    dtype: torch.dtype = how[5]
+def _(weight: Tensor, logits: Tensor, candidates: Tensor | None, *how: Any) -> tuple[Tensor, Tensor]:
+    dtype: torch.dtype = how[6]
     return weight.new_empty(weight.shape, dtype=dtype), weight.new_empty((), dtype=energy_dtype(weight))
 
 
 @_masked_weight_backward.register_fake
 def _(grad_masked: Tensor, grad_energy: Tensor, weight: Tensor, logits: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
-    weight_grad: bool = how[6]
+    weight_grad: bool = how[7]
     return logits.new_empty(logits.shape), weight.new_empty(weight.shape if weight_grad else 0)
 
 

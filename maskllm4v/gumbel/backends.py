@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from maskllm4v.errors import ConfigError
-from maskllm4v.gumbel import chunked, compiled
+from maskllm4v.gumbel import chunked, compiled, positions
 from maskllm4v.gumbel.sampling import Sampling
 
 BACKENDS = ("auto", "chunked", "compiled", "triton")
@@ -19,14 +19,14 @@ class Backend(Protocol):
     """What a backend does; see :mod:`maskllm4v.gumbel.chunked` for shapes."""
 
     def forward(
-        self, weight: Tensor, logits: Tensor, candidates: Tensor, sampling: Sampling, dtype: torch.dtype
+        self, weight: Tensor, logits: Tensor, candidates: Any, sampling: Sampling, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
         self,
         weight: Tensor,
         logits: Tensor,
-        candidates: Tensor,
+        candidates: Any,
         sampling: Sampling,
         grad_masked: Tensor,
         grad_energy: Tensor,
@@ -34,16 +34,22 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
-def choose(name: str, weight: Tensor, logits: Tensor, candidates: Tensor, sampling: Sampling) -> Backend:
+def choose(name: str, weight: Tensor, logits: Tensor, candidates: Tensor | None, sampling: Sampling) -> Backend:
     """The backend of that name; for ``"auto"`` Triton for 2:4 on CUDA, else plain PyTorch.
 
-    ``"compiled"`` computes what it is not made for (hard masks, other patterns) as ``"auto"`` does.
+    ``"compiled"`` computes what it is not made for (hard masks, other patterns, a logit a position) as ``"auto"`` does.
 
     Raises:
         ConfigError: unknown, or Triton was asked for what it cannot do.
     """
     if name not in BACKENDS:
         raise ConfigError(f"backend is {name!r}; allowed: {', '.join(BACKENDS)}")
+    if candidates is None:
+        if name == "triton":
+            raise ConfigError(
+                "backend is 'triton', which needs a logit a candidate; allowed for one a position: 'auto'"
+            )
+        return positions
     if name == "compiled" and compiled.supported(candidates, sampling):
         return compiled
     if name == "chunked" or (name != "triton" and not weight.is_cuda):

@@ -108,16 +108,16 @@ def _probabilities(logits: Tensor, sampling: Sampling) -> Iterator[tuple[slice, 
 
     All share their memory, so that it stays in cache.
     """
-    p = row = noise = torch.empty(0)
+    p = row = buffer = torch.empty(0)
     scaling, tau = _number(sampling.scaling, logits), _number(sampling.tau, logits)
     width = CUDA_SPAN if logits.is_cuda else max(CPU_SPAN, THREAD_SPAN * torch.get_num_threads())
     for span in spans(logits.shape[1], width):
         part = wide(logits[:, span])
         if p.shape != part.shape:
             p, row = torch.empty_like(part), torch.empty_like(part[0])
-            noise = torch.empty(part.shape, dtype=torch.float32, device="cpu")
+            buffer = torch.empty(part.shape, dtype=torch.float32, device="cpu")
         torch.mul(part, scaling, out=p)
-        u = _noise(p, noise, span, sampling)
+        u = noise(p, buffer, span, sampling)
         if u is not None and sampling.tau == 1:
             # exp(s·l + g) = exp(s·l)/E with E = −log u: a logarithm less. The sign cancels in what follows.
             _exp_(p, row).div_(u.log_())
@@ -138,7 +138,7 @@ def _exp_(z: Tensor, row: Tensor) -> Tensor:
     return z.sub_(torch.amax(z, 0, out=row)).exp_()
 
 
-def _noise(like: Tensor, buffer: Tensor, span: slice, sampling: Sampling) -> Tensor | None:
+def noise(like: Tensor, buffer: Tensor, span: slice, sampling: Sampling) -> Tensor | None:
     """Uniforms ``[K, n]`` that may be overwritten, or None; ``buffer`` is float32 on the CPU."""
     if sampling.uniform is not None:
         return sampling.uniform[:, span].to(like, copy=True)

@@ -15,6 +15,6 @@ def prune_random(
 ) -> Pruned:
     """Draw each group's candidate from (seed, layer name)."""
     index = generator(seed, "random-mask", layer).integers(
-        pattern.num_candidates, size=pattern.num_groups(weight, layer), dtype="uint8"
+        pattern.num_candidates, size=pattern.num_groups(weight, layer), dtype="uint8" if pattern.bits <= 8 else "int16"
     )
     return Pruned(pattern.from_index(torch.from_numpy(index).to(weight.device), weight.shape))
