@@ -140,6 +140,19 @@ def test_rows_start_from_their_priors_order(here: Experiment) -> None:
         assert all(torch.equal(a[name], b[name]) for name in READERS)
 
 
+@pytest.mark.parametrize("permuted", [True, False])
+def test_masks_are_learned_on_the_permuted_weights(permuted: bool, here: Experiment) -> None:
+    """What the library learns there is in the file; without the permutation it is something else."""
+    task, prior = open_task(here, data_folder("digits")), load_masks(checkpoint("wanda", 0))
+    model = dense_model(here)
+    if permuted:
+        maskllm4v.apply_permutations_(model, prior.permutations)
+    maskllm4v.make_learnable(model, prior.masks, pattern="2:4")
+    learned = maskllm4v.learn_masks(model, task, here.learned["learned"], prior=prior.masks).masks
+    found = load_masks(checkpoint("learned", 0)).masks
+    assert all(torch.equal(found[name], mask) for name, mask in learned.items()) == permuted
+
+
 def test_rows_without_permutation_are_as_they_were(here: Experiment) -> None:
     tensors = load_sealed(checkpoint("plain", 0), "masks")[0]
     assert not load_masks(checkpoint("plain", 0)).permutations
