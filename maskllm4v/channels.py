@@ -201,7 +201,7 @@ def _fault(block: nn.Module, kind: _Kind, channels: Channels) -> str | None:
         weight.copy_(torch.randn(weight.shape, generator=noise, dtype=torch.float64) / prod(weight.shape[-1:]) ** 0.5)
     for buffer in twin.buffers():
         if buffer.is_floating_point():
-            buffer.mul_(0.5 + torch.rand(buffer.shape, generator=noise, dtype=torch.float64))
+            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=noise, dtype=torch.float64))  # variances are positive
     positions = getattr(block, "relative_position_index", None)  # timm's attention with it takes that many tokens
     tokens = len(positions) if isinstance(positions, Tensor) else 4
     inputs = torch.randn(2, tokens, _inside(twin, kind.makers[0]).in_features, generator=noise, dtype=torch.float64)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.calibration import Calibration, Forward, as_parts, part_statistics
-from maskllm4v.channels import apply_permutations_, find_channels
+from maskllm4v.channels import find_channels
 from maskllm4v.errors import ConfigError, PatternError
 from maskllm4v.patterns import NMPattern
 from maskllm4v.progress import bar
@@ -86,7 +86,8 @@ def permute_channels_(
         order = best_order(scores, pattern, parts=channels[name].parts, sweeps=sweeps, layer=name)
         if not order.equal(torch.arange(len(order))):
             found[name] = order
-    apply_permutations_(model, found)
+    for name, order in found.items():
+        channels[name].permute_(order)
     return found
 
 

@@ -181,6 +181,7 @@ class Ordered(nn.Module):
         super().__init__()
         self.fc1, self.fc2, self.kind = nn.Linear(8, 16), nn.Linear(16, 8), kind
         self.register_buffer("scale", torch.ones(16))
+        self.register_buffer("offset", torch.zeros(16))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
@@ -188,6 +189,8 @@ class Ordered(nn.Module):
             hidden = hidden + hidden.roll(1, -1)
         elif self.kind == "a scale that happens to be one":
             hidden = hidden * self.scale
+        elif self.kind == "an offset that happens to be zero":
+            hidden = hidden + self.offset
         elif self.kind == "one other":
             hidden = torch.cat([hidden[..., :-1].relu(), hidden[..., -1:]], -1)
         else:
@@ -195,7 +198,10 @@ class Ordered(nn.Module):
         return self.fc2(hidden)
 
 
-@pytest.mark.parametrize("kind", ["sum of neighbours", "a scale that happens to be one", "one other"])
+@pytest.mark.parametrize(
+    "kind",
+    ["sum of neighbours", "a scale that happens to be one", "an offset that happens to be zero", "one other"],
+)
 def test_blocks_whose_outputs_depend_on_the_order_are_left_alone(kind: str) -> None:
     model = nn.ModuleDict({"mlp": Ordered(kind)})
     nn.init.zeros_(model["mlp"].fc2.weight)  # as an untrained block may be: then nothing depends on anything
