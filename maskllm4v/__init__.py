@@ -18,6 +18,9 @@ _HOMES = {
     "current_masks": "surgery",
     "fold_": "surgery",
     "prune": "pruners",
+    "permute_channels_": "permutation",
+    "apply_permutations_": "channels",
+    "invert_permutations": "channels",
     "Calibration": "calibration",
     "register_pruner": "pruners",
     "learn_masks": "training",
@@ -31,6 +34,8 @@ __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
     from maskllm4v.calibration import Calibration as Calibration
+    from maskllm4v.channels import apply_permutations_ as apply_permutations_
+    from maskllm4v.channels import invert_permutations as invert_permutations
     from maskllm4v.config import LearningSettings as LearningSettings
     from maskllm4v.errors import UserError as UserError
     from maskllm4v.export.files import save_packed as save_packed
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
     from maskllm4v.layers import MaskedLinear as MaskedLinear
     from maskllm4v.packed import load_packed as load_packed
     from maskllm4v.patterns import NMPattern as NMPattern
+    from maskllm4v.permutation import permute_channels_ as permute_channels_
     from maskllm4v.pruners import prune as prune
     from maskllm4v.pruners import register_pruner as register_pruner
     from maskllm4v.surgery import apply_masks_ as apply_masks_

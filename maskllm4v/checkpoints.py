@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from maskllm4v.errors import CheckpointError
@@ -30,6 +31,8 @@ class MaskCheckpoint:
         method: e.g. ``"wanda"`` or ``"maskllm"``.
         digest: of the file's tensors, once it has been read.
         gate: what the logits stood for that masks were learned with (:mod:`maskllm4v.gates`).
+        permutations: of the dense model's channels, see :func:`maskllm4v.apply_permutations_`; masks, weights and prior
+            lie on the permuted model. Empty if it stayed as it was.
     """
 
     pattern: NMPattern | None
@@ -40,6 +43,7 @@ class MaskCheckpoint:
     prior: Mapping[str, Tensor]
     digest: str = ""
     gate: str = CANDIDATES
+    permutations: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def save_dense(path: Path, model: nn.Module, name: str) -> str:
@@ -83,12 +87,13 @@ def load_plain_state(path: Path) -> dict[str, Tensor]:
 
 
 def save_masks(path: Path, checkpoint: MaskCheckpoint, more: Mapping[str, Any] = {}) -> str:
-    """Write packed masks and updated weights; returns the digest of the file's tensors.
+    """Write packed masks, updated weights and permutations; returns the digest of the file's tensors.
 
     ``more``: what else the file is to say of itself, as a JSON object.
     """
     c = checkpoint
     tensors = {f"weights.{name}": weight for name, weight in c.weights.items()}
+    tensors |= {f"permutation.{name}": order.to(torch.int32) for name, order in c.permutations.items()}
     for kind, masks in (("mask", c.masks), ("prior", c.prior)):
         if masks and c.pattern is None:
             raise CheckpointError(f"{path}: masks without a pattern")
@@ -125,7 +130,9 @@ def load_masks(path: Path, *, pattern: NMPattern | str | None = None, base: str 
         names = {name: tensors[f"{kind}.{name}"] for name in shapes if f"{kind}.{name}" in tensors}
         return {name: found.unpack(packed, tuple(shapes[name]), name) for name, packed in names.items()}
 
-    weights = {name[len("weights.") :]: t for name, t in tensors.items() if name.startswith("weights.")}
+    def plain(kind: str) -> dict[str, Tensor]:
+        return {name[len(kind) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{kind}.")}
+
     masks = unpack("mask")
     if masks.keys() != shapes.keys():
         raise CheckpointError(f"{path}: the masks of {sorted(shapes.keys() - masks.keys())} are missing")
@@ -134,8 +141,9 @@ def load_masks(path: Path, *, pattern: NMPattern | str | None = None, base: str 
         masks,
         about["base"],
         about["method"],
-        weights,
+        plain("weights"),
         unpack("prior"),
         about["digest"],
         about.get("gate", CANDIDATES),
+        {name: order.long() for name, order in plain("permutation").items()},
     )

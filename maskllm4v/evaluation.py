@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from maskllm4v.channels import apply_permutations_
 from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks
 from maskllm4v.config import Experiment
 from maskllm4v.diagnostics import layer_diagnostics
-from maskllm4v.errors import CheckpointError
+from maskllm4v.errors import CheckpointError, ConfigError
 from maskllm4v.gates import gate_of
-from maskllm4v.surgery import apply_masks_, fold_
+from maskllm4v.surgery import apply_masks_, fold_, linear
 from maskllm4v.tasks import Task
 
 
@@ -31,6 +32,7 @@ class Measured:
         parameters: counts: of the dense model, kept after pruning, of logits that were trained.
         dense, masks: digests of the tensors evaluated; no masks for the dense row.
         pictures: what shows the model at work, uint8 ``[H, W, 3]`` or ``[H, W]`` by file stem; the first seed's alone.
+        weight: the dense one ``[out, in]`` of the first of ``layers``, as its mask lies on it; the first seed's alone.
     """
 
     metrics: dict[str, float]
@@ -40,6 +42,7 @@ class Measured:
     dense: str
     masks: str | None
     pictures: dict[str, np.ndarray]
+    weight: np.ndarray | None = None
 
 
 def measure(
@@ -60,10 +63,9 @@ def measure(
         pictures = task.pictures(model) if first else {}
         return Measured(metrics, task.summary(model, metrics, 0), [], counts, base, None, pictures)
     found = load_masks(masks, pattern=pattern, base=base)
-    check_fits(model, found, str(masks))
+    _permute(model, found, str(masks))  # it gives the same outputs; the layers' errors are measured against it
     layers = layer_diagnostics(model, found, task.calibration(experiment.task.eval_batch_size, seed))
-    sparse = install(copy.deepcopy(model), found, str(masks))
-    fold_(sparse)
+    sparse = fold_(_lay_on(copy.deepcopy(model), found))
     metrics = task.evaluate(sparse, dense=model)
     pruned = sum(int((~mask).sum()) for mask in found.masks.values())
     logits = 0
@@ -72,16 +74,28 @@ def measure(
         logits = groups * gate_of(found.gate, found.pattern).logits
     counts = {"dense": total, "kept": total - pruned, "logits": logits}
     summary, pictures = task.summary(model, metrics, logits), task.pictures(sparse) if first else {}
-    return Measured(metrics, summary, layers, counts, base, found.digest, pictures)
+    weight = linear(model, layers[0][0]).weight.detach().float().cpu().numpy() if first and layers else None
+    return Measured(metrics, summary, layers, counts, base, found.digest, pictures, weight)
 
 
 def install(model: nn.Module, checkpoint: MaskCheckpoint, origin: str) -> nn.Module:
-    """Put a checkpoint's updated weights and masks into a dense model, in place; returns it.
+    """Put a checkpoint's permutations, updated weights and masks into a dense model, in place; returns it.
 
     Raises:
-        CheckpointError: a layer or tensor is missing or has another shape.
+        CheckpointError: a layer or tensor is missing or has another shape, or its channels cannot be permuted so.
     """
+    return _lay_on(_permute(model, checkpoint, origin), checkpoint)
+
+
+def _permute(model: nn.Module, checkpoint: MaskCheckpoint, origin: str) -> nn.Module:
     check_fits(model, checkpoint, origin)
+    try:
+        return apply_permutations_(model, checkpoint.permutations)
+    except ConfigError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+
+
+def _lay_on(model: nn.Module, checkpoint: MaskCheckpoint) -> nn.Module:
     state = model.state_dict()
     with torch.no_grad():
         for name, weight in checkpoint.weights.items():

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from maskllm4v.checkpoints import MaskCheckpoint, load_masks
 from maskllm4v.patterns import MAX_CANDIDATES, NMPattern
-from maskllm4v.sealed import load_sealed
 
 TILE = (16, 32)  # rows and columns of a weight that a tile shows at most
 
@@ -29,11 +29,11 @@ class MasksSeen:
     tile: dict[str, Any]
 
 
-def describe_masks(dense: Path, masks: Mapping[int, Path], layers: Sequence[str]) -> MasksSeen:
+def describe_masks(weight: np.ndarray, masks: Mapping[int, Path], layers: Sequence[str]) -> MasksSeen:
     """Read what :mod:`maskllm4v.checkpoints` wrote and describe it.
 
     Args:
-        dense: the dense weights of the first seed.
+        weight: the first seed's dense weight ``[out, in]`` of the first layer, as its mask lies on it.
         masks: files of one row by seed.
         layers: all layers with masks, in the model's order; the tile is of the first one.
 
@@ -43,8 +43,7 @@ def describe_masks(dense: Path, masks: Mapping[int, Path], layers: Sequence[str]
     found = {seed: load_masks(path) for seed, path in masks.items()}
     (seed, first), layer = next(iter(found.items())), layers[0]
     assert first.pattern is not None  # there are masks
-    weight = load_sealed(dense, "dense")[0][f"{layer}.weight"]
-    corner = tile(weight, first.masks[layer], first.prior.get(layer), first.pattern)
+    corner = tile(torch.from_numpy(weight), first.masks[layer], first.prior.get(layer), first.pattern)
     about = {"layer": layer, "seed": seed, "pattern": str(first.pattern)}
     return MasksSeen(columns(first.pattern), mask_statistics(found, layers), {**about, **corner})
 
@@ -61,9 +60,9 @@ def columns(pattern: NMPattern) -> list[str]:
 def mask_statistics(checkpoints: Mapping[int, MaskCheckpoint], layers: Sequence[str]) -> list[list[str]]:
     """Rows of :func:`columns`: seeds from first to last, the layers of each in the order given.
 
-    ``seed_agreement`` is the mean over the other seeds of the share of groups that have the same mask there (empty
-    where there is no other); the candidates' columns are shares of the layer's groups, a position's the share of groups
-    that keep it. Six significant digits.
+    ``seed_agreement`` is the mean over the other seeds, of those whose channels were permuted alike, of the share of
+    groups that have the same mask there (empty where there is no other); the candidates' columns are shares of the
+    layer's groups, a position's the share of groups that keep it. Six significant digits.
 
     Args:
         checkpoints: the masks of one row by seed, all of one pattern.
@@ -79,7 +78,11 @@ def mask_statistics(checkpoints: Mapping[int, MaskCheckpoint], layers: Sequence[
                 counts = found.masks[layer].reshape(-1, pattern.m).sum(0).tolist()
             else:
                 counts = torch.bincount(index.long(), minlength=pattern.num_candidates).tolist()
-            others = [float((index == taken[other]).double().mean()) for other in checkpoints if other != seed]
+            others = [
+                float((index == taken[other]).double().mean())
+                for other, another in checkpoints.items()
+                if other != seed and _same_order(found, another)
+            ]
             agreement = f"{sum(others) / len(others):.6g}" if others else ""
             shares = [f"{count / len(index):.6g}" for count in counts]
             lines[seed, layer] = [str(seed), layer, str(len(index)), agreement, *shares]
@@ -109,6 +112,12 @@ def bits(mask: Tensor) -> str:
 
 def _wide(pattern: NMPattern) -> bool:
     return pattern.num_candidates > MAX_CANDIDATES
+
+
+def _same_order(one: MaskCheckpoint, other: MaskCheckpoint) -> bool:
+    """Whether groups of both hold the same channels."""
+    a, b = one.permutations, other.permutations
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
 def _index(checkpoint: MaskCheckpoint, layer: str) -> Tensor:

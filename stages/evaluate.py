@@ -36,9 +36,9 @@ def main(experiment: Experiment, row: str) -> None:
     empty_folder(layout.evaluation_folder(experiment.table, row))  # no picture of an earlier run survives
     lines = ((seed, *line) for seed, found in measured.items() for line in found.layers)
     write_csv(layout.layers_file(experiment.table, row), ("seed", *COLUMNS), lines)
-    if layers := [line[0] for line in measured[seeds[0]].layers]:
-        dense = layout.checkpoint(experiment.dense.row, experiment.dense_seed(seeds[0]))
-        seen = describe_masks(dense, {seed: layout.checkpoint(row, seed) for seed in seeds}, layers)
+    if (weight := measured[seeds[0]].weight) is not None:
+        names = [line[0] for line in measured[seeds[0]].layers]
+        seen = describe_masks(weight, {seed: layout.checkpoint(row, seed) for seed in seeds}, names)
         write_csv(layout.mask_statistics_file(experiment.table, row), seen.header, seen.lines)
         write_text(layout.tile_file(experiment.table, row), json.dumps(seen.tile, sort_keys=True) + "\n")
     for name, pixels in measured[seeds[0]].pictures.items():

@@ -9,7 +9,7 @@ from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_masks
     from maskllm4v.curves import GrowingCurve, write_curve
@@ -41,9 +41,7 @@ def main(experiment: Experiment, row: str) -> None:
         curve, cost = finetune(model, task, settings, seed=seed, row=row, position=position, resume=resume, watch=live)
         if is_main():
             weights = {name: model.state_dict()[name] for name in names}
-            save_masks(
-                checkpoint(row, seed), MaskCheckpoint(found.pattern, found.masks, base, "finetuned", weights, prior={})
-            )
+            save_masks(checkpoint(row, seed), replace(found, method="finetuned", weights=weights, prior={}))
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, curve)
             write_json(cost_file(row, seed), asdict(cost))
 

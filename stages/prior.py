@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from maskllm4v.config import Experiment
 from maskllm4v.errors import ConfigError
 from maskllm4v.layout import checkpoint, data_folder
@@ -13,8 +15,9 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.origin import write_origin
     from maskllm4v.parallel import map_seeds
     from maskllm4v.patterns import NMPattern
+    from maskllm4v.permutation import permute_channels_
     from maskllm4v.processes import is_main
-    from maskllm4v.pruners import prune
+    from maskllm4v.pruners import calibrates, prune
     from maskllm4v.surgery import linear
     from maskllm4v.tasks import open_task
 
@@ -27,20 +30,24 @@ def main(experiment: Experiment, row: str) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))
         base = load_dense(dense, model, experiment.model.name)
         calibrated_on = task if settings.inputs == "data" else task.generated(model, seed)
+        layers: Any = {"exclude": experiment.model.dense_layers, "on_misfit": experiment.model.on_misfit}
+        shown = calibrated_on.calibration(settings.batch_size, seed) if calibrates(settings.method) else None
+        greedy = settings.permutation == "greedy"  # by the method's score: of its inputs, or of the weights alone
+        permutations = permute_channels_(model, pattern, calibration=shown, **layers) if greedy else {}
         masks = prune(
             model,
             settings.method,
             pattern=pattern,
             calibration=calibrated_on.calibration(settings.batch_size, seed),
-            exclude=experiment.model.dense_layers,
             update_weights=settings.update_weights,
             propagate=settings.propagate,
-            on_misfit=experiment.model.on_misfit,
             seed=seed,
+            **layers,
         )
         weights = {f"{name}.weight": linear(model, name).weight for name in masks if settings.update_weights}
         if is_main():
-            save_masks(checkpoint(row, seed), MaskCheckpoint(pattern, masks, base, settings.method, weights, prior={}))
+            made = MaskCheckpoint(pattern, masks, base, settings.method, weights, prior={}, permutations=permutations)
+            save_masks(checkpoint(row, seed), made)
 
     map_seeds(experiment, experiment.row_seeds(row), one)
     write_origin(experiment, row)

@@ -9,9 +9,10 @@ from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
-    from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_masks
+    from maskllm4v.channels import apply_permutations_
+    from maskllm4v.checkpoints import load_dense, load_masks, save_masks
     from maskllm4v.curves import GrowingCurve, write_curve
     from maskllm4v.files import write_json
     from maskllm4v.live import watched
@@ -33,6 +34,7 @@ def main(experiment: Experiment, row: str) -> None:
         base = load_dense(dense, model, experiment.model.name)
         source = task if settings.inputs == "data" else task.generated(model, seed)
         prior = load_masks(checkpoint(settings.prior, seed), pattern=pattern, base=base)  # not its updated weights
+        apply_permutations_(model, prior.permutations)
         make_learnable(
             model,
             prior.masks,
@@ -50,8 +52,10 @@ def main(experiment: Experiment, row: str) -> None:
             model, source, settings, seed=seed, prior=prior.masks, row=row, position=position, resume=resume, watch=live
         )
         if is_main():
-            found = MaskCheckpoint(prior.pattern, learned.masks, base, "maskllm", {}, prior.masks, gate=settings.gate)
-            save_masks(checkpoint(row, seed), found)
+            made = replace(
+                prior, masks=learned.masks, method="maskllm", weights={}, prior=prior.masks, gate=settings.gate
+            )
+            save_masks(checkpoint(row, seed), made)
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, learned.curve)
             write_json(cost_file(row, seed), asdict(learned.cost))
 

@@ -39,7 +39,7 @@ SECTIONS = {
     "model.input": ["img_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"],
     "dense": [*TRAINING, "row", "init", "checkpoint", "shared", "progressive"],
     "dense.progressive": ["size", "steps"],
-    "priors.one": ["method", "pattern", "update_weights", "propagate", "batch_size", "inputs"],
+    "priors.one": ["method", "pattern", "update_weights", "propagate", "batch_size", "inputs", "permutation"],
     "learning": LEARNING,
     "learned.own": [*LEARNING, "prior"],
     "finetuned.tuned": FINETUNING,

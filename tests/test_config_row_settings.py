@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from small_params import FINETUNING, LEARNING, SECTIONS, changed, params
+from small_params import FINETUNING, LEARNING, SECTIONS, changed, fault, params
 
 from maskllm4v.config import parse_experiment
 from maskllm4v.errors import ConfigError
@@ -68,7 +68,7 @@ def test_seeds_take_turns_with_calibration_sets(sets: int, expected: list[int]) 
     assert [found.calibration_set(seed) for seed in found.seeds] == expected
 
 
-UNWRITTEN = {"inputs", "gate"}  # at their defaults; records from before there was a choice still fit
+UNWRITTEN = {"inputs", "gate", "permutation"}  # at their defaults; records from before there was a choice still fit
 COMMON = {"table", "exact", "seeds", "data", "task", "model", "dense"}
 
 
@@ -110,6 +110,7 @@ CHANGES = [
     ("learning.tau", [3.0, 0.1], "own plain"),
     ("priors.one.method", "wanda", "one own plain tuned"),
     ("priors.one.pattern", "4:8", "one own plain tuned"),
+    ("priors.one.permutation", "greedy", "one own plain tuned"),
     ("pattern", "4:8", "one own plain tuned"),
     ("exact", True, ALL),
     ("seeds", [0], ALL),
@@ -182,6 +183,16 @@ def other_value(key: str, now: Any) -> Any:
     other = OTHER_CHOICE[key] if key in OTHER_CHOICE else not now if isinstance(now, bool) else OTHER[type(now)]
     assert other != now
     return other
+
+
+def test_permutation_is_written_down_only_where_there_is_one() -> None:
+    raw = params()
+    raw["priors"]["one"]["permutation"] = "none"
+    assert parse_experiment(raw).row_settings("one") == parse_experiment(params()).row_settings("one")
+    permuted = parse_experiment(changed("priors.one.permutation", "greedy"))
+    assert permuted.row_settings("own")["prior"]["permutation"] == "greedy"
+    assert parse_experiment(permuted.model_dump()) == permuted
+    assert fault(changed("priors.one.permutation", "best")).startswith("params.yaml: priors.one.permutation is 'best'")
 
 
 def test_row_settings_of_an_unknown_row_are_refused() -> None:

@@ -123,7 +123,8 @@ def _folded_file(a: argparse.Namespace, experiment: Experiment, task: Task) -> t
         assert masks is not None
         updated = found.zeroed if isinstance(found, State) else bool(masks.weights)
         base, method = said.get("base") or masks.base, said.get("method") or masks.method
-        folded = Folded(fold_(model), masks.masks, masks.pattern, name, method, base, updated)
+        about = (name, method, base, updated)
+        folded = Folded(fold_(model), masks.masks, masks.pattern, *about, permutations=masks.permutations)
     return replace(folded, manifest=said.get("manifest"), record=said.get("record"), args=args), _dtype(found)
 
 

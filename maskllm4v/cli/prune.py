@@ -27,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("dense", "pruned"),
         help="what later layers see while calibrating (default: wanda dense, as in the original; sparsegpt pruned)",
     )
+    parser.add_argument(
+        "--permutation",
+        choices=("none", "greedy"),
+        default="none",
+        help="greedy: first put hidden channels into an order of which masks keep more; outputs stay the same "
+        "(default none)",
+    )
     parser.add_argument("--nsamples", type=int, default=128, metavar="N", help="images that calibrate (default 128)")
     parser.add_argument(
         "--calibration-split",
@@ -48,12 +55,14 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.cli import inputs
     from maskllm4v.distributed import leave
     from maskllm4v.patterns import NMPattern
+    from maskllm4v.permutation import permute_channels_
     from maskllm4v.processes import is_main
-    from maskllm4v.pruners import prune
+    from maskllm4v.pruners import calibrates, prune
     from maskllm4v.surgery import linear
 
     a, pattern = arguments, NMPattern(arguments.pattern or "2:4")
     settings = {"method": a.pruner, "update_weights": a.enable_update, "propagate": a.propagate}
+    settings |= {"permutation": a.permutation}
     images = options.split(a, a.calibration_split)
     experiment = options.experiment(
         a,
@@ -71,22 +80,28 @@ def run(arguments: argparse.Namespace) -> None:
         (part,) = task.calibration(prior.batch_size, a.seed)
         yield from part.batches
 
+    layers: Any = {"exclude": experiment.model.dense_layers, "on_misfit": experiment.model.on_misfit}
+    shown = calibration() if calibrates(prior.method) else None
+    permutations = {}
+    if prior.permutation == "greedy":
+        permutations = permute_channels_(model, pattern, calibration=shown, forward=task.forward, **layers)
+        inputs.say(f"permuted the input channels of {len(permutations)} layers")
     masks = prune(
         model,
         prior.method,
         pattern=pattern,
         calibration=calibration(),
-        exclude=experiment.model.dense_layers,
         update_weights=prior.update_weights,
         propagate=prior.propagate,
         forward=task.forward,
-        on_misfit=experiment.model.on_misfit,
         seed=a.seed,
+        **layers,
     )
     weights = {f"{name}.weight": linear(model, name).weight for name in masks if prior.update_weights}
     base = inputs.keep_beside(a.save_model, dense, experiment)
     if is_main():
-        save_masks(a.save_model, MaskCheckpoint(pattern, masks, base, prior.method, weights, prior={}))
+        found = MaskCheckpoint(pattern, masks, base, prior.method, weights, prior={}, permutations=permutations)
+        save_masks(a.save_model, found)
     updated = ", weights updated" if weights else ""
     inputs.say(f"{a.save_model}: {pattern} masks of {len(masks)} layers by {prior.method}{updated}")
     leave()

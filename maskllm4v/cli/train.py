@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from maskllm4v.patterns import NMPattern
     from maskllm4v.tasks import Task
 
+    Tensors = dict[str, Tensor]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -181,6 +183,7 @@ def run(arguments: argparse.Namespace) -> None:
     import copy
     import shutil
 
+    from maskllm4v.channels import apply_permutations_
     from maskllm4v.checkpoints import MaskCheckpoint, save_masks
     from maskllm4v.cli import inputs
     from maskllm4v.curves import write_curve
@@ -194,10 +197,11 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.training import CURVE_COLUMNS, learn_masks
 
     a = arguments
-    experiment, task, model, pattern, prior = start(a)
+    experiment, task, model, pattern, prior, permutations = start(a)
     learning = experiment.learned[options.LEARNED]
     dense, base = copy.deepcopy(model).cpu(), tensors_digest(model.state_dict())
     manifest = inputs.prepare_data(experiment, task)
+    apply_permutations_(model, permutations)
     make_learnable(
         model,
         prior or None,
@@ -211,16 +215,18 @@ def run(arguments: argparse.Namespace) -> None:
         exclude=() if prior else experiment.model.dense_layers,
     )
     states = inputs.CACHE / "resume" / value_digest([str(a.output.resolve())])[:16]
+    prefixed = {f"permutation.{name}": order for name, order in permutations.items()}
     identity = {
         "settings": experiment.row_settings(options.LEARNED),
-        "inputs": {"manifest": manifest, "dense": base, "prior": tensors_digest(prior)},
+        "inputs": {"manifest": manifest, "dense": base, "prior": tensors_digest({**prior, **prefixed})},
         "versions": versions(),
     }
     resume = Resume(states, a.seed, identity, minutes=experiment.runtime.checkpoint_minutes)
     learned = learn_masks(model, task, learning, seed=a.seed, prior=prior or None, row=a.output.stem, resume=resume)
     inputs.keep_beside(a.output, dense, experiment)
     if is_main():
-        save_masks(a.output, MaskCheckpoint(pattern, learned.masks, base, "maskllm", {}, prior))
+        made = MaskCheckpoint(pattern, learned.masks, base, "maskllm", {}, prior, permutations=permutations)
+        save_masks(a.output, made)
         write_curve(a.curve or a.output.with_suffix(".csv"), CURVE_COLUMNS, learned.curve)
         shutil.rmtree(states, ignore_errors=True)
     inputs.say(
@@ -229,11 +235,11 @@ def run(arguments: argparse.Namespace) -> None:
     leave()
 
 
-def start(a: argparse.Namespace) -> tuple[Experiment, Task, nn.Module, NMPattern, dict[str, Tensor]]:
-    """Settings, task, dense model, pattern and prior masks (empty without a prior) that a training starts from.
+def start(a: argparse.Namespace) -> tuple[Experiment, Task, nn.Module, NMPattern, Tensors, Tensors]:
+    """Settings, task, dense model, pattern, prior masks (empty without a prior) and permutations to start from.
 
     Raises:
-        CheckpointError: the prior has no masks, or is of another model or pattern.
+        CheckpointError: the prior has no masks, or is of another model or pattern, or of one with permuted channels.
     """
     from maskllm4v.checkpoints import MaskCheckpoint
     from maskllm4v.cli import inputs
@@ -247,10 +253,12 @@ def start(a: argparse.Namespace) -> tuple[Experiment, Task, nn.Module, NMPattern
     experiment = settings(a, str(pattern))
     task = inputs.task_of(experiment)
     if found is None:
-        return experiment, task, inputs.dense_model(experiment, task), pattern, {}
+        return experiment, task, inputs.dense_model(experiment, task), pattern, {}, {}
     if isinstance(found, MaskCheckpoint):  # its updated weights, if any, stay unused: dense ones are frozen
         model = inputs.dense_of_masks(a, experiment, task, a.checkpoint, found.base)
     elif inputs.given_dense(a):
+        if found.about.get("permuted"):
+            raise CheckpointError(f"{a.checkpoint}: its channels are permuted; start from the masks of prune or train")
         model = inputs.dense_model(experiment, task)
         if updated := found.updated(model.state_dict()):
             inputs.say(f"{a.checkpoint}: other weights than the dense ones in {len(updated)} layers; unused")
@@ -258,4 +266,5 @@ def start(a: argparse.Namespace) -> tuple[Experiment, Task, nn.Module, NMPattern
         unpruned(found)
         model = inputs.load_original(found, experiment, task)
         inputs.say(f"dense weights: those in {a.checkpoint}, as they are (updated ones, if it was made so)")
-    return experiment, task, model, pattern, dict(found.masks)
+    permutations = dict(found.permutations) if isinstance(found, MaskCheckpoint) else {}
+    return experiment, task, model, pattern, dict(found.masks), permutations

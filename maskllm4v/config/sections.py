@@ -29,6 +29,10 @@ REAL: Any = Field("data", exclude_if=lambda value: value == "data")
 Gate = Literal["candidates", "positions"]
 CANDIDATES: Any = Field("candidates", exclude_if=lambda value: value == "candidates")
 
+# Of the dense model's hidden channels, before it is pruned; its outputs stay the same. Written down like the inputs.
+Permutation = Literal["none", "greedy"]
+UNPERMUTED: Any = Field("none", exclude_if=lambda value: value == "none")
+
 
 class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -216,6 +220,7 @@ class PriorSettings(Settings):
     propagate: Literal["dense", "pruned"] | None = None  # None: as the method's authors do
     batch_size: Count = 128
     inputs: Inputs = REAL
+    permutation: Permutation = UNPERMUTED
 
 
 class LearningSettings(TrainingSettings):

@@ -39,6 +39,8 @@ class Folded:
         base: digest of the dense model's tensors; None where unknown.
         updated: whether masks alone would not give it: weights were changed, or the dense ones are lost.
         manifest, record: digests of the data's manifest and of the record that measured it; None where unknown.
+        permutations: of the dense model's channels, after which the masks were made; empty if there are none, or the
+            dense model is not known.
     """
 
     model: nn.Module
@@ -51,10 +53,12 @@ class Folded:
     manifest: str | None = None
     record: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
+    permutations: Mapping[str, Tensor] = field(default_factory=dict)
 
     def about(self, kind: str) -> dict[str, Any]:
-        """What a file says of itself."""
+        """What a file says of itself; ``permuted``: layers whose inputs are in another order than the dense model's."""
         return {
+            **({"permuted": sorted(self.permutations)} if self.permutations else {}),
             "kind": kind,
             "model": self.name,
             "args": dict(self.args),
@@ -166,4 +170,5 @@ def write_masks(path: Path, folded: Folded) -> None:
     masks = {layer: mask.cpu() for layer, mask in folded.masks.items()}
     said = folded.about("masks")
     more = {key: said[key] for key in ("model", "args", "manifest", "record")}
-    save_masks(path, MaskCheckpoint(pattern, masks, folded.base, folded.method, weights={}, prior={}), more)
+    found = MaskCheckpoint(pattern, masks, folded.base, folded.method, {}, {}, permutations=folded.permutations)
+    save_masks(path, found, more)

@@ -45,7 +45,8 @@ def folded_row(experiment: Experiment, task: Task, row: str, seed: int | None = 
     path = checkpoint(row, seed)
     found = load_masks(path, pattern=experiment.pattern_of(row), base=base)
     model, updated = fold_(install(model, found, str(path))).cpu(), bool(found.weights)
-    return Folded(model, found.masks, found.pattern, name, found.method, base, updated, manifest, measured, args)
+    about = (name, found.method, base, updated, manifest, measured, args)
+    return Folded(model, found.masks, found.pattern, *about, found.permutations)
 
 
 def write(path: Path, format: str, folded: Folded, dtype: str | None, task: Task) -> None:

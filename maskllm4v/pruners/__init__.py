@@ -25,7 +25,7 @@ from maskllm4v.pruners.wanda import prune_wanda
 from maskllm4v.statistics import Hessian, InputNorm, Statistic
 from maskllm4v.surgery import Exclude, OnMisfit, prunable_linears, replace_
 
-__all__ = ["Method", "Pruned", "available", "prune", "register_pruner"]
+__all__ = ["Method", "Pruned", "available", "calibrates", "prune", "register_pruner"]
 
 
 class LayerPruner(Protocol):
@@ -65,6 +65,21 @@ _METHODS: dict[str, Method] = {
 def available() -> list[str]:
     """Names of all registered methods."""
     return sorted(_METHODS)
+
+
+def calibrates(method: str) -> bool:
+    """Whether a method looks at inputs.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    return _method(method).statistic is not None
+
+
+def _method(name: str) -> Method:
+    if name not in _METHODS:
+        raise ConfigError(f"method is {name!r}; allowed: {', '.join(available())}")
+    return _METHODS[name]
 
 
 def register_pruner(
@@ -130,9 +145,7 @@ def prune(
         DataError: no batch, or none that reaches a layer.
         PatternError: the pattern does not fit a layer.
     """
-    if method not in _METHODS:
-        raise ConfigError(f"method is {method!r}; allowed: {', '.join(available())}")
-    chosen, pattern = _METHODS[method], NMPattern(pattern)
+    chosen, pattern = _method(method), NMPattern(pattern)
     if update_weights and not chosen.updates:
         raise ConfigError(f"update_weights is true, but {method!r} cannot update weights")
     if propagate not in (None, "dense", "pruned"):
