@@ -88,9 +88,7 @@ METRICS = {
             Metric("top1", "Top-1 (%)", 2, noun="top-1", axis="top-1 accuracy (%)", percent=True),
             Metric("top5", "Top-5 (%)", 2, percent=True),
             Metric("nll", "Cross-entropy", 3, better="lower"),
-            Metric(
-                "ece", "ECE (%)", 1, "ECE: expected calibration error, 15 bins", percent=True, better="lower"
-            ),
+            Metric("ece", "ECE (%)", 1, "ECE: expected calibration error, 15 bins", percent=True, better="lower"),
             Metric("agreement", "Agreement (%)", 1, "agreement: same top-1 class as the dense model", percent=True),
         ),
         figure="accuracy",

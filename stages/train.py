@@ -14,6 +14,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_masks
     from maskllm4v.curves import GrowingCurve, write_curve
     from maskllm4v.files import write_json
+    from maskllm4v.hybrid import kept_weights, start_from_updated_
     from maskllm4v.live import watched
     from maskllm4v.origin import write_origin
     from maskllm4v.parallel import map_seeds
@@ -32,24 +33,27 @@ def main(experiment: Experiment, row: str) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))
         base = load_dense(dense, model, experiment.model.name)
         source = task if settings.inputs == "data" else task.generated(model, seed)
-        prior = load_masks(checkpoint(settings.prior, seed), pattern=pattern, base=base)  # not its updated weights
-        make_learnable(
-            model,
-            prior.masks,
-            pattern=pattern or "",
-            prior_strength=settings.prior_strength,
-            gate_std=settings.gate_std,
-            init=settings.init,
-            hard=settings.hard,
-            seed=seed,
-        )
+        prior = load_masks(checkpoint(settings.prior, seed), pattern=pattern, base=base)
+        teacher = start_from_updated_(model, prior) if settings.weights == "updated" else None
+        how = settings.model_dump(include={"prior_strength", "gate_std", "init", "hard"})
+        make_learnable(model, prior.masks, pattern=pattern or "", seed=seed, **how)
         resume = resume_of(experiment, row, seed, manifest=task.data_digest, dense=base, prior=prior.digest)
         live = GrowingCurve(live_file(row, seed), CURVE_COLUMNS)
         learned = learn_masks(
-            model, source, settings, seed=seed, prior=prior.masks, row=row, position=position, resume=resume, watch=live
+            model,
+            source,
+            settings,
+            seed=seed,
+            prior=prior.masks,
+            row=row,
+            position=position,
+            teacher=teacher,
+            resume=resume,
+            watch=live,
         )
         if is_main():
-            found = MaskCheckpoint(prior.pattern, learned.masks, base, "maskllm", {}, prior.masks)
+            weights = kept_weights(model, learned.masks) if teacher is not None else {}
+            found = MaskCheckpoint(prior.pattern, learned.masks, base, "maskllm", weights, prior.masks)
             save_masks(checkpoint(row, seed), found)
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, learned.curve)
             write_json(cost_file(row, seed), asdict(learned.cost))
