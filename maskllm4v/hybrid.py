@@ -21,7 +21,7 @@ def start_from_updated_(model: nn.Module, prior: MaskCheckpoint) -> nn.Module:
     """Put a checkpoint's updated weights into a dense model in place, where its masks keep them.
 
     Returns:
-        A copy of the dense model as it was, to distil from.
+        A copy of the dense model as it was, in evaluation mode: the teacher to distil from.
 
     Raises:
         CheckpointError: the checkpoint has updated weights of other tensors, not of all its layers, or of another
@@ -30,11 +30,12 @@ def start_from_updated_(model: nn.Module, prior: MaskCheckpoint) -> nn.Module:
     names = {f"{name}.weight" for name in prior.masks}
     if different := sorted(names ^ prior.weights.keys()):
         raise CheckpointError(f"updated weights have to be those of the masked layers; {different[0]!r} is not in both")
-    dense = copy.deepcopy(model)
+    for name, mask in prior.masks.items():
+        if not linear(model, name).weight.shape == mask.shape == prior.weights[f"{name}.weight"].shape:
+            raise CheckpointError(f"layer {name!r}: the updated weights do not fit the model")
+    dense = copy.deepcopy(model).eval()
     for name, mask in prior.masks.items():
         weight, updated = linear(model, name).weight, prior.weights[f"{name}.weight"]
-        if updated.shape != weight.shape or mask.shape != weight.shape:
-            raise CheckpointError(f"layer {name!r}: the updated weights do not fit the model")
         weight.copy_(torch.where(mask.to(weight.device), updated.to(weight), weight))
     return dense
 
