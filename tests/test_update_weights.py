@@ -275,6 +275,14 @@ def test_failure_half_way_leaves_nothing_half_updated(vit: nn.Module, monkeypatc
     assert after[1:] == before[1:]
 
 
+@pytest.mark.parametrize("method", ["least_squares", "sparsegpt"])
+def test_weight_that_is_not_finite_is_named(vit: nn.Module, method: str) -> None:
+    masked, _ = masked_vit(vit)
+    masked.blocks[1].mlp.fc2.weight.data[3, 5] = float("nan")
+    with pytest.raises(DataError, match=r"'blocks\.1\.mlp\.fc2': .* not finite"):
+        update_weights_(masked, method, calibration=images())
+
+
 def test_model_without_masks(vit: nn.Module) -> None:
     with pytest.raises(ConfigError, match="no masked layer"):
         update_weights_(vit, calibration=images())

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from maskllm4v.calibration import Calibration, Forward, as_parts, part_statistics
-from maskllm4v.errors import ConfigError
+from maskllm4v.errors import ConfigError, DataError
 from maskllm4v.layers import MaskedLinear, unmasked
 from maskllm4v.patterns import NMPattern
 from maskllm4v.progress import bar
@@ -117,6 +118,8 @@ def update_weights_(
                     damping=chosen.damping if damping is None else damping,
                     layer=name,
                 )
+                if not torch.isfinite(weight).all():
+                    raise DataError(f"layer {name!r}: updated weights are not finite")
                 done[name] = _updated(layer, weight, mask, name)
                 replace_(model, [name], lambda name, _: done[name])
     except BaseException:
