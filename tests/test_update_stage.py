@@ -12,8 +12,6 @@ from test_pipeline import Params, digests, new_project, run, small_params, stage
 from maskllm4v.checkpoints import MaskCheckpoint, load_masks
 from maskllm4v.config import load_experiment
 from maskllm4v.files import read_json
-from maskllm4v.packed import load_packed
-from maskllm4v.tasks import open_task
 
 pytestmark = pytest.mark.slow
 
@@ -21,24 +19,22 @@ ROWS = {
     "small-dense": "Dense",
     "small-magnitude": "Magnitude",
     "small-squares": "Least squares",
-    "small-sparsegpt": "SparseGPT's update",
     "small-hybrid": "Learned after",
     "small-again": "Updated after",
 }
 
 
 def params() -> Params:
-    """Magnitude masks; two updates of them; masks learned on the one; these updated again."""
+    """Magnitude masks; an update of them; masks learned on that; another update of these."""
     found = small_params()
     found["priors"] = {"small-magnitude": {"method": "magnitude"}}
     found["updated"] = {
         "small-squares": {"masks": "small-magnitude", "update": "least_squares"},
-        "small-sparsegpt": {"masks": "small-magnitude", "update": "sparsegpt"},
-        "small-again": {"masks": "small-hybrid", "update": "least_squares", "target": "symmetric"},
+        "small-again": {"masks": "small-hybrid", "update": "sparsegpt"},
     }
     hybrid = {"prior": "small-squares", "weights": "updated", "steps": 8, "distillation": 1.0, "lr": 0.5, "min_lr": 0.5}
     found["learned"] = {"small-hybrid": hybrid}
-    return {**found, "finetuned": {}, "rows": ROWS, "exports": {"small-hybrid": {"formats": ["packed"]}}}
+    return {**found, "finetuned": {}, "rows": ROWS, "exports": {}}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = new_project(tmp_path_factory.mktemp("updated"), params())
     done = run(project, "dvc", "repro", "report")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Running stage '") == 1 + 1 + 1 + 3 + 1 + 6 + 1 + 1
+    assert done.stdout.count("Running stage '") == 1 + 1 + 1 + 2 + 1 + 5 + 1
     return project
 
 
@@ -56,18 +52,13 @@ def masks_of(project: Path, row: str, seed: int = 1) -> MaskCheckpoint:
 
 
 def test_checkpoints_hold_masks_and_weights(made: Path) -> None:
-    magnitude, squares, sparsegpt, hybrid, again = (
-        masks_of(made, row) for row in ("magnitude", "squares", "sparsegpt", "hybrid", "again")
-    )
-    assert (squares.method, sparsegpt.method, hybrid.method, again.method) == (
-        *("least_squares", "sparsegpt", "maskllm", "least_squares"),
-    )
+    magnitude, squares, hybrid, again = (masks_of(made, row) for row in ("magnitude", "squares", "hybrid", "again"))
+    assert [found.method for found in (squares, hybrid, again)] == ["least_squares", "maskllm", "sparsegpt"]
     for name, mask in magnitude.masks.items():
         assert torch.equal(squares.masks[name], mask)
-        assert torch.equal(sparsegpt.masks[name], mask)
         assert torch.equal(hybrid.prior[name], mask)
         assert torch.equal(again.masks[name], hybrid.masks[name])
-        for found in (squares, sparsegpt, hybrid, again):
+        for found in (squares, hybrid, again):
             weight = found.weights[f"{name}.weight"]
             assert weight.any()
             assert not weight[~found.masks[name]].any()
@@ -80,7 +71,7 @@ def test_checkpoints_hold_masks_and_weights(made: Path) -> None:
 
 def test_records_and_table_say_what_rows_are(made: Path) -> None:
     experiment = load_experiment(made / "params.yaml")
-    kinds = {"squares": "updated", "sparsegpt": "updated", "again": "updated", "hybrid": "learned"}
+    kinds = {"squares": "updated", "again": "updated", "hybrid": "learned"}
     for row, kind in kinds.items():
         record = read_json(made / "reports/small/runs" / f"small-{row}" / "evaluation/record.json")
         assert (record["kind"], record["settings"]) == (kind, experiment.record_settings(f"small-{row}"))
@@ -90,19 +81,10 @@ def test_records_and_table_say_what_rows_are(made: Path) -> None:
         ["Dense", "dense", "–", "–"],
         ["Magnitude", "2:4", "–", "–"],
         ["Least squares", "2:4", "✔", "Magnitude"],
-        ["SparseGPT's update", "2:4", "✔", "Magnitude"],
         ["Learned after", "2:4", "✔", "Least squares"],
         ["Updated after", "2:4", "✔", "Learned after"],
     ]
     assert (made / "reports/small/figures/accuracy.svg").exists()
-
-
-def test_exported_row_has_the_updated_weights(made: Path) -> None:
-    hybrid, (packed,) = masks_of(made, "hybrid", seed=0), (made / "artifacts/exports/small-hybrid").glob("*fp32*")
-    experiment = load_experiment(made / "params.yaml")
-    model = open_task(experiment, made / "artifacts/data/digits").build_model(0)
-    load_packed(model, packed)
-    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in hybrid.weights.items())
 
 
 def test_one_setting_makes_its_row_and_what_follows_again(made: Path, tmp_path: Path) -> None:
@@ -114,7 +96,7 @@ def test_one_setting_makes_its_row_and_what_follows_again(made: Path, tmp_path: 
     done = run(project, "dvc", "repro", "report")
     ran = [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
     again = {f"{name}@small-{row}" for name, row in (("update", "squares"), ("train", "hybrid"), ("update", "again"))}
-    again |= {f"evaluate@small-{row}" for row in ("squares", "hybrid", "again")} | {"export@small-hybrid", "report"}
+    again |= {f"evaluate@small-{row}" for row in ("squares", "hybrid", "again")} | {"report"}
     assert set(ran) == again
     assert ran.index("update@small-squares") < ran.index("train@small-hybrid") < ran.index("update@small-again")
 
@@ -133,7 +115,7 @@ BAD_INPUT = {
     "row of another kind": (
         "small-magnitude",
         lambda p: None,
-        "no updated row; allowed: small-squares, small-sparsegpt, small-again",
+        "no updated row; allowed: small-squares, small-again",
     ),
     "masks of another pattern": (
         "small-squares",
