@@ -4,6 +4,7 @@
 # make bench   measure speed and memory on this machine; `make repro` then shows it
 # make ui      MLflow's UI on http://127.0.0.1:5000
 # make figures draw the figures in docs/figures anew
+# make screenshots   look at pages and MLflow's UI in headless Chromium; pictures in docs/screenshots
 # make experiments   what `dvc exp run` gave beside this commit; ROW=short-magnitude: of rows called so
 # make publish send all committed records to MLFLOW_TRACKING_URI (or ./mlflow.db)
 # make use EXPERIMENT=digits   switch params.yaml to experiments/digits.yaml
@@ -19,7 +20,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONPATH
 
-.PHONY: repro test proof bench ui figures experiments publish use lint
+.PHONY: repro test proof bench ui figures screenshots experiments publish use lint
 
 repro: $(READY)
 	@test -e mlflow.db || rm -rf mlruns/published  # the store was deleted: publish again
@@ -56,7 +57,10 @@ ui: $(READY)
 	mlflow ui --backend-store-uri sqlite:///mlflow.db --port $(PORT)
 
 figures: $(READY)
-	python scripts/draw_figures.py
+	python -m scripts.draw_figures
+
+screenshots: $(READY)
+	python -m scripts.screenshots
 
 experiments: $(READY)
 	dvc exp show --only-changed --hide-workspace --drop '.*/|Created|(?!.*$(ROW)).*\.'

@@ -33,7 +33,7 @@ def report(arguments: argparse.Namespace) -> None:
 def publish(_: argparse.Namespace) -> None:
     """Send the committed records of all tables to MLflow (MLFLOW_TRACKING_URI, or ./mlflow.db)."""
     from maskllm4v.reporting.report import experiments
-    from maskllm4v.tracking import publish
+    from maskllm4v.tracking.publishing import publish
 
     for table, experiment in experiments(Path()).items():
         print(f"{table}: {len(publish(Path(), experiment))} runs")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from maskllm4v.errors import UserError
@@ -15,17 +15,16 @@ def write_curve(path: Path, columns: Sequence[str], points: Sequence[Sequence[fl
     write_csv(path, columns, map(_cells, points))
 
 
-def read_curve(path: Path) -> Iterator[dict[str, float]]:
-    """The points of a curve by column, the step among them; a last line that is still being written is none.
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """The points of a curve by column, the step among them.
 
     Raises:
         OSError: there is no such file.
         ValueError: it holds something else than numbers.
     """
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    columns, *lines = list(csv.reader(whole.splitlines())) or [[]]
-    for line in lines:
-        yield {column: float(value) for column, value in zip(columns, line, strict=True)}
+    curve = FollowedCurve(path)
+    curve.update()
+    return curve.points
 
 
 class GrowingCurve:
@@ -55,6 +54,29 @@ class GrowingCurve:
         except (OSError, UserError):
             self._failed = True
         self._begun = True
+
+
+class FollowedCurve:
+    """A growing curve as its reader has it.
+
+    Attributes:
+        points: those read so far, by column, the step among them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.points: list[dict[str, float]] = []
+        self._path, self._columns, self._read = path, list[str](), 0
+
+    def update(self) -> None:
+        """Read what was added; a last line that is still being written is left for the next time. Errors as above."""
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            whole, end, _ = file.read().rpartition(b"\n")
+        self._read += len(whole) + len(end)
+        lines = list(csv.reader(whole.decode().splitlines()))
+        if lines and not self._columns:
+            self._columns = lines.pop(0)
+        self.points += [dict(zip(self._columns, map(float, line), strict=True)) for line in lines]
 
 
 def _cells(point: Sequence[float]) -> list[int | str]:

@@ -10,11 +10,12 @@ from stages.entry import run
 
 
 def main(experiment: Experiment, _: str) -> None:
-    from maskllm4v.tracking import ARTIFACT_ROOT, publish
+    from maskllm4v.tracking.publishing import publish
+    from maskllm4v.tracking.store import STAMPS
 
     published = publish(Path(), experiment)
     # Lies in the store and says what it holds: DVC runs this stage again when the store was deleted.
-    write_json(Path(ARTIFACT_ROOT) / "published" / f"{experiment.table}.json", published)
+    write_json(STAMPS / f"{experiment.table}.json", published)
     print(f"{len(published)} runs stand for table {experiment.table!r}")
 
 

@@ -73,7 +73,10 @@ ROOMS = {  # from the ground up: a module, or a package as a whole, and all of o
         *("sealed", "surgery", "tasks"),
     },
     "reporting": {"config", "files", "layout", "metrics", "pictures", "records"},
-    "tracking": {"config", "layout", "metrics", "pictures", "progress", "records", "reporting"},
+    "tracking": {
+        *("checkpoints", "config", "curves", "export", "files", "layout", "metrics", "origin", "pictures", "progress"),
+        *("records", "reporting", "tasks", "workspace"),
+    },
     "cli": {
         *("checkpoints", "config", "curves", "data", "dense", "devices", "distributed", "evaluation", "export"),
         *("files", "layout", "models", "original", "packed", "patterns", "pictures", "processes", "pruners"),
@@ -111,16 +114,21 @@ def test_doors_lead_down() -> None:
         assert doors <= set(storeys[: storeys.index(name)]), name
 
 
-def test_one_room_speaks_to_each_library() -> None:
-    """Accelerate for the loop and for what processes do together, MLflow for tracking, matplotlib for figures."""
-    found = {name: {m for m in ALL if name in roots(m)} for name in ("accelerate", "mlflow", "dvc", "matplotlib")}
-    assert found == {
-        "accelerate": {"maskllm4v.distributed", "maskllm4v.loop"},
-        "mlflow": {"maskllm4v.tracking"},
-        "dvc": set(),
-        "matplotlib": {m for m in ALL if m.startswith("maskllm4v.reporting.figures")}
-        - {"maskllm4v.reporting.figures.labels"},
-    }
+LIBRARIES = {  # who may speak to it: a module, or a package as a whole
+    "accelerate": {"maskllm4v.distributed", "maskllm4v.loop"},
+    "dvc": set(),
+    "jinja2": {"maskllm4v.reporting.page"},
+    "matplotlib": {"maskllm4v.reporting.figures"},
+    "mlflow": {"maskllm4v.tracking"},
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_one_room_speaks_to_each_library(library: str) -> None:
+    found = {module for module in ALL if library in roots(module)}
+    places = {place for module in found for place in LIBRARIES[library] if f"{module}.".startswith(f"{place}.")}
+    strangers = {m for m in found if not any(f"{m}.".startswith(f"{place}.") for place in LIBRARIES[library])}
+    assert (places, strangers) == (LIBRARIES[library], set())
 
 
 @pytest.mark.parametrize("module", ALL)
@@ -132,7 +140,10 @@ def test_arrows_point_down(module: str) -> None:
         assert not any(name.startswith(("maskllm4v.tasks", "maskllm4v.data")) for name in closure(module))
 
 
-@pytest.mark.parametrize("module", [m for m in ALL if m.startswith(("maskllm4v.reporting", "maskllm4v.tracking"))])
+LIGHT = ("maskllm4v.reporting", "maskllm4v.live", "maskllm4v.tracking.live")
+
+
+@pytest.mark.parametrize("module", [m for m in ALL if m.startswith(LIGHT)])
 def test_reports_need_no_torch(module: str) -> None:
     assert not any("torch" in roots(name) or "timm" in roots(name) for name in closure(module))
 

@@ -106,7 +106,7 @@ def test_the_best_sparse_row_is_bold(experiment: Experiment) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tty", "no_color", "bold"), [(True, None, True), (True, "1", False), (True, "", False), (False, None, False)]
+    ("tty", "no_color", "bold"), [(True, None, True), (True, "1", False), (True, "", True), (False, None, False)]
 )
 def test_bold_is_for_terminals_that_want_it(
     tty: bool, no_color: str | None, bold: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

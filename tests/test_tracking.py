@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from import_graph import ROOT
 from made_diffusion import TIMESTEPS, diffusion, picture
 from made_diffusion import make_records as make_diffusion_records
 from made_records import DIGITS, make_records, with_controls
@@ -16,8 +21,11 @@ from made_records import DIGITS, make_records, with_controls
 from maskllm4v.config import Experiment
 from maskllm4v.files import read_json, value_digest, write_json
 from maskllm4v.layout import record_file
+from maskllm4v.metrics import METRICS
 from maskllm4v.pictures import read_picture
-from maskllm4v.tracking import LARGEST_ARTIFACT, flatten, publish
+from maskllm4v.tracking.publishing import publish
+from maskllm4v.tracking.runs import LARGEST_ARTIFACT, flatten
+from maskllm4v.tracking.views import TAG, saved_view
 
 ROWS = ("digits-dense", "digits-magnitude", "digits-maskllm-short-magnitude")
 
@@ -43,12 +51,15 @@ def their_warnings() -> Iterator[None]:
         yield
 
 
-def runs(root: Path, table: str = "digits") -> list[Any]:
+def client_of(root: Path) -> Any:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
-    found = client.get_experiment_by_name(table)
-    return client.search_runs([found.experiment_id], max_results=1000)
+    return MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+
+
+def runs(root: Path, table: str = "digits") -> list[Any]:
+    found = client_of(root).get_experiment_by_name(table)
+    return client_of(root).search_runs([found.experiment_id], max_results=1000)
 
 
 def by_row(root: Path, table: str = "digits") -> dict[str, Any]:
@@ -64,6 +75,16 @@ def test_one_run_a_row_however_often(root: Path, experiment: Experiment) -> None
     assert len(first) == 3
 
 
+def test_table_has_its_view(root: Path, experiment: Experiment) -> None:
+    publish(root, experiment)
+    client = client_of(root)
+    found = client.get_experiment_by_name("digits")
+    assert found.tags[TAG] == saved_view(METRICS["classification"])
+    client.set_experiment_tag(found.experiment_id, TAG, "of an earlier release")
+    publish(root, experiment)
+    assert client.get_experiment_by_name("digits").tags == found.tags
+
+
 def test_run_says_what_the_record_says(root: Path, experiment: Experiment) -> None:
     publish(root, experiment)
     run = by_row(root)["digits-maskllm-short-magnitude"]
@@ -77,7 +98,7 @@ def test_run_says_what_the_record_says(root: Path, experiment: Experiment) -> No
     assert run.data.tags["prior"] == "digits-magnitude"
     assert run.data.tags["current"] == "true"
     assert (run.data.tags["hardware"], run.data.tags["world_size"]) == ("a machine", "1")
-    assert {"ece", "agreement", "agreement_std", "ece/seed0", "top1_delta"} <= set(run.data.metrics)
+    assert {"ece", "agreement", "agreement/std", "ece/seed0", "top1/delta"} <= set(run.data.metrics)
     assert run.info.status == "FINISHED"
     (data,) = run.inputs.dataset_inputs
     assert record["inputs"]["manifest"].startswith(data.dataset.digest)
@@ -124,14 +145,28 @@ def test_controls_name_what_they_start_from(root: Path) -> None:
         ["finetune", "finetune", "digits-magnitude", "2:4"],
     ]
     assert found[rows[0]].data.params["finetuning.steps"] == "200"
-    assert {"train/loss", "train/lr", "train/grad_norm", "top1_delta"} <= set(found[rows[0]].data.metrics)
+    assert {"train/loss", "train/lr", "train/grad_norm", "top1/delta"} <= set(found[rows[0]].data.metrics)
 
 
 def test_deleted_store_is_rebuilt(root: Path, experiment: Experiment) -> None:
     publish(root, experiment)
+    before = {run.info.run_id for run in runs(root)}
     (root / "mlflow.db").unlink()
-    publish(root, experiment)
-    assert len(runs(root)) == 3
+    # In a process of its own: MLflow keeps files open, and would read the deleted one.
+    again = (
+        "import pathlib, sys, made_records; from maskllm4v.tracking.publishing import publish; "
+        "publish(pathlib.Path(sys.argv[1]), made_records.DIGITS)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", again, str(root)],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    with sqlite3.connect(root / "mlflow.db") as store:
+        after = {run_id for (run_id,) in store.execute("SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'")}
+    assert len(after) == 3
+    assert not after & before
 
 
 def test_run_cut_short_is_replaced(root: Path, experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +174,7 @@ def test_run_cut_short_is_replaced(root: Path, experiment: Experiment, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("maskllm4v.tracking._artifact_files", fail)
+        patch.setattr("maskllm4v.tracking.publishing.row_files", fail)
         with pytest.raises(KeyboardInterrupt):
             publish(root, experiment)
     assert len(runs(root)) == 1
@@ -154,7 +189,7 @@ def variant_of(experiment: Experiment, row: str, root: Path, lr: float) -> Exper
     raw["learned"] = {key: dict(value) for key, value in raw["learned"].items()}
     raw["learned"][row]["lr"] = lr
     changed = Experiment.model_validate(raw)
-    path = record_file("digits", row, root / "reports")
+    path = record_file(experiment.table, row, root / "reports")
     settings = changed.row_settings(row)
     write_json(path, {**read_json(path), "settings": settings, "settings_digest": value_digest(settings)})
     return changed
@@ -216,9 +251,9 @@ def test_runs_of_diffusion(root: Path) -> None:
     assert set(found) == set(tiny.rows)
     dense, pruned = found["tiny-dense"].data, found["tiny-magnitude"].data
     assert pruned.metrics["eps_mse"] == pytest.approx(0.061)
-    assert pruned.metrics["eps_mse_delta"] == pytest.approx(0.01)
-    assert {"eps_mse/seed1", "dense_mse", "accuracy", "fd", "kd_std"} <= set(pruned.metrics)
-    assert not {"dense_mse", "eps_mse_delta", "timesteps/dense_mse"} & set(dense.metrics)
+    assert pruned.metrics["eps_mse/delta"] == pytest.approx(0.01)
+    assert {"eps_mse/seed1", "dense_mse", "accuracy", "fd", "kd/std"} <= set(pruned.metrics)
+    assert not {"dense_mse", "eps_mse/delta", "timesteps/dense_mse"} & set(dense.metrics)
     assert not [name for name in pruned.metrics if "top1" in name or "/t0" in name]
     assert (dense.metrics["judge_accuracy"], dense.metrics["judge_accuracy/seed0"]) == (97.5, 97.5)
     assert pruned.tags["task"] == "diffusion"

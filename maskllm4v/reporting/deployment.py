@@ -66,11 +66,16 @@ def exports_markdown(table: str, reports: Path) -> str:
     lines = []
     for manifest in manifests:
         for file in manifest["files"]:
-            dense = _file(manifest["files"], DENSE, file["dtype"])
-            ratio = MISSING if dense is None else f"{file['bytes'] / dense['bytes']:.3f}"
+            ratio = ratio_to_dense(file, manifest["files"])
             lines.append([manifest["row"], file["file"], f"{file['bytes']:,}", ratio, f"`{file['sha256']}`"])
     facts = [f"{m['row']}: seed {m['seed']}, {m['layers']} layers {m['pattern'] or 'dense'}" for m in manifests]
     return f"{markdown(headers, lines)}\n*{'; '.join(facts)}. In `artifacts/exports/<row>/`.*\n"
+
+
+def ratio_to_dense(file: Row, files: Iterable[Row]) -> str:
+    """How large a file is, as a multiple of the dense one of its type."""
+    dense = _file(files, DENSE, file["dtype"])
+    return MISSING if dense is None else f"{file['bytes'] / dense['bytes']:.3f}"
 
 
 def _aside(summary: str, *texts: str) -> str:

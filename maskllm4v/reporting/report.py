@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from maskllm4v.config import Experiment, load_experiment
@@ -15,6 +16,7 @@ from maskllm4v.reporting.costs import cost_caption, row_costs
 from maskllm4v.reporting.curves import curves_csv
 from maskllm4v.reporting.deployment import deployment_markdown, exports_markdown
 from maskllm4v.reporting.figures import draw_figures
+from maskllm4v.reporting.page import PAGE, index_page, table_page
 from maskllm4v.reporting.performance import performance_markdown
 from maskllm4v.reporting.readme import splice
 from maskllm4v.reporting.tables import caption, metrics_json, results_csv, results_markdown
@@ -24,9 +26,14 @@ PERFORMANCE = "performance"  # the one with the benchmarks of training and pruni
 DEPLOYMENT = "deployment"  # the one with sizes and speeds of what was exported
 
 
+def experiment_files(root: Path) -> dict[str, Experiment]:
+    """The experiments in ``experiments/`` by their files' names, without ``.yaml``."""
+    return {path.stem: load_experiment(path) for path in sorted((root / "experiments").glob("*.yaml"))}
+
+
 def experiments(root: Path) -> dict[str, Experiment]:
     """All experiments by table: those in ``experiments/``, and the active one in place of its original."""
-    found = {e.table: e for e in map(load_experiment, sorted((root / "experiments").glob("*.yaml")))}
+    found = {experiment.table: experiment for experiment in experiment_files(root).values()}
     active = load_experiment(root / "params.yaml")
     return {**found, active.table: active}
 
@@ -60,6 +67,12 @@ def table_texts(experiment: Experiment, reports: Path) -> dict[str, str]:
     }
 
 
+def page_text(experiment: Experiment, reports: Path, files: Mapping[str, Experiment]) -> str:
+    """The page of one table; ``files``: :func:`experiment_files`, for its commands to name one."""
+    same = (name for name, e in files.items() if e.model_copy(update={"runtime": experiment.runtime}) == experiment)
+    return table_page(experiment, reports, next(same, None))
+
+
 def readme_sections(root: Path) -> dict[str, str]:
     """The README's generated sections by marker name."""
     reports = root / "reports"
@@ -73,7 +86,7 @@ def readme_sections(root: Path) -> dict[str, str]:
 
 
 def write_report(root: Path) -> list[Path]:
-    """Render the active experiment's tables and figures, and all tables of the README."""
+    """Render the active experiment's tables, figures and page, and what all tables share: README and index."""
     experiment = load_experiment(root / "params.yaml")
     reports, folder = root / "reports", root / "reports" / experiment.table
     written = []
@@ -82,6 +95,11 @@ def write_report(root: Path) -> list[Path]:
         written.append(folder / name)
     records = current_records(experiment, reports)
     written += draw_figures(experiment, records, aggregate(experiment, records), reports, folder / "figures")
+    page = page_text(experiment, reports, experiment_files(root))
+    pages = {folder / PAGE: page, reports / PAGE: index_page(experiments(root), reports)}
+    for path, text in pages.items():
+        write_text(path, text)
+        written.append(path)
     readme = root / "README.md"
     if readme.exists():
         text = readme.read_text(encoding="utf-8")
@@ -93,16 +111,18 @@ def write_report(root: Path) -> list[Path]:
 
 
 def check_report(root: Path) -> None:
-    """Raise :class:`UserError` unless README and tables are what the committed records give."""
-    wrong = []
+    """Raise :class:`UserError` unless README, tables and pages are what the committed records give."""
+    wrong, reports, files = [], root / "reports", experiment_files(root)
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
     if splice(text, readme_sections(root)) != text:
         wrong.append("README.md")
+    expected = {reports / PAGE: index_page(experiments(root), reports)}
     for table, experiment in experiments(root).items():
-        for name, expected in table_texts(experiment, root / "reports").items():
-            path = root / "reports" / table / name
-            if path.exists() and path.read_text(encoding="utf-8") != expected:
-                wrong.append(str(path.relative_to(root)))
+        texts = {**table_texts(experiment, reports), PAGE: page_text(experiment, reports, files)}
+        expected |= {reports / table / name: text for name, text in texts.items()}
+    for path, text in expected.items():
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            wrong.append(str(path.relative_to(root)))
     if wrong:
         raise UserError(f"{', '.join(wrong)}: not what the records give; run `python -m maskllm4v report`")

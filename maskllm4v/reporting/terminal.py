@@ -25,7 +25,7 @@ BOLD = "\033[1m{}\033[0m"
 def show(experiment: Experiment, reports: Path) -> None:
     """Print a table, as wide as the terminal; the best sparse row is bold where there is one that shows it."""
     width = shutil.get_terminal_size((WIDTH, 0)).columns
-    bold = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    bold = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(table_text(experiment, reports, width, bold))
 
 
@@ -33,7 +33,7 @@ def table_text(experiment: Experiment, reports: Path, width: int = WIDTH, bold: 
     """The table of an experiment as lines of at most ``width`` columns, and what it is.
 
     Long labels take several lines, then metrics are left out from the last one on, and named; only where the first
-    metric and its difference do not fit either are lines longer. Figures are the README's.
+    metric and its difference do not fit either are lines longer. Numbers are the README's.
     """
     metrics, records = METRICS[experiment.task.name], current_records(experiment, reports)
     table = aggregate(experiment, records, row_costs(experiment.table, reports))
@@ -58,14 +58,14 @@ def table_text(experiment: Experiment, reports: Path, width: int = WIDTH, bold: 
 
 
 def _lines(rows: Sequence[Sequence[str]], letters: int | None, mark: int | None) -> list[str]:
-    """Header, rule and rows; labels are wrapped after so many letters; a row is bold as far as the headline."""
+    """Header, rule and rows; labels are wrapped after so many letters; of row ``mark`` label and headline are bold."""
     columns = list(zip(*rows, strict=True))
     labels = [[_wrapped(cell, letters) for cell in column[1:]] for column in columns[:LABELS]]
     numbers = [[[cell] for cell in _aligned(column[1:])] for column in columns[LABELS:]]
     blocks = [[[*column[0].split(" ", 1)], *block] for column, block in zip(columns, [*labels, *numbers], strict=True)]
     widths = [max(_width(line) for cell in block for line in cell) for block in blocks]
     lines = []
-    for number in range(len(rows)):
+    for number in range(len(rows)):  # the first one is the header
         of_row = [block[number] for block in blocks]
         for part in range(max(map(len, of_row))):
             texts = [cell[part] if part < len(cell) else "" for cell in of_row]

@@ -1,0 +1,84 @@
+"""What a page is made of: one table's records, as its parts read them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from maskllm4v.config import Experiment
+from maskllm4v.metrics import METRICS, TaskMetrics
+from maskllm4v.reporting.aggregate import aggregate, current_records
+from maskllm4v.reporting.costs import cost_caption, row_costs
+from maskllm4v.reporting.figures.labels import row_labels
+from maskllm4v.reporting.tables import caption
+
+KINDS = {
+    "dense": "dense",
+    "oneshot": "one-shot",
+    "learned": "learned masks",
+    "finetuned": "control, weights trained on",
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Current records of a table, and where curves and diagnostics of its rows lie."""
+
+    experiment: Experiment
+    reports: Path
+
+    @cached_property
+    def records(self) -> dict[str, dict[str, Any]]:
+        return current_records(self.experiment, self.reports)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        return aggregate(self.experiment, self.records, row_costs(self.experiment.table, self.reports))
+
+    @cached_property
+    def lines(self) -> dict[str, dict[Hashable, Any]]:
+        """Lines of the table by row."""
+        return {str(line["row"]): line for line in self.table.to_dict("records")}
+
+    @cached_property
+    def measured(self) -> list[str]:
+        """Rows whose headline is known, in the table's order."""
+        return [row for row, line in self.lines.items() if pd.notna(line[f"{self.metrics.headline.name}_mean"])]
+
+    @property
+    def metrics(self) -> TaskMetrics:
+        return METRICS[self.experiment.task.name]
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        return row_labels(self.experiment)
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """What rows are called where there is no room for a label: their place in the table, from 1."""
+        return {row: number for number, row in enumerate(self.experiment.rows, 1)}
+
+    @property
+    def dense(self) -> str:
+        return self.experiment.dense.row
+
+    @cached_property
+    def caption(self) -> str:
+        """The table's, without the marks of Markdown."""
+        cost = cost_caption(self.experiment.table, self.reports)
+        text = caption(self.experiment, self.metrics, self.records, cost)
+        return text.strip().strip("*").replace("**", "").replace("`", "")
+
+    def kind(self, row: str) -> str:
+        return self.experiment.kind(row)
+
+    def seeds(self, row: str, metric: str) -> dict[int, float]:
+        """A metric by seed; empty where it was not measured."""
+        record = self.records.get(row, {"metrics": {}})
+        found = {int(seed): values.get(metric) for seed, values in record["metrics"].items()}
+        return {seed: float(value) for seed, value in sorted(found.items()) if value is not None}

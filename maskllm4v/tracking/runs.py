@@ -1,0 +1,111 @@
+"""What a run says of its row besides numbers: name, parameters, tags, files."""
+
+from __future__ import annotations
+
+import colorsys
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from maskllm4v.config import Experiment
+from maskllm4v.files import file_digest, value_digest
+from maskllm4v.layout import ARTIFACTS, REPORTS, export_folder, run_folder
+
+LARGEST_ARTIFACT = 32 * 2**20  # bytes of masks; with updated weights of a large model they stay in DVC's cache
+LIVE = "live"  # the tag of a run that is written while its row trains
+METHODS = {  # stage and method of a kind of row; None: the one-shot method's own name
+    "dense": ("dense", "dense"),
+    "oneshot": ("prior", None),
+    "learned": ("train", "maskllm"),
+    "finetuned": ("finetune", "finetune"),
+}
+
+
+def identity(experiment: Experiment, row: str) -> dict[str, str]:
+    """The tags that tell one run from another."""
+    return {"row": row, "settings_digest": value_digest(experiment.record_settings(row))}
+
+
+def parameters(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as MLflow's parameters: ``learning.steps`` and so on."""
+    return {key: str(value)[:6000] for key, value in flatten(settings).items()}
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``section.key`` names; lists as text."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def settings_tags(experiment: Experiment, row: str) -> dict[str, str]:
+    """What runs are found by, as far as settings say it."""
+    kind, settings = experiment.kind(row), experiment.record_settings(row)
+    stage, method = METHODS[kind]
+    start = settings["learning"]["prior"] if kind == "learned" else settings.get("finetuning", {}).get("start", "")
+    tags = {
+        "stage": stage,
+        "task": settings["task"]["name"],
+        "method": method or settings["prior"]["method"],
+        "prior": start,
+        "pattern": settings.get("pattern", "dense"),
+        "model": settings["model"]["name"],
+        "exact": str(experiment.exact).lower(),
+        "mlflow.note.content": experiment.rows[row],
+        "mlflow.runColor": _colour(list(experiment.rows).index(row)),
+    }
+    return {key: value for key, value in tags.items() if value}
+
+
+def record_tags(root: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """Where a result is from."""
+    tags = {
+        "hardware": record["made"]["hardware"],
+        "world_size": str(record["made"]["world_size"]),
+        "git_commit": _git_commit(root),
+        "dvc.exp": os.environ.get("DVC_EXP_NAME", ""),  # of `dvc exp run`
+    }
+    return {key: value for key, value in tags.items() if value}
+
+
+def row_files(root: Path, experiment: Experiment, row: str) -> Iterator[tuple[Path, str | None]]:
+    """A row's files and the folder each goes to; masks and exported models only where they lie on this machine."""
+    folder = run_folder(experiment.table, row, root / REPORTS)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            parent = path.relative_to(folder).parent.as_posix()
+            yield path, None if parent == "." else parent
+    if row != experiment.dense.row:
+        for path in sorted((root / ARTIFACTS / row).glob("*.safetensors")):
+            if path.stat().st_size <= LARGEST_ARTIFACT:
+                yield path, "masks"
+    for path in sorted((root / export_folder(row)).glob("*")):  # all of them: somebody asked for each
+        yield path, "export"
+
+
+def report_files(root: Path, table: str) -> list[Path]:
+    """The table, its page and figures, which each of its runs shows."""
+    folder = root / REPORTS / table
+    named = [folder / name for name in ("index.html", "table.md", "exports.md")]
+    return [path for path in [*named, *sorted((folder / "figures").glob("*.png"))] if path.is_file()]
+
+
+def report_digest(files: list[Path]) -> str:
+    return value_digest({path.name: file_digest(path) for path in files})
+
+
+def _colour(number: int) -> str:
+    """Of a row in the UI's charts, which would give some rows the same: hues far apart, bright and dark in turn."""
+    parts = colorsys.hls_to_rgb(number * 0.618 % 1, (0.42, 0.58)[number % 2], 0.65)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
+
+
+def _git_commit(root: Path) -> str:
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip()

@@ -1,0 +1,1 @@
+"""The drawings in ``docs/figures/``, a module each."""

@@ -1,0 +1,115 @@
+"""``dvc dag`` as a picture: the stages of the active table, a line a row, from left to right what depends on what."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import networkx as nx
+
+from maskllm4v.config import PARAMS, Experiment, load_experiment
+from maskllm4v.reporting.names import short_names
+from scripts.drawings.card import BLUE, GREY, INK, MUTED, ORANGE, PALE, PANEL, Card
+
+COLUMNS = {  # by kind of stage: left edge and width
+    "prepare": (24, 70),
+    "dense": (124, 62),
+    "prior": (216, 150),
+    "train": (396, 190),
+    "finetune": (396, 190),
+    "evaluate": (640, 76),
+    "export": (746, 62),
+    "report": (838, 60),
+    "track": (928, 52),
+}
+FILLS = {"prior": GREY, "train": BLUE, "finetune": PALE}
+LANE, NODE, TOP = 31, 22, 112  # pixels from row to row, high is a node, to the first row
+TRAINED = ("train", "finetune")
+BRANCHES = (BLUE, ORANGE, MUTED, INK)  # of stages that several trained rows start from
+MERGED = ("report", "track")  # stages that all rows end in
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage where it is drawn."""
+
+    name: str
+    label: str
+    x: float
+    y: float
+    width: float
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition("@")[0]
+
+
+def dag(root: Path = Path()) -> nx.DiGraph:
+    """The stages of the active table; an edge leads from a stage to one that needs it."""
+    command = [sys.executable, "-m", "dvc", "dag", "--dot"]
+    text = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+    graph = nx.DiGraph()
+    graph.add_nodes_from(re.findall(r'^"([^"]+)";', text, re.MULTILINE))
+    graph.add_edges_from(re.findall(r'^"([^"]+)" -> "([^"]+)";', text, re.MULTILINE))
+    return graph
+
+
+def draw() -> Card:
+    """Edges that follow from others (a mask needs the data, too) are left out."""
+    experiment = load_experiment(PARAMS)
+    graph = nx.transitive_reduction(dag())
+    nodes = layout(experiment, sorted(graph))
+    lanes = len(experiment.rows)
+    card = Card(1000, TOP + LANE * lanes + 12)
+    card.text(24, 32, f"The pipeline of the table {experiment.table}", 16, weight="bold")
+    card.text(
+        24,
+        57,
+        "dvc dag, a line a row: changing one row's setting runs its own stages again, then report and track.",
+        12,
+        color=MUTED,
+    )
+    for number in range(0, lanes, 2):
+        card.bar(12, TOP + LANE * (number - 0.5), 976, LANE, PANEL, layer=-1)
+    kinds: dict[tuple[int, int], list[str]] = {}
+    for kind in dict.fromkeys(node.kind for node in nodes.values()):
+        kinds.setdefault(COLUMNS[kind], []).append(kind)
+    for (x, width), names in kinds.items():
+        card.text(x + width / 2, 88, ", ".join(sorted(names, reverse=True)), 12, ha="center", weight="bold")
+    branching = [start for start in sorted(graph) if any(nodes[end].kind in TRAINED for end in graph[start])]
+    lines = {start: number for number, start in enumerate(branching)}
+    for start, end in sorted(graph.edges):
+        _edge(card, nodes[start], nodes[end], lines)
+    for node in nodes.values():
+        fill = FILLS.get(node.kind, "white")
+        card.box(node.x, node.y - NODE / 2, node.width, NODE, fill=fill, edge=fill if fill == BLUE else MUTED, radius=4)
+        colour = "white" if fill == BLUE else INK
+        card.text(node.x + node.width / 2, node.y, node.label, 11.5, ha="center", color=colour)
+    return card
+
+
+def layout(experiment: Experiment, stages: list[str]) -> dict[str, Node]:
+    """Each stage in its row's line and its kind's column; those of all rows halfway down."""
+    names, lines = short_names(experiment.rows), list(experiment.rows)
+    nodes = {}
+    for stage in stages:
+        kind, _, row = stage.partition("@")
+        x, width = COLUMNS[kind]
+        line = lines.index(row) if row in lines else 0 if kind not in MERGED else (len(lines) - 1) / 2
+        label = {"evaluate": "metrics", "export": "files", "prepare": row}.get(kind, names.get(row, kind))
+        nodes[stage] = Node(stage, label, x, TOP + LANE * line, width)
+    return nodes
+
+
+def _edge(card: Card, start: Node, end: Node, lines: Mapping[str, int]) -> None:
+    """Straight where the row stays; else down a line in front of the next column, one for each stage it comes from."""
+    right, left = start.x + start.width, end.x
+    number = lines[start.name] if end.kind in TRAINED else 0
+    colour = BRANCHES[number % len(BRANCHES)] if end.kind in TRAINED else MUTED
+    turn = left - 14 - 8 * number
+    xs, ys = (right, turn, turn, left), (start.y, start.y, end.y, end.y)
+    card.axes.plot(xs, ys, color=colour, linewidth=0.9, zorder=0.5, solid_joinstyle="round")

@@ -1,0 +1,123 @@
+"""Pictures of masks on a page say what was counted."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from import_graph import ROOT
+from parsed_page import Page
+
+from maskllm4v.config import Experiment
+from maskllm4v.files import read_json
+from maskllm4v.layout import mask_statistics_file, tile_file
+from maskllm4v.reporting.page import table_page
+from maskllm4v.reporting.report import experiments
+
+REPORTS = ROOT / "reports"
+EXPERIMENTS = experiments(ROOT)
+TABLES = ("digits", "digits_patterns", "cifar10")
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, Page]:
+    return {table: Page(table_page(EXPERIMENTS[table], REPORTS, table)) for table in TABLES}
+
+
+def statistics(table: str, row: str) -> list[dict[str, str]]:
+    with mask_statistics_file(table, row, REPORTS).open(encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def candidates(line: dict[str, str]) -> list[str]:
+    return [column for column in line if re.fullmatch("[01]+", column)]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_tiles_show_both_masks_and_frame_what_changed(table: str, pages: dict[str, Page]) -> None:
+    page, experiment = pages[table], EXPERIMENTS[table]
+    tiles = page.find("svg", class_="tile")
+    assert len(tiles) == 2 * len(experiment.learned)
+    by_title = {page.text(tile + 1).rpartition(": ")[::2]: tile for tile in tiles}
+    for row in experiment.learned:
+        found = read_json(tile_file(table, row, REPORTS))
+        m = int(found["pattern"].partition(":")[2])
+        groups = [
+            (old[start : start + m], new[start : start + m])
+            for old, new in zip(found["before"], found["after"], strict=True)
+            for start in range(0, len(old), m)
+        ]
+        start = experiment.mask_row(row)
+        assert start is not None
+        pattern = (
+            f"{found['pattern']} " if len({experiment.pattern_of(r) for r in experiment.rows} - {None}) > 1 else ""
+        )
+        label = f"{pattern}{experiment.rows[row]} ← {experiment.rows[start]}"
+        for side, mask in (("before, the prior's mask", "before"), ("after learning", "after")):
+            paths = [e.attributes for e in page.inside(by_title[label, side]) if e.tag == "path"]
+            (frames,) = [path["d"] for path in paths if path.get("class") == "changed"]
+            assert frames.count("M") == sum(old != new for old, new in groups)
+            kept = [("h11v11" in path["d"]) for path in paths if path.get("class") != "changed"]
+            assert "".join("01"[k] for k in kept) == "".join(found[mask])
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_bars_of_candidates_are_their_shares(table: str, pages: dict[str, Page]) -> None:
+    page = pages[table]
+    charts = page.find("svg", class_="candidates")
+    rows = [row for row in EXPERIMENTS[table].rows if mask_statistics_file(table, row, REPORTS).exists()]
+    assert len(charts) == len(rows)
+    for chart, row in zip(charts, rows, strict=True):
+        lines = statistics(table, row)
+        groups = sum(int(line["groups"]) for line in lines)
+        titles = [e.text for e in page.inside(chart) if e.tag == "title" and e.shows[0] == row]
+        wanted = {
+            name: 100 * sum(float(line[name]) * int(line["groups"]) for line in lines) / groups
+            for name in candidates(lines[0])
+        }
+        found = {title.partition(":")[0]: float(title.partition(": ")[2].split(" %")[0]) for title in titles}
+        assert found == pytest.approx(wanted, abs=0.051)
+        heights = [float(e.attributes["height"]) for e in page.inside(chart) if e.tag == "rect"]
+        assert [h / max(heights) for h in heights] == pytest.approx(
+            [share / max(wanted.values()) for share in wanted.values()], abs=0.01
+        )
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_agreement_of_seeds_beside_chance(table: str, pages: dict[str, Page]) -> None:
+    page = pages[table]
+    (chart,) = page.find("svg", class_="agreement")
+    chances = [e.text for e in page.inside(chart) if e.tag == "title" and e.text.startswith("chance")]
+    rows = [row for row in EXPERIMENTS[table].rows if mask_statistics_file(table, row, REPORTS).exists()]
+    assert chances == [f"chance: {1 / len(candidates(statistics(table, row)[0])):.3f}" for row in rows]
+    means = {e.shows[0]: float(e.text) for e in page.inside(chart) if e.tag == "text" and e.shows[0]}
+    for row in rows:
+        agreed = [float(line["seed_agreement"]) for line in statistics(table, row)]
+        assert means[row] == pytest.approx(sum(agreed) / len(agreed), abs=0.0051)
+    shared = "All seeds share one dense model" in page.text(0)
+    assert shared == (table == "cifar10")
+
+
+def test_one_seed_agrees_with_nobody(tmp_path: Path) -> None:
+    shutil.copytree(REPORTS / "digits" / "runs", tmp_path / "digits" / "runs")
+    for path in tmp_path.rglob("masks.csv"):
+        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        first = [line.split(",") for line in lines if line.startswith("0,")]
+        path.write_text("\n".join([header, *(",".join([*c[:3], "", *c[4:]]) for c in first)]) + "\n", encoding="utf-8")
+    page = Page(table_page(EXPERIMENTS["digits"], tmp_path, None))
+    assert not page.find("svg", class_="agreement")
+    assert len(page.find("svg", class_="candidates")) == len(EXPERIMENTS["digits"].rows) - 1
+
+
+def test_rows_without_statistics_show_nothing(tmp_path: Path) -> None:
+    shutil.copytree(REPORTS / "digits" / "runs", tmp_path / "digits" / "runs")
+    for name in ("masks.csv", "tile.json"):
+        for path in tmp_path.rglob(name):
+            path.unlink()
+    experiment: Experiment = EXPERIMENTS["digits"]
+    page = Page(table_page(experiment, tmp_path, None))
+    assert not page.find("section", id="masks")
+    assert page.find("section", id="layers")

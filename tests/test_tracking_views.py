@@ -1,0 +1,55 @@
+"""The saved view of a table: what MLflow's UI will read."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from typing import Any
+
+import pytest
+
+from maskllm4v.metrics import METRICS
+from maskllm4v.tracking.views import saved_view
+from maskllm4v.training import CURVE_COLUMNS
+
+
+def state(value: str) -> dict[str, Any]:
+    """As the UI unpacks it."""
+    kind, _, packed = json.loads(value)["state"].partition(";")
+    assert kind == "deflate"
+    found: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(packed)))
+    return found
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_view_ranks_by_the_headline_and_shows_every_metric(task: str) -> None:
+    metrics = METRICS[task]
+    found = state(saved_view(metrics))
+    assert found["orderByKey"] == f"metrics.`{metrics.headline.name}`"
+    assert found["orderByAsc"] == (metrics.better == "lower")  # the best one first
+    bars = [chart["metricKey"] for chart in found["compareRunCharts"] if chart["type"] == "BAR"]
+    assert set(bars) == {*metrics.names, f"{metrics.headline.name}/delta"}
+    assert {f"metrics.`{name}`" for name in bars} <= set(found["selectedColumns"])
+
+
+def test_charts_stand_in_sections_that_exist_and_have_names_of_their_own() -> None:
+    found = state(saved_view(METRICS["diffusion"], ["samples"]))
+    charts, sections = found["compareRunCharts"], [section["uuid"] for section in found["compareRunSections"]]
+    assert {chart["metricSectionId"] for chart in charts} == set(sections)
+    assert len({chart["uuid"] for chart in charts}) == len(charts)
+    assert [chart["imageKeys"] for chart in charts if chart["type"] == "IMAGE"] == [["samples"]]
+    assert "pictures" not in [
+        section["uuid"] for section in state(saved_view(METRICS["diffusion"]))["compareRunSections"]
+    ]
+
+
+def test_curves_are_columns_that_trainings_write() -> None:
+    charts = state(saved_view(METRICS["classification"]))["compareRunCharts"]
+    curves = {chart["metricKey"] for chart in charts if chart["metricKey"].startswith("train/")}
+    assert curves
+    assert curves <= {f"train/{column}" for column in CURVE_COLUMNS}
+
+
+def test_same_table_same_bytes() -> None:
+    assert saved_view(METRICS["diffusion"]) == saved_view(METRICS["diffusion"])
