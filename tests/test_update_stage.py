@@ -125,7 +125,7 @@ BAD_INPUT = {
     "singular": (
         "small-squares",
         lambda p: (p["data"].update(calibration=1), p["updated"]["small-squares"].update(damping=0.0)),
-        "layer 'blocks.0.attn.qkv', row 0: the least-squares system of its 16 kept weights is singular",
+        "kept weights is singular; calibrate on more samples or raise damping",
     ),
 }
 
