@@ -18,6 +18,7 @@ from maskllm4v.loop import Learner, run
 from maskllm4v.pruners import prune
 from maskllm4v.surgery import make_learnable
 from maskllm4v.training import MaskLearner
+from maskllm4v.updates import update_weights_
 from maskllm4v.weights import WeightLearner
 
 # Nothing of it changes how long a step takes, so rows that differ in nothing else are measured once.
@@ -30,7 +31,7 @@ class Rows:
     Args:
         experiment: the table.
         device: where to compute.
-        repeats: repetitions: of a pruning, and of ``log_every`` steps of a training.
+        repeats: repetitions: of a pruning or an update, and of ``log_every`` steps of a training.
         quick: few steps and calibration images.
     """
 
@@ -43,7 +44,9 @@ class Rows:
         """``seconds``, the median, and ``n``, of a row that is not dense."""
         kind = self.experiment.kind(row)
         if kind == "oneshot":
-            timing, factor = self._time_pruning(row), 1
+            timing, factor = self._time(row, self._model, self._prune), 1
+        elif kind == "updated":
+            timing, factor = self._time(row, partial(self._masked, row), self._update), 1
         else:
             training: Any = (self.experiment.learned if kind == "learned" else self.experiment.finetuned)[row]
             masked = self.experiment.pattern_of(row)
@@ -52,12 +55,13 @@ class Rows:
                 self._steps[key] = self._train(row, training)
             timing, factor = self._steps[key], training.total_steps(self.task.steps_per_epoch(training.batch_size))
         seconds = factor * timing.median
-        if kind == "learned" and self.experiment.learned[row].inputs == "generated":
+        sources: dict[str, Any] = {**self.experiment.learned, **self.experiment.updated}
+        if row in sources and sources[row].inputs == "generated":
             seconds += self._time_samples(row).median
         return {"seconds": seconds, "n": timing.n}
 
     def _time_samples(self, row: str) -> Timing:
-        """Making the samples that a row learns from."""
+        """Making the samples that a row learns or calibrates from."""
         assert isinstance(self.task, RandomNoise)
         make = partial(self.task.samples, self._model(), 0)
         return interleaved({row: make}, repeats=1 if self.quick else self.repeats, warmup=0)[row]
@@ -65,9 +69,26 @@ class Rows:
     def _model(self) -> nn.Module:
         return self.task.build_model(0)
 
-    def _time_pruning(self, row: str) -> Timing:
-        models = [self._model() for _ in range(1 + self.repeats)]  # before the clock starts
-        return interleaved({row: lambda: self._prune(models.pop(), row)}, repeats=self.repeats)[row]
+    def _time(self, row: str, start: Callable[[], nn.Module], change: Callable[[nn.Module, str], Any]) -> Timing:
+        """Changing a model that somebody has started to make."""
+        models = [start() for _ in range(1 + self.repeats)]  # before the clock starts
+        return interleaved({row: lambda: change(models.pop(), row)}, repeats=self.repeats)[row]
+
+    def _masked(self, row: str) -> nn.Module:
+        """A model under the masks that those of a row go back to; which ones they are takes no time."""
+        model = self._model()
+        self._prune(model, self.experiment.oneshot_row(row) or "")
+        return model
+
+    def _update(self, model: nn.Module, row: str) -> Any:
+        settings = self.experiment.updated[row]
+        return update_weights_(
+            model,
+            settings.update,
+            calibration=self.task.calibration(settings.batch_size, 0),
+            target=settings.target,
+            damping=settings.damping,
+        )
 
     def _prune(self, model: nn.Module, row: str) -> Any:
         settings = self.experiment.priors[row]
@@ -84,7 +105,7 @@ class Rows:
 
     def _train(self, row: str, training: LearnedSettings | FinetunedSettings) -> Timing:
         """Seconds a step, in the training loop itself with all its bookkeeping."""
-        model, start = self._model(), self.experiment.mask_row(row)
+        model, start = self._model(), self.experiment.oneshot_row(row)
         masks = (
             None if start is None else self._prune(model if row in self.experiment.finetuned else self._model(), start)
         )
@@ -93,7 +114,8 @@ class Rows:
             make_learnable(
                 model, masks, pattern=self.experiment.pattern_of(row) or "", init=training.init, hard=training.hard
             )
-            learner = MaskLearner(model, self.task, training, prior=masks, row=row, on_point=None)
+            teacher = self._model().eval() if training.weights == "updated" else None
+            learner = MaskLearner(model, self.task, training, prior=masks, row=row, on_point=None, teacher=teacher)
         else:
             learner = WeightLearner(model, self.task, training, row=row, ema=training.ema, new=False)
         block = 2 if self.quick else training.log_every  # one point of the curve a block

@@ -23,6 +23,7 @@ _HOMES = {
     "invert_permutations": "channels",
     "Calibration": "calibration",
     "register_pruner": "pruners",
+    "update_weights_": "updates",
     "learn_masks": "training",
     "LearningSettings": "config",
     "load_packed": "packed",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from maskllm4v.surgery import make_learnable as make_learnable
     from maskllm4v.surgery import replace_linear_with_ as replace_linear_with_
     from maskllm4v.training import learn_masks as learn_masks
+    from maskllm4v.updates import update_weights_ as update_weights_
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,6 @@ hooks on the layers at hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 
 from maskllm4v.chains import Call, find_units, step
 from maskllm4v.errors import ConfigError, DataError
-from maskllm4v.processes import world_size
 from maskllm4v.statistics import Statistic
+from maskllm4v.watching import calls_of, evaluating, observe
 
 Forward = Callable[[nn.Module, Any], Any]
 Propagate = Literal["dense", "pruned"]
@@ -111,13 +110,13 @@ def part_statistics(
         DataError: a part with layers has no batch, or its ``forward`` never reaches one of them.
     """
     shares = list(zip(parts, names_by_part(layers, parts), strict=True))
-    with _evaluating(model):
+    with evaluating(model):
         for part, names in shares if propagate == "pruned" else reversed(shares):
             own = {name: layers[name] for name in names}
             if not own:
                 continue
             if part.independent:
-                yield _observe(own, statistic, partial(part.forward, model), part.batches)
+                yield observe(own, statistic, partial(part.forward, model), part.batches)
             else:
                 yield from stream_statistics(
                     model, own, part.batches, statistic, propagate=propagate, forward=part.forward
@@ -154,7 +153,7 @@ def stream_statistics(
     batches = list(batches)
     if not batches:
         raise DataError("calibration: no batches given")
-    with _evaluating(model):
+    with evaluating(model):
         units, chain = find_units(model, layers, lambda: forward(model, batches[0]))
         blocks = iter(chain)
         seen: dict[str, Any] = {}  # dense statistics of what lies outside the chain, before anything changes
@@ -162,25 +161,25 @@ def stream_statistics(
         if propagate == "dense":
             outside = {n: layer for unit in units if unit.block is None for n, layer in unit.layers.items()}
             if outside:
-                seen = _observe(outside, statistic, lambda batch: forward(model, batch), batches)
+                seen = observe(outside, statistic, lambda batch: forward(model, batch), batches)
             if chain:
-                stream = _calls_of(chain[0], model, batches, forward)
+                stream = calls_of(chain[0], model, batches, forward)
         last = max((i for i, unit in enumerate(units) if unit.block is not None), default=-1)
         for i, unit in enumerate(units):
             if unit.block is None:
                 if propagate == "dense":
                     yield {name: seen[name] for name in unit.layers}
                 else:
-                    yield _observe(unit.layers, statistic, lambda batch: forward(model, batch), batches)
+                    yield observe(unit.layers, statistic, lambda batch: forward(model, batch), batches)
                 continue
             if stream is None:
-                stream = _calls_of(chain[0], model, batches, forward)
+                stream = calls_of(chain[0], model, batches, forward)
             for block in blocks:
                 if block is unit.block:
                     break
                 stream = [step(block, call) for call in stream]  # a block without layers of interest
             if propagate == "pruned" or i == last:  # nobody needs what comes out of the block as it is
-                yield _observe(unit.layers, statistic, partial(step, unit.block), stream, inputs_only=True)
+                yield observe(unit.layers, statistic, partial(step, unit.block), stream, inputs_only=True)
                 stream = [] if i == last else [step(unit.block, call) for call in stream]
                 continue
             outputs: list[Call] = []
@@ -188,90 +187,5 @@ def stream_statistics(
             def run(call: Call, block: nn.Module = unit.block, into: list[Call] = outputs) -> None:
                 into.append(step(block, call))
 
-            yield _observe(unit.layers, statistic, run, stream)
+            yield observe(unit.layers, statistic, run, stream)
             stream = outputs
-
-
-class _ReachedError(Exception):
-    """Ends a forward pass as soon as a block's input is known."""
-
-
-def _calls_of(block: nn.Module, model: nn.Module, batches: Iterable[Any], forward: Forward) -> list[Call]:
-    """The arguments that a block is called with, for each batch."""
-    caught: list[Call] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append((args, kwargs))
-        raise _ReachedError
-
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        for batch in batches:
-            with suppress(_ReachedError):
-                forward(model, batch)
-    finally:
-        handle.remove()
-    return caught
-
-
-def _observe(
-    layers: Mapping[str, nn.Linear],
-    statistic: type[Statistic],
-    run: Callable[[Any], Any],
-    batches: Iterable[Any],
-    *,
-    inputs_only: bool = False,
-) -> dict[str, Any]:
-    """Run something on all batches and sum a statistic over the inputs of some layers.
-
-    With ``inputs_only``, which needs layers that are called once a batch, a run ends as soon as it has reached
-    them all: in a ViT's block, a third of the work lies behind the input of its last layer.
-
-    Raises:
-        DataError: no batch, or a layer is never reached.
-    """
-    found = {name: statistic(layer.in_features, layer.weight.device) for name, layer in layers.items()}
-    ahead: set[str] = set()  # layers that this batch has not reached
-    never = dict.fromkeys(layers)
-    empty = True
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def take(_: nn.Module, args: tuple[Any, ...]) -> None:
-            with torch.autocast(args[0].device.type, enabled=False):
-                found[name].update(args[0].detach().float().reshape(-1, args[0].shape[-1]))
-            ahead.discard(name)
-            never.pop(name, None)
-            if inputs_only and not ahead:
-                raise _ReachedError
-
-        return take
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        for batch in batches:
-            empty = False
-            ahead.update(layers)
-            with suppress(_ReachedError):
-                run(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if empty:
-        raise DataError("calibration: no batches given")
-    if never:
-        raise DataError(f"calibration: layer {next(iter(never))!r} was never reached; exclude it")
-    if world_size() > 1:
-        for one in found.values():
-            one.combine()
-    return found
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was

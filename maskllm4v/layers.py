@@ -28,8 +28,14 @@ def _new_like(cls: type[nn.Linear], linear: nn.Linear, **kwargs: Any) -> Any:
     return layer.train(linear.training)
 
 
-def _folded(layer: nn.Linear, mask: Tensor) -> nn.Linear:
+def unmasked(layer: nn.Linear) -> nn.Linear:
+    """A plain ``nn.Linear`` that shares a layer's parameters; its mask, if any, is left off."""
     linear: nn.Linear = _new_like(nn.Linear, layer)
+    return linear
+
+
+def _folded(layer: nn.Linear, mask: Tensor) -> nn.Linear:
+    linear = unmasked(layer)
     weight = layer.weight.detach().masked_fill(~mask, 0)  # a product would leave −0 where the weight is negative
     linear.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     return linear

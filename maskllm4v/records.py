@@ -51,7 +51,7 @@ def build_record(
 
     Args:
         row: its key.
-        kind: ``"dense"``, ``"oneshot"``, ``"learned"`` or ``"finetuned"``.
+        kind: ``"dense"``, ``"oneshot"``, ``"learned"``, ``"updated"`` or ``"finetuned"``.
         settings: everything the result depends on, as plain values.
         metrics: by seed, then by name.
         summaries: by seed: the original's JSON object; empty for tasks that the original has not.

@@ -79,6 +79,34 @@ class Hessian:
         return mean
 
 
+class Paired:
+    """A layer's Hessian, and Σ x′ xᵀ ``[in, in]`` of its inputs x′ and those of its twin in another network, x.
+
+    Attributes:
+        hessian: of x′.
+        sum_of_crosses: float32; rows belong to x′.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.hessian = Hessian(in_features, device)
+        self.sum_of_crosses = torch.zeros(in_features, in_features, device=device)
+
+    def update(self, rows: Tensor, twins: Tensor) -> None:
+        """Take in float32 rows ``[tokens, in]`` of both, token by token the same."""
+        self.hessian.update(rows)
+        with full_float32(rows.device):
+            self.sum_of_crosses.addmm_(rows.t(), twins)
+
+    def combine(self) -> None:
+        self.hessian.combine()
+        sum_(self.sum_of_crosses)
+
+    @property
+    def mean(self) -> Tensor:
+        """2/n · Σ x′ xᵀ, a new tensor."""
+        return self.sum_of_crosses * (2 / self.hessian.rows)
+
+
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """Inside, products of float32 are summed in float32, even where TF32, bfloat16 or autocast is allowed.

@@ -55,6 +55,7 @@ def learn_masks(
     prior: Mapping[str, Tensor] | None = None,
     row: str = "masks",
     position: int = 0,
+    teacher: nn.Module | None = None,
     resume: Resume | None = None,
     on_point: Callable[[int], None] | None = None,
     watch: Callable[[list[tuple[float, ...]]], None] | None = None,
@@ -69,6 +70,8 @@ def learn_masks(
         prior: masks to measure ``off_prior`` against; by default the initial arg-max masks.
         row: name in messages and on the progress bar.
         position: line of the progress bar.
+        teacher: the dense model, in evaluation mode, for ``settings.distillation``; by default the very same model
+            with its masks off, which is right as long as its weights are the dense ones.
         resume: where the state of an interrupted run is kept; None: nowhere.
         on_point: called with the step whenever a point of the curve has been taken.
         watch: given the points themselves, see :func:`maskllm4v.loop.run`.
@@ -76,7 +79,7 @@ def learn_masks(
     Raises:
         TrainingError: nothing is learnable, or the loss stopped being finite; names row, seed and step.
     """
-    learner = MaskLearner(model, task, settings, prior=prior, row=row, on_point=on_point)
+    learner = MaskLearner(model, task, settings, prior=prior, row=row, on_point=on_point, teacher=teacher)
     cost = run(learner, task, settings, seed=seed, position=position, resume=resume, watch=watch)
     learner.finish()
     return Learned(current_masks(model), learner.points(), cost)
@@ -94,6 +97,7 @@ class MaskLearner(Learner):
         prior: Mapping[str, Tensor] | None,
         row: str,
         on_point: Callable[[int], None] | None,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.layers = learnable_layers(model)
         if not self.layers:
@@ -103,7 +107,7 @@ class MaskLearner(Learner):
         self.optimizer = optimizer_for(self.tensors, settings, model)
         self.average = Average(self.tensors, settings.ema)
         self.curve = _Curve(self.layers, prior)
-        self.on_point = on_point
+        self.on_point, self.teacher = on_point, teacher
         self.energy = torch.zeros((), device=self.tensors[0].device)
         self.best_score, self.best_tensors = float("-inf"), list[Tensor]()
         self.tau, self.scaling = settings.tau[0], settings.scaling[0]
@@ -138,7 +142,10 @@ class MaskLearner(Learner):
         return loss - self.settings.regularisation * energy, loss
 
     def _teacher(self, model: nn.Module, task: Task, batch: Any) -> Tensor:
-        """The dense model's outputs: the very same model with its masks off, no second copy of the weights."""
+        """The dense model's outputs: without a teacher those of the very same model with its masks off."""
+        if self.teacher is not None:
+            with torch.no_grad():
+                return task.forward(self.teacher, batch)
         training = [module for module in model.modules() if module.training]
         model.eval()
         with torch.no_grad(), as_dense(self.model):

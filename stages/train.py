@@ -15,6 +15,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints import load_dense, load_masks, save_masks
     from maskllm4v.curves import GrowingCurve, write_curve
     from maskllm4v.files import write_json
+    from maskllm4v.hybrid import kept_weights, start_from_updated_
     from maskllm4v.live import watched
     from maskllm4v.origin import write_origin
     from maskllm4v.parallel import map_seeds
@@ -33,29 +34,29 @@ def main(experiment: Experiment, row: str) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))
         base = load_dense(dense, model, experiment.model.name)
         source = task if settings.inputs == "data" else task.generated(model, seed)
-        prior = load_masks(checkpoint(settings.prior, seed), pattern=pattern, base=base)  # not its updated weights
+        prior = load_masks(checkpoint(settings.prior, seed), pattern=pattern, base=base)
         apply_permutations_(model, prior.permutations)
-        make_learnable(
-            model,
-            prior.masks,
-            pattern=pattern or "",
-            prior_strength=settings.prior_strength,
-            gate_std=settings.gate_std,
-            init=settings.init,
-            hard=settings.hard,
-            gate=settings.gate,
-            seed=seed,
-        )
+        teacher = start_from_updated_(model, prior) if settings.weights == "updated" else None
+        how = settings.model_dump(include={"prior_strength", "gate_std", "init", "hard"})
+        make_learnable(model, prior.masks, pattern=pattern or "", seed=seed, gate=settings.gate, **how)
         resume = resume_of(experiment, row, seed, manifest=task.data_digest, dense=base, prior=prior.digest)
         live = GrowingCurve(live_file(row, seed), CURVE_COLUMNS)
         learned = learn_masks(
-            model, source, settings, seed=seed, prior=prior.masks, row=row, position=position, resume=resume, watch=live
+            model,
+            source,
+            settings,
+            seed=seed,
+            prior=prior.masks,
+            row=row,
+            position=position,
+            teacher=teacher,
+            resume=resume,
+            watch=live,
         )
         if is_main():
-            made = replace(
-                prior, masks=learned.masks, method="maskllm", weights={}, prior=prior.masks, gate=settings.gate
-            )
-            save_masks(checkpoint(row, seed), made)
+            weights = kept_weights(model, learned.masks) if teacher is not None else {}
+            made = replace(prior, masks=learned.masks, method="maskllm", weights=weights, prior=prior.masks)
+            save_masks(checkpoint(row, seed), replace(made, gate=settings.gate))
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, learned.curve)
             write_json(cost_file(row, seed), asdict(learned.cost))
 

@@ -23,7 +23,7 @@ FINETUNING = [*TRAINING, "start", "ema"]
 SECTIONS = {
     "": [
         *("table", "title", "exact", "seeds", "pattern", "data", "task", "model", "dense", "priors", "learning"),
-        *("learned", "finetuned", "rows", "evaluation", "exports", "runtime"),
+        *("learned", "updated", "finetuned", "rows", "evaluation", "exports", "runtime"),
     ],
     "data": [
         *("name", "source", "root", "dataset", "train", "test", "classes", "hash_files", "in_memory", "holdout"),
@@ -41,7 +41,8 @@ SECTIONS = {
     "dense.progressive": ["size", "steps"],
     "priors.one": ["method", "pattern", "update_weights", "propagate", "batch_size", "inputs", "permutation"],
     "learning": LEARNING,
-    "learned.own": [*LEARNING, "prior"],
+    "learned.own": [*LEARNING, "prior", "weights"],
+    "updated.better": ["masks", "update", "target", "damping", "batch_size", "inputs"],
     "finetuned.tuned": FINETUNING,
     "exports.own": ["formats", "dtypes"],
     "runtime": [
@@ -51,7 +52,7 @@ SECTIONS = {
 
 
 def params() -> dict[str, Any]:
-    """One row of each kind, two of them learned, two of them fine-tuned: under a mask, and dense."""
+    """One row of each kind, but two of them learned, and two fine-tuned: under a mask, and dense."""
     return {
         "table": "t",
         "title": "A table",
@@ -68,8 +69,9 @@ def params() -> dict[str, Any]:
         "priors": {"one": {"method": "magnitude"}},
         "learning": {"lr": 0.5, "steps": 7},
         "learned": {"own": {"prior": "one", "steps": 9, "hard": True}, "plain": {"prior": "one"}},
+        "updated": {"better": {"masks": "one", "update": "least_squares"}},
         "finetuned": {"tuned": {"start": "one"}, "more": {"start": "dense", "steps": 4}},
-        "rows": {"dense": "Dense", "one": "One", "own": "Own", "plain": "Plain", "tuned": "Tuned", "more": "More"},
+        "rows": {row: row.title() for row in ("dense", "one", "own", "plain", "better", "tuned", "more")},
         "exports": {"own": {}},
         "runtime": {},
     }

@@ -83,11 +83,12 @@ def tiny_params() -> Params:
             "tiny-averaged": {**learned, "ema": 0.9, "accumulate": 2, "select": "best"},
             "tiny-distilled": {**learned, "distillation": 0.5, "optimizer": "nadamw"},
         },
+        "updated": {"tiny-squares": {"masks": "tiny-magnitude", "update": "least_squares", "batch_size": 20}},
         "finetuned": {"tiny-tuned": {**common, "start": "tiny-magnitude", "ema": 0.9, "lr": 0.001}},
         "exports": {},
         "runtime": {"device": "cpu", "checkpoint_minutes": 0, "checkpoint_steps": EVERY},
     }
-    rows = ["tiny-dense", *params["priors"], *params["learned"], *params["finetuned"]]
+    rows = ["tiny-dense", *params["priors"], *params["learned"], *params["updated"], *params["finetuned"]]
     return {**params, "rows": {row: row for row in rows}}
 
 

@@ -18,8 +18,9 @@ from benchmarks.baselines.dense import Dense
 from benchmarks.baselines.textbook import Textbook, TextbookLinear
 from benchmarks.measure import Ceilings, Timing, ceilings, interleaved, peak_bytes, ratio, saved_bytes, state_bytes
 from benchmarks.roofline import least_seconds
+from benchmarks.row_cost import Rows
 from benchmarks.workloads import RandomImages, workloads
-from maskllm4v.config import load_experiment
+from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.files import read_json, write_json
 from maskllm4v.gumbel import masked_weight
 from maskllm4v.weights import WeightLearner
@@ -215,6 +216,21 @@ def test_table_cost_runs_and_keeps_other_tables(tmp_path: Path) -> None:
     for row, cost in found["rows"].items():
         assert cost["n"] == 1
         assert cost["seconds"] > (1.0 if experiment.kind(row) == "learned" else 0.0)  # 800 steps
+
+
+def test_rows_with_updated_weights_cost_something() -> None:
+    raw = load_experiment(ROOT / "experiments" / "digits.yaml").model_dump()
+    raw["updated"] = {
+        "squares": {"masks": "digits-magnitude", "update": "least_squares"},
+        "sparsegpt": {"masks": "digits-maskllm-long-magnitude", "update": "sparsegpt"},
+    }
+    learned = raw["learned"]["digits-maskllm-distilled"]
+    raw["learned"]["hybrid"] = {**learned, "prior": "squares", "weights": "updated"}
+    raw["updated"]["again"] = {"masks": "hybrid", "update": "least_squares", "target": "symmetric"}
+    raw["rows"] |= {row: row for row in (*raw["updated"], "hybrid")}
+    rows = Rows(Experiment.model_validate(raw), CPU, repeats=1, quick=True)
+    for row in ("squares", "sparsegpt", "hybrid", "again"):
+        assert rows.cost(row)["seconds"] > 0
 
 
 def test_save_rounds_and_gives_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ from maskllm4v.training import MaskLearner
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "wanda": {"method": "wanda", "batch_size": 3},
+    "ria": {"method": "ria", "batch_size": 3},
     "sparsegpt": {"method": "sparsegpt", "batch_size": 3},
     "updated": {"method": "sparsegpt", "update_weights": True, "batch_size": 3},
 }

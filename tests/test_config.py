@@ -107,7 +107,10 @@ def test_required_section_is_missed(key: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["data.source", "model.name", "dense.row", "priors.one.method", "learned.own.prior", "finetuned.tuned.start"],
+    [
+        *("data.source", "model.name", "dense.row", "priors.one.method", "learned.own.prior", "finetuned.tuned.start"),
+        *("updated.better.masks", "updated.better.update"),
+    ],
 )
 def test_required_key_is_missed(path: str) -> None:
     raw = params()
@@ -166,6 +169,10 @@ def test_required_key_is_missed(path: str) -> None:
         ("learning.hard", 1),
         ("priors.one.propagate", "sparse"),
         ("priors.one.update_weights", 1),
+        ("updated.better.update", "obs"),
+        ("updated.better.target", "both"),
+        ("updated.better.damping", -0.1),
+        ("learned.own.weights", "one"),
         ("exact", 1),
         ("pattern", 24),
         ("pattern", "2-4"),
@@ -242,7 +249,8 @@ def test_int_stands_for_a_float() -> None:
 
 
 @pytest.mark.parametrize(
-    "section", ["data", "model", "dense", "learning", "learned", "learned.own", "finetuned", "priors", "rows"]
+    "section",
+    ["data", "model", "dense", "learning", "learned", "learned.own", "updated", "finetuned", "priors", "rows"],
 )
 @pytest.mark.parametrize("value", [[], "text", 1])
 def test_section_of_another_type_is_an_error(section: str, value: Any) -> None:

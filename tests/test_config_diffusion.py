@@ -44,8 +44,9 @@ def params(**sections: Any) -> dict[str, Any]:
         priors={"one": {"method": "magnitude"}, "made": {"method": "wanda", "inputs": "generated"}},
         learning={"steps": 7, "batch_size": 8},
         learned={"own": {"prior": "one"}, "nodata": {"prior": "one", "inputs": "generated"}},
+        updated={"fixed": {"masks": "one", "update": "least_squares", "inputs": "generated"}},
         finetuned={"more": {"start": "dense", "steps": 4}},
-        rows={row: row for row in ("dense", "one", "made", "own", "nodata", "more")},
+        rows={row: row for row in ("dense", "one", "made", "own", "nodata", "fixed", "more")},
     )
     found["task"]["judge"] = {**copy.deepcopy(JUDGE), "task": {}}
     found["task"]["judge"]["model"]["input"] = {}
@@ -116,6 +117,7 @@ def test_every_key_is_a_field_and_frozen(section: str) -> None:
         ("learning.distillation", 2.0),
         ("priors.one.inputs", "real"),
         ("learned.own.inputs", "noise"),
+        ("updated.fixed.inputs", "noise"),
     ],
 )
 def test_wrong_value_is_named(path: str, value: Any) -> None:
@@ -162,6 +164,7 @@ def test_inputs_are_written_down_only_where_they_are_made() -> None:
     assert "inputs" not in found.row_settings("own")["learning"]
     assert found.row_settings("made")["prior"]["inputs"] == "generated"
     assert found.row_settings("nodata")["learning"]["inputs"] == "generated"
+    assert found.row_settings("fixed")["update"]["inputs"] == "generated"
     assert parse_experiment(found.model_dump()) == found
 
 
@@ -180,11 +183,12 @@ def moved(before: dict[str, Any], after: dict[str, Any], *, of: str = "row_setti
         ("evaluation.steps", 9, ""),
         ("evaluation.samples", 9, ""),
         ("learned.own.inputs", "generated", "own"),
-        ("priors.one.inputs", "generated", "one own nodata"),
+        ("updated.fixed.inputs", "data", "fixed"),
+        ("priors.one.inputs", "generated", "one own nodata fixed"),
         ("learning.distillation", 0.5, "own nodata"),
-        ("task.bank.samples", 9, "dense one made own nodata more"),
-        ("task.judge.training.steps", 9, "dense one made own nodata more"),
-        ("model.adaln", False, "dense one made own nodata more"),
+        ("task.bank.samples", 9, "dense one made own nodata fixed more"),
+        ("task.judge.training.steps", 9, "dense one made own nodata fixed more"),
+        ("model.adaln", False, "dense one made own nodata fixed more"),
     ],
 )
 def test_row_settings_change_with_what_a_row_depends_on(path: str, value: Any, rows: str) -> None:

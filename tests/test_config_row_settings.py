@@ -19,11 +19,12 @@ def test_kind_of_every_row() -> None:
         "one": "oneshot",
         "own": "learned",
         "plain": "learned",
+        "better": "updated",
         "tuned": "finetuned",
         "more": "finetuned",
     }
     with pytest.raises(
-        ConfigError, match="no row 'other' in this experiment; allowed: dense, one, own, plain, tuned, more"
+        ConfigError, match="no row 'other' in this experiment; allowed: dense, one, own, plain, better, tuned, more"
     ):
         found.kind("other")
 
@@ -32,15 +33,23 @@ def test_masks_and_patterns_of_every_row() -> None:
     raw = params()
     raw["priors"]["eight"], raw["rows"]["eight"] = {"method": "wanda", "pattern": "4:8"}, "Eight"
     raw["learned"]["plain"]["prior"] = "eight"
+    raw["updated"] |= {"best": {"masks": "plain", "update": "sparsegpt"}}
+    raw["learned"]["last"], raw["rows"]["last"] = {"prior": "best", "weights": "updated"}, "Last"
+    raw["rows"]["best"] = "Best"
     found = parse_experiment(raw)
     assert {row: found.mask_row(row) for row in found.rows} == {
         **{"dense": None, "one": "one", "own": "one", "plain": "eight"},
-        **{"tuned": "one", "more": None, "eight": "eight"},
+        **{"tuned": "one", "more": None, "eight": "eight", "better": "one", "best": "plain", "last": "best"},
+    }
+    assert {row: found.oneshot_row(row) for row in found.rows} == {
+        **{"dense": None, "one": "one", "own": "one", "plain": "eight"},
+        **{"tuned": "one", "more": None, "eight": "eight", "better": "one", "best": "eight", "last": "eight"},
     }
     assert {row: found.pattern_of(row) for row in found.rows} == {
         **{"dense": None, "one": "2:4", "own": "2:4", "plain": "4:8"},
-        **{"tuned": "2:4", "more": None, "eight": "4:8"},
+        **{"tuned": "2:4", "more": None, "eight": "4:8", "better": "2:4", "best": "4:8", "last": "4:8"},
     }
+    assert [row for row in found.rows if found.updates_weights(row)] == ["better", "tuned", "more", "last", "best"]
     with pytest.raises(ConfigError, match="no row 'x'"):
         found.mask_row("x")
 
@@ -58,7 +67,7 @@ def test_dense_model_of_a_seed(dense: dict[str, Any], seeds: list[int]) -> None:
     found = parse_experiment({**params(), "seeds": [3, 1], "dense": {"row": "dense", **dense}})
     assert [found.dense_seed(seed) for seed in found.seeds] == seeds
     assert found.row_seeds("dense") == list(dict.fromkeys(seeds))
-    for row in ("one", "own", "tuned", "more"):
+    for row in ("one", "own", "better", "tuned", "more"):
         assert found.row_seeds(row) == [3, 1]
 
 
@@ -68,7 +77,7 @@ def test_seeds_take_turns_with_calibration_sets(sets: int, expected: list[int]) 
     assert [found.calibration_set(seed) for seed in found.seeds] == expected
 
 
-UNWRITTEN = {"inputs", "gate", "permutation"}  # at their defaults; records from before there was a choice still fit
+UNWRITTEN = {"inputs", "gate", "permutation", "weights"}  # at their defaults; older records still fit
 COMMON = {"table", "exact", "seeds", "data", "task", "model", "dense"}
 
 
@@ -78,6 +87,7 @@ COMMON = {"table", "exact", "seeds", "data", "task", "model", "dense"}
         ("dense", COMMON),
         ("one", COMMON | {"pattern", "prior"}),
         ("own", COMMON | {"pattern", "prior", "learning"}),
+        ("better", COMMON | {"pattern", "prior", "update"}),
         ("tuned", COMMON | {"pattern", "prior", "finetuning"}),
         ("more", COMMON | {"finetuning"}),
     ],
@@ -87,12 +97,13 @@ def test_row_settings_are_plain_and_complete(row: str, keys: set[str]) -> None:
     assert set(found) == keys
     assert json.loads(json.dumps(found)) == found
     sections = {"prior": "priors.one", "learning": "learned.own", "finetuning": "finetuned.tuned"}
+    sections["update"] = "updated.better"
     for key in keys - {"table", "exact", "seeds", "pattern"}:
         assert set(found[key]) == set(SECTIONS[sections.get(key, key)]) - UNWRITTEN
 
 
 # (change, rows whose settings change)
-ALL = "dense one own plain tuned more"
+ALL = "dense one own plain better tuned more"
 CHANGES = [
     ("title", "Other", ""),
     ("rows.own", "Other", ""),
@@ -101,6 +112,7 @@ CHANGES = [
     ("runtime.checkpoint_minutes", 1.5, ""),
     ("runtime.live", False, ""),
     ("learned.own.lr", 0.1, "own"),
+    ("updated.better.damping", 0.2, "better"),
     ("finetuned.tuned.lr", 0.1, "tuned"),
     ("finetuned.more.start", "one", "more"),
     ("learning.lr", 0.1, "own plain tuned more"),
@@ -108,10 +120,10 @@ CHANGES = [
     ("learned.own.gate", "positions", "own"),
     ("learning.steps", 3, "plain tuned"),
     ("learning.tau", [3.0, 0.1], "own plain"),
-    ("priors.one.method", "wanda", "one own plain tuned"),
-    ("priors.one.pattern", "4:8", "one own plain tuned"),
-    ("priors.one.permutation", "greedy", "one own plain tuned"),
-    ("pattern", "4:8", "one own plain tuned"),
+    ("priors.one.method", "wanda", "one own plain better tuned"),
+    ("priors.one.pattern", "4:8", "one own plain better tuned"),
+    ("priors.one.permutation", "greedy", "one own plain better tuned"),
+    ("pattern", "4:8", "one own plain better tuned"),
     ("exact", True, ALL),
     ("seeds", [0], ALL),
     ("table", "other", ALL),
@@ -147,15 +159,17 @@ OTHER = {float: 0.25, int: 11, bool: True, str: "x", tuple: [0.125, 0.5]}
 OTHER_CHOICE = {
     **{"init": "magnitude", "anneal": "epoch", "propagate": "pruned", "select": "best", "amp": "bf16"},
     **{"accumulate": 2, "epochs": 0.25, "optimizer_args": {"a": 1}, "pattern": "4:8", "start": "dense"},
+    **{"masks": "own", "update": "sparsegpt", "target": "symmetric"},
 }
 
 
 @pytest.mark.parametrize(
     ("row", "key"),
     [("learned.own", key) for key in LEARNING if key not in UNWRITTEN]
-    + [("finetuned.tuned", key) for key in FINETUNING],
+    + [("finetuned.tuned", key) for key in FINETUNING]
+    + [("updated.better", key) for key in SECTIONS["updated.better"] if key not in UNWRITTEN],
 )
-def test_no_setting_of_a_trained_row_reaches_another(row: str, key: str) -> None:
+def test_no_setting_of_a_made_row_reaches_another(row: str, key: str) -> None:
     raw, (section, name) = params(), row.split(".")
     before: Any = parse_experiment(raw)
     now = getattr(getattr(before, section)[name], key)
@@ -165,6 +179,54 @@ def test_no_setting_of_a_trained_row_reaches_another(row: str, key: str) -> None
     after = parse_experiment(raw)
     moved = {row for row in before.rows if before.row_settings(row) != after.row_settings(row)}
     assert moved == {name}
+
+
+CHAIN = ["first", "second", "third", "fourth"]
+
+
+def chain() -> dict[str, Any]:
+    """Learned, updated, learned again on the updated weights, updated again; the first from a row that updates."""
+    raw = params()
+    raw["priors"]["two"] = {"method": "sparsegpt", "update_weights": True}
+    raw["learned"]["first"] = {"prior": "two", "weights": "updated"}
+    raw["updated"]["second"] = {"masks": "first", "update": "least_squares"}
+    raw["learned"]["third"] = {"prior": "second", "weights": "updated"}
+    raw["updated"]["fourth"] = {"masks": "third", "update": "sparsegpt"}
+    raw["rows"] |= {row: row for row in ("two", *CHAIN)}
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("priors.two", {"batch_size": 3}),
+        ("learned.first", {"lr": 0.1}),
+        ("updated.second", {"damping": 0.2}),
+        ("learned.third", {"tau": [1.0, 1.0]}),
+        ("updated.fourth", {"damping": 0.2}),
+    ],
+)
+def test_settings_of_a_chain_hold_all_before_them(section: str, change: dict[str, Any]) -> None:
+    raw = chain()
+    before = parse_experiment(raw)
+    rows, name = ["two", *CHAIN], section.split(".")[1]
+    raw[section.split(".")[0]][name] |= change
+    after = parse_experiment(raw)
+    moved = [row for row in after.rows if before.row_settings(row) != after.row_settings(row)]
+    assert moved == rows[rows.index(name) :]
+    last = after.row_settings("fourth")
+    assert json.loads(json.dumps(last)) == last
+    assert last["start"]["learning"]["weights"] == "updated"
+
+
+def test_sparsegpts_update_is_its_authors_unless_the_row_says_otherwise() -> None:
+    given: list[dict[str, Any]] = [{}, {"target": "symmetric"}, {"damping": 0.5}]
+    found = [parse_experiment(changed("updated.better", {"masks": "one", "update": "sparsegpt", **g})) for g in given]
+    assert [(e.updated["better"].target, e.updated["better"].damping) for e in found] == [
+        *(("symmetric", 0.01), ("symmetric", 0.01), ("symmetric", 0.5))
+    ]
+    plain = parse_experiment(params()).updated["better"]
+    assert (plain.target, plain.damping) == ("asymmetric", 0.1)
 
 
 @pytest.mark.parametrize("key", [key for key in SECTIONS["priors.one"] if key not in UNWRITTEN])

@@ -170,6 +170,39 @@ def repeat_finetuned_row(raw: dict[str, Any]) -> None:
     raw["finetuned"]["own"] = {"start": "one"}
 
 
+def repeat_updated_row(raw: dict[str, Any]) -> None:
+    raw["updated"]["own"] = {"masks": "one", "update": "sparsegpt"}
+
+
+def update_nothing(raw: dict[str, Any]) -> None:
+    raw["updated"]["better"]["masks"] = "tuned"
+
+
+def update_updated(raw: dict[str, Any]) -> None:
+    raw["updated"]["better"]["masks"] = "better"
+
+
+def update_for_another_target(raw: dict[str, Any]) -> None:
+    raw["updated"]["better"] |= {"update": "sparsegpt", "target": "asymmetric"}
+
+
+def update_from_no_generator(raw: dict[str, Any]) -> None:
+    raw["updated"]["better"]["inputs"] = "generated"
+
+
+def learn_on_weights_nobody_updated(raw: dict[str, Any]) -> None:
+    raw["learned"]["own"]["weights"] = "updated"
+
+
+def learn_from_updated_without_its_weights(raw: dict[str, Any]) -> None:
+    raw["learned"]["own"]["prior"] = "better"
+
+
+def go_in_a_circle(raw: dict[str, Any]) -> None:
+    raw["learned"]["own"] |= {"prior": "better", "weights": "updated"}
+    raw["updated"]["better"]["masks"] = "own"
+
+
 def select_without_holdout(raw: dict[str, Any]) -> None:
     del raw["data"]["holdout"]
     raw["learned"]["own"]["select"] = "best"
@@ -199,18 +232,26 @@ def repeat_seed(raw: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "parts"),
     [
-        (drop_row, ["'own' is made but not listed", "dense, one, plain, tuned, more"]),
-        (invent_row, ["'ghost' is listed but made nowhere", "dense, more, one, own, plain, tuned"]),
+        (drop_row, ["'own' is made but not listed", "dense, one, plain, better, tuned, more"]),
+        (invent_row, ["'ghost' is listed but made nowhere", "better, dense, more, one, own, plain, tuned"]),
         (repeat_dense_row, ["name the same row twice"]),
         (repeat_prior_row, ["name the same row twice"]),
-        (name_unknown_prior, ["learned.own.prior is 'two'", "allowed: one"]),
-        (name_learned_prior, ["learned.own.prior is 'plain'", "allowed: one"]),
+        (name_unknown_prior, ["learned.own.prior is 'two'", "allowed: one, better"]),
+        (name_learned_prior, ["learned.own.prior is 'plain'", "allowed: one, better"]),
         (start_from_nothing, ["finetuned.tuned.start is 'two'", "allowed: dense, one"]),
         (start_from_learned, ["finetuned.tuned.start is 'own'", "allowed: dense, one"]),
         (repeat_finetuned_row, ["name the same row twice"]),
+        (repeat_updated_row, ["name the same row twice"]),
+        (update_nothing, ["updated.better.masks is 'tuned'", "allowed: one, own, plain"]),
+        (update_updated, ["updated.better.masks is 'better'", "allowed: one, own, plain"]),
+        (update_for_another_target, ["updated.better: target is 'asymmetric'", "update 'sparsegpt': 'symmetric'"]),
+        (update_from_no_generator, ["better: inputs is 'generated', which task 'classification' cannot make"]),
+        (learn_on_weights_nobody_updated, ["learned.own.weights is 'updated', but prior 'one' updates none"]),
+        (learn_from_updated_without_its_weights, ["learned.own.prior is 'better'", "say weights: updated", "'one'"]),
+        (go_in_a_circle, ["own: its masks come from itself: own ← better ← own"]),
         (select_without_holdout, ["learned.own.select is 'best', which needs data.holdout"]),
         (report_without_holdout, ["task.eval_split is 'holdout', which needs data.holdout"]),
-        (export_nothing, ["exports: 'two' is no row", "allowed: dense, one, own, plain, tuned, more"]),
+        (export_nothing, ["exports: 'two' is no row", "allowed: dense, one, own, plain, better, tuned, more"]),
         (pack_dense_row, ["exports.more.formats holds 'packed', but the row is dense"]),
         (graph_in_bfloat16, ["exports.own: formats holds 'onnx'", "dtypes has neither"]),
         (repeat_seed, ["seeds: [0, 1, 0] holds one twice"]),

@@ -29,7 +29,7 @@ Step = tuple[str, ...]
 LOSS = {"eps_mse", "eps_mse/t0250", "eps_mse/t0750"}
 DISTANCE = {name.replace("eps", "dense") for name in LOSS}
 JUDGED = {"accuracy", "fd", "kd"}
-ROWS = ("dense", "magnitude", "wanda", "nodata", "data")
+ROWS = ("dense", "magnitude", "wanda", "nodata", "data", "squares")
 ALL: list[Step] = [
     ("prepare", "digits"),
     ("dense", "small-dense"),
@@ -37,6 +37,7 @@ ALL: list[Step] = [
     ("prior", "small-wanda"),
     ("train", "small-nodata"),
     ("train", "small-data"),
+    ("update", "small-squares"),
     *(("evaluate", f"small-{row}") for row in ROWS),
     ("export", "small-data"),
     ("report",),
@@ -65,6 +66,7 @@ def params() -> Params:
             "small-nodata": {"prior": "small-magnitude", "inputs": "generated"},
             "small-data": {"prior": "small-magnitude"},
         },
+        updated={"small-squares": {"masks": "small-magnitude", "update": "least_squares", "inputs": "generated"}},
         evaluation={"samples": 20, "clip": True},  # or all pixels would be black or white
         rows={f"small-{row}": row for row in ROWS},
         exports={"small-data": {"formats": ["packed", "onnx"], "dtypes": ["fp32"]}},

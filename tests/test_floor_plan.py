@@ -38,11 +38,17 @@ ROOMS = {  # from the ground up: a module, or a package as a whole, and all of o
     "channels": {"surgery"},
     "chains": set(),
     "statistics": {"distributed"},
-    "calibration": {"chains", "processes", "statistics"},
+    "watching": {"chains", "processes", "statistics"},
+    "calibration": {"chains", "statistics", "watching"},
+    "side_by_side": {"calibration", "chains", "processes", "statistics", "surgery", "watching"},
     "pruners": {"calibration", "layers", "patterns", "progress", "randomness", "statistics", "surgery"},
     "permutation": {"calibration", "channels", "patterns", "progress", "statistics", "surgery"},
+    "updates": {
+        *("calibration", "layers", "patterns", "progress", "pruners", "side_by_side", "statistics", "surgery"),
+    },
     "sealed": {"files"},
     "checkpoints": {"patterns", "sealed"},
+    "hybrid": {"checkpoints", "surgery"},
     "packed": {"checkpoints", "patterns", "sealed"},
     "original": {"checkpoints", "packed", "patterns", "sealed"},
     "models": {"config", "randomness"},
@@ -133,7 +139,7 @@ def test_arrows_point_down(module: str) -> None:
     assert "benchmarks" not in roots(module)
     if module.startswith("maskllm4v"):
         assert "stages" not in roots(module)
-    if module.startswith("maskllm4v.pruners"):
+    if module.startswith(("maskllm4v.pruners", "maskllm4v.updates")):
         assert not any(name.startswith(("maskllm4v.tasks", "maskllm4v.data")) for name in closure(module))
 
 

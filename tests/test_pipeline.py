@@ -233,7 +233,7 @@ BAD_INPUT = {
     "unknown method": (
         edit(lambda p: p["priors"]["small-magnitude"].update(method="magnitud")),
         ("prior", "small-magnitude"),
-        "allowed: magnitude, random, sparsegpt, wanda",
+        "allowed: magnitude, random, ria, sparsegpt, wanda",
     ),
     "unknown model": (
         edit(lambda p: p["model"].update(name="vit_huge", args={})),

@@ -61,7 +61,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = tiny_params()
     params["model"]["args"]["drop_path_rate"] = 0.0  # drawn anew in every process
     folder = ready_project(tmp_path_factory.mktemp("one"), params)
-    stages = [*(("prior", row) for row in ROWS[1:]), ("train", "tiny-averaged")]
+    stages = [*(("prior", row) for row in ROWS[1:]), ("update", "tiny-squares"), ("train", "tiny-averaged")]
     for stage, row in [*stages, *(("evaluate", row) for row in MEASURED)]:
         assert run_stage(folder, stage, row) == [0], said(folder)
     return folder
@@ -71,7 +71,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of two processes, from the same data and dense model; what each wrote is in ``wrote-*-<rank>.txt``."""
     folder = copied(one, tmp_path_factory.mktemp("two") / "project")
-    for stage, row in [*(("prior", row) for row in ROWS), ("train", "tiny-averaged")]:
+    for stage, row in [*(("prior", row) for row in ROWS), ("update", "tiny-squares"), ("train", "tiny-averaged")]:
         assert together(folder, _watched_stage, stage, row, processes=2) == [0, 0], said(folder)
     return folder
 
@@ -110,7 +110,7 @@ def _watched_stage(stage: str, row: str) -> None:
 
 
 def test_only_the_first_process_writes(two: Path, measured_by_two: Path) -> None:
-    for folder, count in ((two, len(ROWS) + 1), (measured_by_two, len(MEASURED))):
+    for folder, count in ((two, len(ROWS) + 2), (measured_by_two, len(MEASURED))):
         first, second = (list(folder.glob(f"wrote-*-{rank}.txt")) for rank in (0, 1))
         assert len(first) == len(second) == count
         assert all(path.read_text().count("\n") > 5 for path in first)
@@ -131,6 +131,13 @@ def test_masks_are_those_of_one_process(row: str, one: Path, two: Path) -> None:
     assert a.keys() == b.keys()
     same = torch.cat([(a[name] == b[name]).reshape(-1, 4).all(1) for name in a])
     assert same.double().mean() >= 0.999
+
+
+def test_updated_weights_are_those_of_one_process(one: Path, two: Path) -> None:
+    a, b = (load_masks(folder / checkpoint("tiny-squares", 0), pattern="2:4").weights for folder in (one, two))
+    assert a.keys() == b.keys()
+    for name, weight in a.items():
+        torch.testing.assert_close(b[name], weight, rtol=0, atol=1e-4 * float(weight.abs().max()))
 
 
 def opened() -> tuple[Experiment, Task, torch.nn.Module]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from maskllm4v import prune
 from maskllm4v.patterns import NMPattern
+from maskllm4v.pruners.ria import prune_ria
 from maskllm4v.pruners.wanda import prune_wanda
 from maskllm4v.statistics import InputNorm
 
@@ -83,6 +84,22 @@ def by_norm(weight: Tensor, rows: Tensor, n: int, m: int) -> Tensor:
     return keep_best(weight.double().abs() * rows.norm(dim=0), n, m)
 
 
+def by_relative_importance(weight: Tensor, rows: Tensor, n: int, m: int, exponent: float = 0.5) -> Tensor:
+    """RIA, written out weight by weight."""
+    size, norms = weight.double().abs(), rows.norm(dim=0)
+    column, row = size.sum(0).tolist(), size.sum(1).tolist()
+    score = torch.tensor(
+        [
+            [
+                (value / column[j] if column[j] else 0) + (value / row[i] if row[i] else 0)
+                for j, value in enumerate(line)
+            ]
+            for i, line in enumerate(size.tolist())
+        ]
+    )
+    return keep_best(score * norms**exponent, n, m)
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
 @pytest.mark.parametrize(
     ("method", "how", "reference"),
@@ -90,9 +107,10 @@ def by_norm(weight: Tensor, rows: Tensor, n: int, m: int) -> Tensor:
         ("magnitude", {}, magnitude_reference),
         ("wanda", {}, wanda_reference),
         ("wanda", {"propagate": "pruned"}, block_by_block(by_norm)),
+        ("ria", {}, block_by_block(by_relative_importance)),
         ("sparsegpt", {}, block_by_block(by_hessian)),
     ],
-    ids=["magnitude", "wanda", "wanda-pruned", "sparsegpt"],
+    ids=["magnitude", "wanda", "wanda-pruned", "ria", "sparsegpt"],
 )
 def test_masks_of_a_vit(vit: nn.Module, method: str, how: dict, reference: Callable, pattern: str) -> None:
     batches, (n, m) = images(), numbers(pattern)
@@ -106,6 +124,8 @@ def test_masks_of_a_vit(vit: nn.Module, method: str, how: dict, reference: Calla
     [
         ("wanda", {}, magnitude_reference),
         ("wanda", {"propagate": "pruned"}, wanda_reference),
+        ("ria", {}, block_by_block(by_norm)),
+        ("ria", {"propagate": "dense"}, block_by_block(by_relative_importance)),
         ("sparsegpt", {}, wanda_reference),
         ("sparsegpt", {"propagate": "dense"}, block_by_block(by_hessian)),
     ],
@@ -146,6 +166,36 @@ def test_wanda_scores(out: int, width: int, pattern: str) -> None:
     expected = keep_best(weight.double().abs() * inputs.double().norm(dim=0), n, m)
     same = (found.mask == expected).reshape(out, -1, m).all(2)
     assert same[:, live].all()
+
+
+@every_layer
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 0.0])
+def test_ria_scores(out: int, width: int, pattern: str, exponent: float) -> None:
+    """Also with rows and columns that are all zero."""
+    weight, inputs = layer_case(out, width)
+    weight[[0, 3]] = 0
+    weight[:, ::7] = 0
+    (n, m), statistic = numbers(pattern), InputNorm(width, torch.device("cpu"))
+    statistic.update(inputs)
+    found = prune_ria(
+        weight, statistic, NMPattern(pattern), update_weights=False, layer="x", seed=0, exponent=exponent
+    ).mask
+    expected = by_relative_importance(weight, inputs.double(), n, m, exponent)
+    alive = weight.ne(0).reshape(out, -1, m).sum(2) >= n  # among zeros, ties
+    same = (found == expected).reshape(out, -1, m).all(2)
+    assert float(same[alive].double().mean()) >= 0.999
+    assert alive.double().mean() > 0.5
+    assert NMPattern(pattern).is_valid(found)
+
+
+def test_ria_takes_its_own_exponent_by_default() -> None:
+    weight, inputs = layer_case(16, 64)
+    statistic, pattern = InputNorm(64, torch.device("cpu")), NMPattern("2:4")
+    statistic.update(inputs)
+    how = {"update_weights": False, "layer": "x", "seed": 0}
+    default = prune_ria(weight, statistic, pattern, **how).mask
+    assert torch.equal(default, prune_ria(weight, statistic, pattern, **how, exponent=0.5).mask)
+    assert not torch.equal(default, prune_ria(weight, statistic, pattern, **how, exponent=0.0).mask)
 
 
 def test_random_masks_are_uniform_and_repeatable() -> None:

@@ -17,7 +17,7 @@ from maskllm4v.patterns import NMPattern
 from maskllm4v.pruners import Pruned
 from maskllm4v.statistics import InputNorm
 
-METHODS = ["magnitude", "random", "wanda", "sparsegpt"]
+METHODS = ["magnitude", "random", "wanda", "ria", "sparsegpt"]
 PATTERNS = ["2:4", "1:4", "2:8", "4:8"]
 
 
@@ -151,7 +151,7 @@ def test_misfits(method: str) -> None:
 @pytest.mark.parametrize(
     ("method", "how", "message"),
     [
-        ("obs", {}, "method is 'obs'; allowed: magnitude, random, sparsegpt, wanda"),
+        ("obs", {}, "method is 'obs'; allowed: magnitude, random, ria, sparsegpt, wanda"),
         ("wanda", {"calibration": None}, "'wanda' needs calibration"),
         ("sparsegpt", {"calibration": None}, "'sparsegpt' needs calibration"),
         ("magnitude", {"update_weights": True}, "update_weights is true, but 'magnitude' cannot"),
@@ -248,4 +248,4 @@ class TestRegistry:
 
 
 def test_available() -> None:
-    assert pruners.available() == ["magnitude", "random", "sparsegpt", "wanda"]
+    assert pruners.available() == ["magnitude", "random", "ria", "sparsegpt", "wanda"]

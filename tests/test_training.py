@@ -227,6 +227,17 @@ def test_full_distillation_asks_the_dense_model_and_no_label() -> None:
         assert temperature == 3.0
 
 
+def test_teacher_that_is_given_is_asked() -> None:
+    task = Regression()
+    teacher = Noisy().eval()
+    model = learnable(task.build_model(0))
+    learn_masks(model, task, settings(distillation=1.0), teacher=teacher)
+    assert len(task.teachers) == 12
+    for features, _, found, _ in task.teachers:
+        assert torch.equal(found, teacher(features).detach())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
 def test_no_distillation_asks_no_teacher() -> None:
     task = Regression()
     trained(task)

@@ -10,6 +10,7 @@ from commands import run, well
 from import_graph import ROOT
 
 LINES = {  # what may be left out of an experiment, and what has to be added for DVC
+    "updated: {}": "updated: {}",
     "finetuned: {}": "finetuned: {}",
     "evaluation: {}": "evaluation: {}",
     'pattern: "2:4"': 'pattern: "2:4"',

@@ -1,4 +1,4 @@
-"""Prune a model in one shot: magnitude, Wanda, SparseGPT. Writes its masks, and the dense weights beside them."""
+"""Prune a model in one shot: magnitude, Wanda, RIA, SparseGPT. Writes its masks, and the dense weights beside them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pruner",
         default="magnitude",
-        choices=("magnitude", "wanda", "sparsegpt", "random"),
+        choices=("magnitude", "wanda", "ria", "sparsegpt", "random"),
         help="method (default magnitude)",
     )
     parser.add_argument(
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--propagate",
         choices=("dense", "pruned"),
-        help="what later layers see while calibrating (default: wanda dense, as in the original; sparsegpt pruned)",
+        help="what later layers see while calibrating (default: wanda dense, as in the original; others pruned)",
     )
     parser.add_argument(
         "--permutation",

@@ -1,8 +1,8 @@
 """``params.yaml`` as frozen, validated objects; an unknown or mistyped key is an error that names it.
 
 The file describes one experiment, which makes one table. Its sections, in the order of the pipeline:
-``data`` → ``model`` → ``dense`` → ``priors`` → ``learning``, ``learned`` and ``finetuned`` → ``evaluation`` → ``rows``
-(the table) → ``exports``.
+``data`` → ``model`` → ``dense`` → ``priors`` → ``learning``, ``learned``, ``updated`` and ``finetuned`` →
+``evaluation`` → ``rows`` (the table) → ``exports``.
 """
 
 from maskllm4v.config.diffusion import (
@@ -26,6 +26,7 @@ from maskllm4v.config.sections import (
     RuntimeSettings,
     TaskSettings,
     TrainingSettings,
+    UpdatedSettings,
 )
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "SamplingSettings",
     "TaskSettings",
     "TrainingSettings",
+    "UpdatedSettings",
     "load_experiment",
     "parse_experiment",
 ]

@@ -27,10 +27,12 @@ from maskllm4v.config.sections import (
     Settings,
     Slug,
     TaskSettings,
+    UpdatedSettings,
 )
+from maskllm4v.config.starts import check_starts
 from maskllm4v.errors import ConfigError
 
-Kind = Literal["dense", "oneshot", "learned", "finetuned"]
+Kind = Literal["dense", "oneshot", "learned", "updated", "finetuned"]
 
 
 def _name_of(section: Any, default: str = "") -> str:
@@ -63,6 +65,7 @@ class Experiment(Settings):
     priors: dict[Slug, PriorSettings] = {}
     learning: LearningSettings = LearningSettings()
     learned: dict[Slug, LearnedSettings] = {}
+    updated: dict[Slug, UpdatedSettings] = {}
     finetuned: dict[Slug, FinetunedSettings] = {}
     rows: dict[Slug, str]
     evaluation: EvaluationSettings = EvaluationSettings()  # diffusion; what classification has of it stands in task
@@ -87,19 +90,16 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _rows_agree(self) -> Experiment:
-        listed = [self.dense.row, *self.priors, *self.learned, *self.finetuned]
+        listed = [self.dense.row, *self.priors, *self.learned, *self.updated, *self.finetuned]
         made = set(listed)
         if len(made) != len(listed):
-            raise ValueError("dense.row, priors, learned and finetuned name the same row twice")
+            raise ValueError("dense.row, priors, learned, updated and finetuned name the same row twice")
         for row in made ^ set(self.rows):
             if row in made:
                 raise ValueError(f"rows: {row!r} is made but not listed there; found {', '.join(self.rows)}")
             raise ValueError(f"rows: {row!r} is listed but made nowhere; made are {', '.join(sorted(made))}")
+        check_starts(self)
         for row, learned in self.learned.items():
-            if learned.prior not in self.priors:
-                raise ValueError(
-                    f"learned.{row}.prior is {learned.prior!r}; allowed: {', '.join(self.priors) or '(no priors)'}"
-                )
             if learned.select == "best" and not self.data.holdout:
                 raise ValueError(f"learned.{row}.select is 'best', which needs data.holdout; never the reported split")
         for row, finetuned in self.finetuned.items():
@@ -135,7 +135,8 @@ class Experiment(Settings):
         default = EvaluationSettings()
         if changed := [key for key, value in self.evaluation if value != getattr(default, key)]:
             raise ValueError(f"evaluation.{changed[0]} is for task 'diffusion' only")
-        inputs = {row: made.inputs for rows in (self.priors, self.learned) for row, made in rows.items()}
+        made_from: tuple[dict[str, Any], ...] = (self.priors, self.learned, self.updated)
+        inputs = {row: made.inputs for rows in made_from for row, made in rows.items()}
         if generated := [row for row, kind in inputs.items() if kind != "data"]:
             raise ValueError(f"{generated[0]}: inputs is 'generated', which task 'classification' cannot make")
 
@@ -170,21 +171,37 @@ class Experiment(Settings):
             return "oneshot"
         if row in self.learned:
             return "learned"
+        if row in self.updated:
+            return "updated"
         if row in self.finetuned:
             return "finetuned"
         raise ConfigError(f"no row {row!r} in this experiment; allowed: {', '.join(self.rows)}")
 
     def mask_row(self, row: str) -> str | None:
-        """The one-shot row that a row's masks come or start from; None for dense weights."""
+        """The row that a row's masks come or start from, a one-shot row being its own; None for dense weights."""
         if self.kind(row) == "learned":
             return self.learned[row].prior
+        if row in self.updated:
+            return self.updated[row].masks
         start = self.finetuned[row].start if row in self.finetuned else row
         return start if start in self.priors else None
 
+    def oneshot_row(self, row: str) -> str | None:
+        """The one-shot row at which the way of a row's masks begins; None for dense weights."""
+        start = self.mask_row(row)
+        return start if start is None or start in self.priors else self.oneshot_row(start)
+
     def pattern_of(self, row: str) -> str | None:
         """The N:M pattern of a row; None for dense weights."""
-        start = self.mask_row(row)
+        start = self.oneshot_row(row)
         return None if start is None else self.priors[start].pattern or self.pattern
+
+    def updates_weights(self, row: str) -> bool:
+        """Whether a row has other weights than the dense model."""
+        kind = self.kind(row)
+        if kind == "learned":
+            return self.learned[row].weights == "updated"
+        return kind in ("updated", "finetuned") or (kind == "oneshot" and self.priors[row].update_weights)
 
     def dense_seed(self, seed: int) -> int:
         """Which seed's dense model a seed uses."""
@@ -200,7 +217,6 @@ class Experiment(Settings):
 
     def row_settings(self, row: str) -> dict[str, Any]:
         """All settings that a row is made with, as plain values."""
-        kind = self.kind(row)
         found: dict[str, Any] = {
             "table": self.table,
             "exact": self.exact,
@@ -210,14 +226,26 @@ class Experiment(Settings):
             "model": self.model,
             "dense": self.dense,
         }
-        if start := self.mask_row(row):
-            found["pattern"] = self.pattern_of(row)
+        if pattern := self.pattern_of(row):
+            found["pattern"] = pattern
+        found |= self._steps(row)
+        return _plain(found)
+
+    def _steps(self, row: str) -> dict[str, Any]:
+        """Settings of what is done after the dense model: of a row itself, and of the row that it starts from."""
+        kind, start = self.kind(row), self.mask_row(row)
+        found: dict[str, Any] = {}
+        if start in self.priors:
             found["prior"] = self.priors[start]
+        elif start is not None:
+            found["start"] = self._steps(start)
         if kind == "learned":
             found["learning"] = self.learned[row]
+        if kind == "updated":
+            found["update"] = self.updated[row]
         if kind == "finetuned":
             found["finetuning"] = self.finetuned[row]
-        return {k: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for k, v in found.items()}
+        return found
 
     def record_settings(self, row: str) -> dict[str, Any]:
         """All settings that a row's metrics depend on: those it is made with, and those it is measured with."""
@@ -225,6 +253,13 @@ class Experiment(Settings):
         if isinstance(self.task, DiffusionSettings):
             found["evaluation"] = self.evaluation.model_dump(mode="json")
         return found
+
+
+def _plain(value: Any) -> Any:
+    """Settings, in mappings of mappings, as plain values."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _merged(common: dict[str, Any], row: Any) -> Any:

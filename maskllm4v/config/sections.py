@@ -245,7 +245,36 @@ class LearningSettings(TrainingSettings):
 class LearnedSettings(LearningSettings):
     """One learned row: ``learning`` with this row's own values on top."""
 
-    prior: Slug  # the one-shot row whose masks training starts from
+    prior: Slug  # the one-shot or updated row whose masks training starts from
+    # Dense, or updated: the prior's weights where its mask keeps them, dense ones elsewhere. Not written down where
+    # they are dense, see above.
+    weights: Literal["dense", "updated"] = Field("dense", exclude_if=lambda value: value == "dense")
+
+
+class UpdatedSettings(Settings):
+    """One row whose masks are another row's, and whose kept weights make up for the pruned ones; nothing is trained."""
+
+    masks: Slug  # the one-shot or learned row
+    update: Literal["least_squares", "sparsegpt"]
+    # What each layer's outputs are fitted to: the dense network's, or those of the dense weights on the layer's inputs
+    # as they have become (all that SparseGPT knows).
+    target: Literal["asymmetric", "symmetric"] = "asymmetric"
+    damping: NonNegative = 0.1  # share of the mean diagonal of the inputs' Hessian; sparsegpt: 0.01, as its authors
+    batch_size: Count = 128
+    inputs: Inputs = REAL
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsegpt_as_its_authors(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("update") == "sparsegpt":
+            return {"target": "symmetric", "damping": 0.01, **raw}
+        return raw
+
+    @model_validator(mode="after")
+    def _target_goes_with_update(self) -> UpdatedSettings:
+        if self.update == "sparsegpt" and self.target != "symmetric":
+            raise ValueError(f"target is {self.target!r}; allowed for update 'sparsegpt': 'symmetric'")
+        return self
 
 
 class FinetunedSettings(TrainingSettings):

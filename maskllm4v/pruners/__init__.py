@@ -20,6 +20,7 @@ from maskllm4v.progress import bar
 from maskllm4v.pruners.magnitude import prune_magnitude
 from maskllm4v.pruners.random import prune_random
 from maskllm4v.pruners.result import Pruned
+from maskllm4v.pruners.ria import prune_ria
 from maskllm4v.pruners.sparsegpt import prune_sparsegpt
 from maskllm4v.pruners.wanda import prune_wanda
 from maskllm4v.statistics import Hessian, InputNorm, Statistic
@@ -58,6 +59,7 @@ _METHODS: dict[str, Method] = {
     "magnitude": Method(prune_magnitude),
     "random": Method(prune_random),
     "wanda": Method(prune_wanda, InputNorm),
+    "ria": Method(prune_ria, InputNorm, propagate="pruned"),
     "sparsegpt": Method(prune_sparsegpt, Hessian, updates=True, propagate="pruned"),
 }
 

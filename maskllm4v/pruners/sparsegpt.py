@@ -14,6 +14,7 @@ products that grow. Weights lie as ``[in, out]`` meanwhile, so that a column of 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,26 +48,39 @@ def prune_sparsegpt(
         DataError: see :func:`reversed_cholesky`.
     """
     pattern.check_fits(weight.shape[1], layer)
-    hessian = statistic.mean
-    dead = hessian.diagonal() == 0  # inputs that never fire: their weights do not matter
-    hessian.diagonal()[dead] = 1
+    hessian, dead = live_hessian(statistic)
     with full_float32(weight.device):
         factor = reversed_cholesky(hessian, layer)
         if not update_weights:
             root = factor.diagonal().flip(0)
             return Pruned(pattern.topn_mask(weight.to(hessian.dtype).square() * root.square(), layer))
-        columns = weight.t().to(hessian.dtype, copy=True, memory_format=torch.contiguous_format)
-        columns[dead] = 0
+        columns = live_columns(weight, dead, hessian.dtype)
         mask = prune_columns(columns, upper_factor(factor), pattern)
     if torch.isnan(columns.amax()):
         raise PatternError(f"layer {layer!r}: updated weights contain NaN, so no mask can be chosen")
     return Pruned(mask, columns.t().to(weight.dtype))
 
 
-def reversed_cholesky(hessian: Tensor, layer: str = "weight") -> Tensor:
+def live_hessian(statistic: Hessian) -> tuple[Tensor, Tensor]:
+    """H ``[in, in]``, and which inputs never fire ``[in]``: their weights do not matter, and H gets a diagonal of 1."""
+    hessian = statistic.mean
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    return hessian, dead
+
+
+def live_columns(weight: Tensor, dead: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a weight ``[out, in]`` as ``[in, out]``, zero where inputs never fire."""
+    columns = weight.t().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    columns[dead] = 0
+    return columns
+
+
+def reversed_cholesky(hessian: Tensor, layer: str = "weight", damping: float = DAMPING) -> Tensor:
     """L with J H J = L Lᵀ of the damped Hessian ``[in, in]``, J the reversal; what is above its diagonal is no part.
 
-    If rounding has cost positive definiteness, damping grows tenfold at a time, with a warning.
+    ``damping`` is a share of the mean diagonal. If rounding has cost positive definiteness, it grows tenfold at a
+    time, with a warning.
 
     Raises:
         DataError: the Hessian is not finite, or no damping helps.
@@ -74,7 +88,6 @@ def reversed_cholesky(hessian: Tensor, layer: str = "weight") -> Tensor:
     # A sum is far cheaper than a look at each element, and not finite if one of them is not.
     if not torch.isfinite(hessian.sum()) and not torch.isfinite(hessian).all():
         raise DataError(f"layer {layer!r}: calibration gave inputs that are not finite")
-    damping = DAMPING
     for _ in range(MAX_RETRIES):
         damped = hessian.flip(0, 1)
         damped.diagonal().add_(damping * damped.diagonal().mean())
@@ -135,7 +148,12 @@ def prune_columns(w: Tensor, u: Tensor, pattern: NMPattern) -> Tensor:
         Boolean mask ``[out, in]``. Each group is chosen on weights that are up to date at its first column;
         ties go to the lexicographically first candidate. Where weights are not finite, it means nothing.
     """
-    return _Columns(w, u, pattern).prune()
+    return _Columns(w, u, pattern.m, _Ranking(pattern, w)).prune()
+
+
+def correct_columns(w: Tensor, u: Tensor, mask: Tensor, pattern: NMPattern) -> None:
+    """The same loop, in place, where the mask ``[out, in]`` is given: it then is the update alone."""
+    _Columns(w, u, pattern.m, _Given(mask, w, pattern.m)).prune()
 
 
 class _Columns:
@@ -144,13 +162,13 @@ class _Columns:
     A group takes some twenty calls on few numbers, so all views that they need are made beforehand, at once.
     """
 
-    def __init__(self, w: Tensor, u: Tensor, pattern: NMPattern) -> None:
-        (width, rows), m = w.shape, pattern.m
+    def __init__(self, w: Tensor, u: Tensor, m: int, choose: Callable[[int, Tensor, Tensor, Tensor], None]) -> None:
+        width, rows = w.shape
         # Blocks end where a group ends, so that each group is chosen on weights that are up to date.
         self.block, *smaller = (max(size // m, 1) * m for size in BLOCK_SIZES)
         self.w, self.u_transposed, self.steps = w, u.t(), (*smaller, m)
         self.errors, self.pruned = w.new_empty(2, min(self.block, width), rows)  # pruned: 1, else 0
-        self.rank = _Ranking(pattern, w)
+        self.choose = choose
         # By group of the layer, and by group of the block.
         self.groups = list(zip(w.split(m), u.diagonal()[:, None].contiguous().split(m), strict=True))
         self.results = list(zip(self.pruned.split(m), self.errors.split(m), strict=True))
@@ -185,11 +203,11 @@ class _Columns:
             self._pass_on(first, last, stop, at)
 
     def _group(self, start: int, offset: int) -> None:
-        """Choose a group's mask, then find its errors column by column."""
+        """Let ``choose`` say which weights ``[M, out]`` of a group go, then find its errors column by column."""
         m = self.steps[-1]
         group = start // m
         (w, diagonal), (pruned, errors) = self.groups[group], self.results[offset // m]
-        self.rank(w, diagonal, pruned)
+        self.choose(group, w, diagonal, pruned)
         torch.div(pruned, diagonal, out=errors)
         for j in range(m):
             self.column_errors[offset + j].mul_(self.columns[start + j])
@@ -220,7 +238,7 @@ class _Ranking:
             (self.scores[d:], self.scores[:-d], later_wins[d:], self.ranks[:-d], self.ranks[d:]) for d in range(1, m)
         ]
 
-    def __call__(self, w: Tensor, diagonal: Tensor, pruned: Tensor) -> None:
+    def __call__(self, group: int, w: Tensor, diagonal: Tensor, pruned: Tensor) -> None:
         torch.div(w, diagonal, out=self.scores)
         self.scores.abs_()  # in the order of its square
         self.ranks.copy_(self.start)
@@ -229,3 +247,13 @@ class _Ranking:
             of_earlier.add_(later_wins)
             of_later.sub_(later_wins)
         torch.ge(self.ranks, self.zero, out=pruned)
+
+
+class _Given:
+    """The same of a mask that somebody else has chosen."""
+
+    def __init__(self, mask: Tensor, like: Tensor, m: int) -> None:
+        self.pruned = (~mask).t().to(like.dtype, memory_format=torch.contiguous_format).split(m)
+
+    def __call__(self, group: int, w: Tensor, diagonal: Tensor, pruned: Tensor) -> None:
+        pruned.copy_(self.pruned[group])

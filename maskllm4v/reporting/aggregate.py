@@ -96,6 +96,6 @@ def best_row(experiment: Experiment, table: pd.DataFrame) -> str | None:
 
 def _describe(experiment: Experiment, row: str) -> dict[str, Any]:
     kind, start = experiment.kind(row), experiment.mask_row(row)
-    update = kind == "finetuned" or (kind == "oneshot" and experiment.priors[row].update_weights)
+    update = experiment.updates_weights(row)
     prior = experiment.rows[start] if start is not None and start != row else None
     return {"kind": kind, "pattern": experiment.pattern_of(row) or "dense", "update": update, "prior": prior}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from maskllm4v.config import Experiment
 
-COLOURS = {"dense": "#4c4c4c", "oneshot": "#9db4c8", "learned": "#2a6f97", "finetuned": "#c9a66b"}
+COLOURS = {"dense": "#4c4c4c", "oneshot": "#9db4c8", "learned": "#2a6f97", "updated": "#6f9f8d", "finetuned": "#c9a66b"}
 
 
 def row_labels(experiment: Experiment) -> dict[str, str]:

@@ -1,0 +1,150 @@
+"""Statistics of one layer's inputs after the other, in a network that changes meanwhile and in its dense twin.
+
+:func:`maskllm4v.calibration.stream_statistics` shows all layers of a block at once, as they are before any of them
+changes. Here each layer is seen behind all that come before it, those of its own block included, and both networks
+run on the same batches, block by block, so that no more than one block's activations of each are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskllm4v.calibration import Calibration, names_by_part
+from maskllm4v.chains import Call, find_units, step
+from maskllm4v.errors import DataError
+from maskllm4v.processes import world_size
+from maskllm4v.statistics import Hessian, Paired
+from maskllm4v.surgery import linear
+from maskllm4v.watching import Watch, calls_of, evaluating, observe
+
+
+@torch.no_grad()
+def layer_statistics(
+    model: nn.Module, layers: Mapping[str, nn.Linear], parts: Sequence[Calibration], *, dense: nn.Module | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield a layer's :class:`Hessian` after the other, in the order of execution; of independent parts all at once.
+
+    Whoever iterates may change or replace a layer in the model before asking for the next one.
+
+    Args:
+        model: put into evaluation mode for the time being.
+        layers: the linear layers of interest, by module name.
+        parts: come in their order; see :class:`~maskllm4v.calibration.Calibration`.
+        dense: a model of the same architecture, which stays as it is. With it, each layer has :class:`Paired`.
+
+    Raises:
+        ConfigError: a layer that no part names.
+        DataError: a part with layers has no batch, or its ``forward`` never reaches one of them.
+    """
+    for part, names in zip(parts, names_by_part(layers, parts), strict=True):
+        own = {name: layers[name] for name in names}
+        if not own:
+            continue
+        with evaluating(model), evaluating(model if dense is None else dense):
+            yield from (_at_once if part.independent else _stream)(model, own, part, dense)
+
+
+def _at_once(
+    model: nn.Module, layers: Mapping[str, nn.Linear], part: Calibration, dense: nn.Module | None
+) -> Iterator[dict[str, Any]]:
+    run = partial(part.forward, model)
+    if dense is None:
+        yield observe(layers, Hessian, run, part.batches)
+        return
+    same = ((batch, batch) for batch in part.batches)
+    yield _observe_both(layers, _twins(layers, dense), (run, partial(part.forward, dense)), same)
+
+
+def _stream(
+    model: nn.Module, layers: Mapping[str, nn.Linear], part: Calibration, dense: nn.Module | None
+) -> Iterator[dict[str, Any]]:
+    batches = list(part.batches)
+    if not batches:
+        raise DataError("calibration: no batches given")
+    units, chain = find_units(model, layers, lambda: part.forward(model, batches[0]))
+    names = {module: name for name, module in model.named_modules()}
+    blocks = [names[block] for block in chain]
+    network = _Network(model, blocks, part, batches)
+    other = None if dense is None else _Network(dense, blocks, part, batches)
+    for unit in units:
+        block = None if unit.block is None else names[unit.block]
+        for name, layer in unit.layers.items():
+            (run, calls), one, in_chain = network.at(block), {name: layer}, block is not None
+            if dense is None or other is None:
+                yield observe(one, Hessian, run, calls, inputs_only=in_chain)
+                continue
+            run_other, calls_other = other.at(block)
+            pairs = zip(calls, calls_other, strict=True)
+            yield _observe_both(one, _twins(one, dense), (run, run_other), pairs, inputs_only=in_chain)
+
+
+class _Network:
+    """One of the two, and how far the batches have come along its chain of blocks, given by their names."""
+
+    def __init__(self, model: nn.Module, chain: Sequence[str], part: Calibration, batches: list[Any]) -> None:
+        self._model, self._part, self._batches = model, part, batches
+        self._ahead = list(chain)
+        self._calls: list[Call] | None = None  # of the block next ahead, a batch each
+
+    def at(self, block: str | None) -> tuple[Callable[[Any], Any], list[Any]]:
+        """What to run, and on what, for the inputs of a block's layers; None: of layers outside the chain.
+
+        Blocks before it are run as they are now.
+        """
+        if block is None:
+            return partial(self._part.forward, self._model), self._batches
+        ahead = self._model.get_submodule(self._ahead[0])
+        if self._calls is None:
+            self._calls = calls_of(ahead, self._model, self._batches, self._part.forward)
+        while self._ahead[0] != block:
+            self._calls = [step(ahead, call) for call in self._calls]
+            self._ahead.pop(0)
+            ahead = self._model.get_submodule(self._ahead[0])
+        return partial(step, ahead), self._calls
+
+
+def _twins(layers: Mapping[str, nn.Linear], dense: nn.Module) -> dict[str, nn.Linear]:
+    return {name: linear(dense, name) for name in layers}
+
+
+def _observe_both(
+    layers: Mapping[str, nn.Linear],
+    twins: Mapping[str, nn.Linear],
+    runs: tuple[Callable[[Any], Any], Callable[[Any], Any]],
+    calls: Iterable[tuple[Any, Any]],
+    *,
+    inputs_only: bool = False,
+) -> dict[str, Paired]:
+    """Like :func:`maskllm4v.watching.observe`, of two networks at once; one batch's inputs are held."""
+    found = {name: Paired(layer.in_features, layer.weight.device) for name, layer in layers.items()}
+    rows: dict[str, list[Tensor]] = {name: [] for name in layers}
+    of_twin: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def hold(into: dict[str, list[Tensor]], name: str, seen: Tensor) -> None:
+        into[name].append(seen if inputs_only else seen.clone())  # what runs on may change it in place
+
+    with (
+        Watch(layers, partial(hold, rows), inputs_only=inputs_only) as watch,
+        Watch(twins, partial(hold, of_twin), inputs_only=inputs_only) as watch_twin,
+    ):
+        for call, call_of_twin in calls:
+            watch.run(runs[0], call)
+            watch_twin.run(runs[1], call_of_twin)
+            for name, statistic in found.items():
+                if [len(seen) for seen in rows[name]] != [len(seen) for seen in of_twin[name]]:
+                    raise DataError(
+                        f"layer {name!r} sees other tokens in the dense network; the target has to be symmetric"
+                    )
+                for seen, twin in zip(rows[name], of_twin[name], strict=True):
+                    statistic.update(seen, twin)
+                rows[name].clear()
+                of_twin[name].clear()
+    if world_size() > 1:
+        for statistic in found.values():
+            statistic.combine()
+    return found

@@ -1,0 +1,50 @@
+"""Update the weights that another row's masks keep: ``artifacts/<row>/seed<k>.safetensors``."""
+
+from __future__ import annotations
+
+from maskllm4v.config import Experiment
+from maskllm4v.errors import ConfigError
+from maskllm4v.layout import checkpoint, data_folder
+from stages.entry import run
+
+
+def main(experiment: Experiment, row: str) -> None:
+    from dataclasses import replace
+
+    from maskllm4v.channels import apply_permutations_
+    from maskllm4v.checkpoints import load_dense, load_masks, save_masks
+    from maskllm4v.origin import write_origin
+    from maskllm4v.parallel import map_seeds
+    from maskllm4v.processes import is_main
+    from maskllm4v.surgery import apply_masks_, linear
+    from maskllm4v.tasks import open_task
+    from maskllm4v.updates import update_weights_
+
+    if experiment.kind(row) != "updated":
+        raise ConfigError(f"{row!r} is no updated row; allowed: {', '.join(experiment.updated) or '(none)'}")
+    settings, pattern = experiment.updated[row], experiment.pattern_of(row) or ""
+    task = open_task(experiment, data_folder(experiment.data.name))
+
+    def one(seed: int, position: int) -> None:
+        model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))
+        base = load_dense(dense, model, experiment.model.name)
+        source = task if settings.inputs == "data" else task.generated(model, seed)
+        found = load_masks(checkpoint(settings.masks, seed), pattern=pattern, base=base)  # not its weights, if any
+        apply_permutations_(model, found.permutations)
+        update_weights_(
+            apply_masks_(model, found.masks, pattern),
+            settings.update,
+            calibration=source.calibration(settings.batch_size, seed),
+            target=settings.target,
+            damping=settings.damping,
+        )
+        weights = {f"{name}.weight": linear(model, name).weight for name in found.masks}
+        if is_main():
+            save_masks(checkpoint(row, seed), replace(found, method=settings.update, weights=weights))
+
+    map_seeds(experiment, experiment.row_seeds(row), one)
+    write_origin(experiment, row)
+
+
+if __name__ == "__main__":
+    run("update", main)
