@@ -95,7 +95,10 @@ def best_row(experiment: Experiment, table: pd.DataFrame) -> str | None:
 
 
 def _describe(experiment: Experiment, row: str) -> dict[str, Any]:
-    kind, start = experiment.kind(row), experiment.mask_row(row)
+    kind: str = experiment.kind(row)
+    start = experiment.mask_row(row)
     update = experiment.updates_weights(row)
     prior = experiment.rows[start] if start is not None and start != row else None
+    if kind == "learned" and update:
+        kind = "hybrid"  # a mask learned on weights that are not the dense model's: never counted among frozen ones
     return {"kind": kind, "pattern": experiment.pattern_of(row) or "dense", "update": update, "prior": prior}

@@ -12,6 +12,7 @@ from maskllm4v.metrics import TaskMetrics
 from maskllm4v.reporting.names import short_names
 
 MISSING = "–"
+LEARNED = ("learned", "hybrid")  # kinds whose masks were learned, on frozen or on updated weights
 LEAKS = "Calibrated on the reported split, which leaks"
 LABELS = 4  # columns that say what a row is; then come the headline, its difference, other metrics, the cost
 
@@ -44,7 +45,7 @@ def results_markdown(table: pd.DataFrame, metrics: TaskMetrics) -> str:
     rows = []
     for line in table.to_dict("records"):
         label, *cells = result_cells(line, metrics)
-        rows.append([f"**{label}**" if line["kind"] == "learned" else label, *cells])
+        rows.append([f"**{label}**" if line["kind"] in LEARNED else label, *cells])
     return markdown(result_headers(metrics), rows)
 
 

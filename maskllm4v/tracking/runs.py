@@ -15,10 +15,11 @@ from maskllm4v.layout import ARTIFACTS, REPORTS, export_folder, run_folder
 
 LARGEST_ARTIFACT = 32 * 2**20  # bytes of masks; with updated weights of a large model they stay in DVC's cache
 LIVE = "live"  # the tag of a run that is written while its row trains
-METHODS = {  # stage and method of a kind of row; None: the one-shot method's own name
+METHODS = {  # stage and method of a kind of row; None: what the row's own settings say
     "dense": ("dense", "dense"),
     "oneshot": ("prior", None),
     "learned": ("train", "maskllm"),
+    "updated": ("update", None),
     "finetuned": ("finetune", "finetune"),
 }
 
@@ -48,12 +49,13 @@ def settings_tags(experiment: Experiment, row: str) -> dict[str, str]:
     """What runs are found by, as far as settings say it."""
     kind, settings = experiment.kind(row), experiment.record_settings(row)
     stage, method = METHODS[kind]
-    start = settings["learning"]["prior"] if kind == "learned" else settings.get("finetuning", {}).get("start", "")
+    start = experiment.mask_row(row)
     tags = {
         "stage": stage,
         "task": settings["task"]["name"],
-        "method": method or settings["prior"]["method"],
-        "prior": start,
+        "method": method or (settings["update"]["update"] if kind == "updated" else settings["prior"]["method"]),
+        "prior": start if start != row else None,
+        "weights": "updated" if experiment.updates_weights(row) else "dense",
         "pattern": settings.get("pattern", "dense"),
         "model": settings["model"]["name"],
         "exact": str(experiment.exact).lower(),

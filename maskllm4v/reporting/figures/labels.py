@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from maskllm4v.config import Experiment
 
-COLOURS = {"dense": "#4c4c4c", "oneshot": "#9db4c8", "learned": "#2a6f97", "updated": "#6f9f8d", "finetuned": "#c9a66b"}
+COLOURS = {  # by kind, see :func:`maskllm4v.reporting.aggregate.aggregate`
+    **{"dense": "#4c4c4c", "oneshot": "#9db4c8", "learned": "#2a6f97"},
+    **{"updated": "#6f9f8d", "hybrid": "#8f5b86", "finetuned": "#c9a66b"},
+}
 
 
 def row_labels(experiment: Experiment) -> dict[str, str]:

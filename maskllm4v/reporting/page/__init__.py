@@ -43,7 +43,7 @@ def table_page(experiment: Experiment, reports: Path, file: str | None) -> str:
         table=headline.table_lines(results),
         champion=headline.winner(results),
         dense=headline.described(results, results.dense) if results.dense in results.measured else None,
-        best={kind: headline.winner(results, (kind,)) for kind in ("oneshot", "learned", "finetuned")},
+        best={kind: headline.winner(results, (kind,)) for kind in headline.SPARSE},
         bars=[chart for name in results.metrics.bars if (chart := bar_chart(results, results.metrics[name]))],
         budgets=budget.budget_charts(results),
         curves=lines.curve_panels(results),

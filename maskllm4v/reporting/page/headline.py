@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ import pandas as pd
 
 from maskllm4v.metrics import Metric
 from maskllm4v.reporting.aggregate import best_row
-from maskllm4v.reporting.page.results import Results
+from maskllm4v.reporting.page.results import KINDS, Results
 from maskllm4v.reporting.tables import LABELS, number, result_cells, result_headers, significant
 
+SPARSE = tuple(kind for kind in KINDS if kind != "dense")
 DELTA, COST = "delta", "cost"  # what cells are marked with that show no metric
 
 
@@ -82,7 +84,7 @@ def _order(value: Any) -> str:
     return "" if pd.isna(value) else f"{value:.8g}"
 
 
-def winner(results: Results, kinds: tuple[str, ...] = ("oneshot", "learned", "finetuned")) -> Winner | None:
+def winner(results: Results, kinds: Sequence[str] = SPARSE) -> Winner | None:
     """The best sparse row of some kinds; None where none was measured."""
     row = best_row(results.experiment, results.table[results.table["kind"].isin(kinds)])
     return None if row is None else described(results, row)

@@ -20,7 +20,9 @@ from maskllm4v.reporting.tables import caption
 KINDS = {
     "dense": "dense",
     "oneshot": "one-shot",
-    "learned": "learned masks",
+    "learned": "learned masks, frozen weights",
+    "updated": "weights updated in closed form",
+    "hybrid": "masks learned on updated weights",
     "finetuned": "control, weights trained on",
 }
 
@@ -75,7 +77,7 @@ class Results:
         return text.strip().strip("*").replace("**", "").replace("`", "")
 
     def kind(self, row: str) -> str:
-        return self.experiment.kind(row)
+        return str(self.lines[row]["kind"])
 
     def seeds(self, row: str, metric: str) -> dict[int, float]:
         """A metric by seed; empty where it was not measured."""

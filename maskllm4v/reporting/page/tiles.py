@@ -12,6 +12,7 @@ from maskllm4v.layout import tile_file
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import linear
 from maskllm4v.reporting.page.svg import drawing, tag
+from maskllm4v.reporting.tables import LEARNED
 
 CELL, GAP = 13.0, 5.0  # pixels of a weight, and between groups
 PRUNED = 4.0  # what is left of the picture of a pruned weight
@@ -30,7 +31,7 @@ def read_tiles(results: Results) -> list[Tile]:
     """Tiles of the rows whose masks were learned, from the best row on; of equals, the one further up."""
     name = results.metrics.headline.name
     sign = -1 if results.metrics.better == "higher" else 1
-    learned = [row for row in results.measured if results.kind(row) == "learned"]
+    learned = [row for row in results.measured if results.kind(row) in LEARNED]
     rows = sorted(learned, key=lambda row: sign * float(results.lines[row][f"{name}_mean"]))
     paths = {row: tile_file(results.experiment.table, row, results.reports) for row in rows}
     return [_tile(row, results.labels[row], read_json(path)) for row, path in paths.items() if path.exists()]
