@@ -5,6 +5,7 @@
 # make ui      MLflow's UI on http://127.0.0.1:5000
 # make figures draw the figures in docs/figures anew
 # make screenshots   look at pages and MLflow's UI in headless Chromium; pictures in docs/screenshots
+# make plots   training curves of all rows on one axis, in DVC's page (dvc_plots/index.html)
 # make experiments   what `dvc exp run` gave beside this commit; ROW=short-magnitude: of rows called so
 # make publish send all committed records to MLFLOW_TRACKING_URI (or ./mlflow.db)
 # make use EXPERIMENT=digits   switch params.yaml to experiments/digits.yaml
@@ -20,7 +21,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONPATH
 
-.PHONY: repro test proof bench ui figures screenshots experiments publish use lint
+.PHONY: repro test proof bench ui figures screenshots plots experiments publish use lint
 
 repro: $(READY)
 	@test -e mlflow.db || rm -rf mlruns/published  # the store was deleted: publish again
@@ -61,6 +62,9 @@ figures: $(READY)
 
 screenshots: $(READY)
 	python -m scripts.screenshots
+
+plots: $(READY)
+	dvc plots show loss max-probability off-prior flipped tau
 
 experiments: $(READY)
 	dvc exp show --only-changed --hide-workspace --drop '.*/|Created|(?!.*$(ROW)).*\.'

@@ -143,7 +143,9 @@ def test_rows_without_data_learn_from_the_samples(made: Path) -> None:
 
 def test_pictures_are_beside_the_records(made: Path) -> None:
     for row in ROWS:
-        assert {path.name for path in evaluation(made, row).iterdir()} == {"record.json", "layers.csv", "samples.png"}
+        of_masks = {"masks.csv", "tile.json"} if row != "dense" else set()
+        expected = {"record.json", "layers.csv", "samples.png"} | of_masks
+        assert {path.name for path in evaluation(made, row).iterdir()} == expected
         with Image.open(evaluation(made, row) / "samples.png") as image:
             assert (image.format, image.size, image.mode) == ("PNG", (17, 17), "L")
 

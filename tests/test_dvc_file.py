@@ -42,6 +42,13 @@ def test_entry_names_the_best_row(table: str) -> None:
 
 # Plots
 
+PLOTS = ["loss", "max-probability", "off-prior", "flipped", "tau"]
+
+
+def test_make_draws_the_plots_that_compare_rows() -> None:
+    assert [name for plot in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] for name in plot] == PLOTS
+    assert f"dvc plots show {' '.join(PLOTS)}\n" in (ROOT / "Makefile").read_text()
+
 
 def dvc(folder: Path, *arguments: str) -> Any:
     command = [sys.executable, "-m", "dvc", "plots", *arguments, "--json"]
@@ -73,8 +80,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_plots_show_each_row_against_steps(project: Path) -> None:
-    found = dvc(project, "show")
-    assert list(found) == ["loss", "max-probability", "off-prior", "flipped", "tau"]
+    found = dvc(project, "show", *PLOTS)
+    assert list(found) == PLOTS
     names, digits = short_names(EXPERIMENTS["digits"].rows), EXPERIMENTS["digits"]
     for (plot,) in found.values():
         content = plot["content"]
@@ -91,7 +98,7 @@ def test_plots_show_each_row_against_steps(project: Path) -> None:
 
 @pytest.mark.slow
 def test_plots_tell_revisions_apart(project: Path) -> None:
-    (plot,) = dvc(project, "diff", "HEAD")["tau"]
+    (plot,) = dvc(project, "diff", "HEAD", "--targets", "tau")["tau"]
     content = plot["content"]
     assert content["encoding"]["strokeDash"]["field"] == "rev"
     lengths = {

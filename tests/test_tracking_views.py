@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from maskllm4v.metrics import METRICS
-from maskllm4v.tracking.views import saved_view
+from maskllm4v.tracking.views import TAG, publish_view, saved_view
 from maskllm4v.training import CURVE_COLUMNS
 
 
@@ -53,3 +55,26 @@ def test_curves_are_columns_that_trainings_write() -> None:
 
 def test_same_table_same_bytes() -> None:
     assert saved_view(METRICS["diffusion"]) == saved_view(METRICS["diffusion"])
+
+
+class Contested:
+    """A store in which another writer sets each tag a moment before."""
+
+    def __init__(self, theirs: str | None) -> None:
+        self.tags: dict[str, str] = {}
+        self._theirs = theirs
+
+    def get_experiment(self, _: str) -> SimpleNamespace:
+        return SimpleNamespace(tags=dict(self.tags))
+
+    def set_experiment_tag(self, _: str, key: str, value: str) -> None:
+        self.tags[key] = value if self._theirs is None else self._theirs
+        raise MlflowException("UNIQUE constraint failed: experiment_tags.key, experiment_tags.experiment_id")
+
+
+def test_another_writer_may_have_set_the_same_view() -> None:
+    store: Any = Contested(None)
+    publish_view(store, "1", METRICS["classification"])
+    assert store.tags[TAG] == saved_view(METRICS["classification"])
+    with pytest.raises(MlflowException):
+        publish_view(cast(Any, Contested("something else")), "1", METRICS["classification"])

@@ -26,11 +26,17 @@ RESULTS, TRAINING, PICTURES = "results", "training", "pictures"
 
 def publish_view(client: MlflowClient, experiment_id: str, metrics: TaskMetrics, pictures: Sequence[str] = ()) -> None:
     """Tag an experiment with its view, and as one of trainings, which the UI opens with their runs."""
-    there = client.get_experiment(experiment_id).tags
+    from mlflow.exceptions import MlflowException
+
     tags = {"mlflow.experimentKind": "custom_model_development", TAG: saved_view(metrics, pictures)}
+    there = client.get_experiment(experiment_id).tags
     for key, value in tags.items():
         if there.get(key) != value:
-            client.set_experiment_tag(experiment_id, key, value)
+            try:
+                client.set_experiment_tag(experiment_id, key, value)
+            except MlflowException:  # of two writers at once, the store refuses the second one's new tag
+                if client.get_experiment(experiment_id).tags.get(key) != value:
+                    raise
 
 
 def saved_view(metrics: TaskMetrics, pictures: Sequence[str] = ()) -> str:
