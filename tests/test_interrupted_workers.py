@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def test_workers_outlive_the_signal(number: signal.Signals, tmp_path: Path) -> None:
     params = tiny_params()
     params["learned"]["tiny-distilled"]["steps"] = LONG
-    params["runtime"]["loader_workers"] = 2
+    params["runtime"] |= {"loader_workers": 2, "checkpoint_steps": LONG // 2}  # one state is due on the way
     project = ready_project(tmp_path / "project", params)
     running = begun(project, "tiny-distilled", 1, sys.executable, "-m", "stages.train", "tiny-distilled")
     main, *workers = everything = family(running)
@@ -27,5 +27,4 @@ def test_workers_outlive_the_signal(number: signal.Signals, tmp_path: Path) -> N
     until(lambda: gone(everything))
     assert "DataLoader worker" not in said(project)
     (step,) = saved_steps(project, "tiny-distilled")
-    assert step % 5  # no state that was due anyway, but the one of the step that the signal came in
-    assert step < LONG
+    assert LONG // 2 < step < LONG  # not the state that was due anyway, but that of the step that the signal came in
