@@ -68,8 +68,11 @@ def check_pages(browser: Browser) -> list[str]:
     """What is wrong with the pages of all tables and their index, in words."""
     faults = []
     pages: dict[Path, Experiment | None] = {ROOT / "reports" / "index.html": None}
-    pages |= {page_of(table): e for table, e in experiments(ROOT).items() if page_of(table).exists()}
+    pages |= {page_of(table): e for table, e in experiments(ROOT).items() if read_records(ROOT / "reports", table)}
     for path, experiment in pages.items():
+        if not path.exists():
+            faults.append(f"{path.relative_to(ROOT)}: there is no page")
+            continue
         for size in (WIDE, NARROW):
             page, seen = watched(browser, path.as_uri(), size)
             faults += [f"{path.relative_to(ROOT)}, {size['width']} pixels wide: {fault}" for fault in seen]

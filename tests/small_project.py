@@ -176,7 +176,8 @@ def together(
         process.kill()
         process.join()
         process.close()
-    assert None not in codes, f"processes hang: {codes}"
+    heard = [said(folder, rank) for rank, folder in enumerate(folders)]
+    assert None not in codes, f"processes hang: {codes}; they said {heard}"
     return [int(code) for code in codes if code is not None]
 
 

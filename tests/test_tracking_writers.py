@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,24 +77,29 @@ def test_over_http_as_into_a_file(uri: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def publish_together(uri: str, table: str, lr: float | None) -> None:
-    """Publish; every run is begun when the other process has looked for it, too."""
+    """Publish; every run is begun when the other process has looked for it, too, and its data logged at one time."""
     os.environ |= {"MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
-    root, write = Path.cwd(), publishing._Publication._write
+    root, write, log_data = Path.cwd(), publishing._Publication._write, publishing._Publication._log_data
     experiment = records(root, table)
     if lr is not None and root.name == "two":
         experiment = variant_of(experiment, LEARNED, root, lr)
 
+    def meet(place: str) -> None:
+        (root / place).touch()
+        end = time.monotonic() + 60
+        while not all((root.parent / name / place).exists() for name in ("one", "two")) and time.monotonic() < end:
+            time.sleep(0.001)
+
     def writing(self: Any, run: Any, record: dict[str, Any], *arguments: Any) -> None:
-        for name in ("one", "two"):
-            mark = root.parent / name / f"at-{record['row']}"
-            if name == root.name:
-                mark.touch()
-            end = time.monotonic() + 60
-            while not mark.exists() and time.monotonic() < end:
-                time.sleep(0.01)
+        meet(f"at-{record['row']}")
         write(self, run, record, *arguments)
 
+    def logging(self: Any, run_id: str, record: dict[str, Any]) -> None:
+        meet(f"data-{record['row']}")
+        log_data(self, run_id, record)
+
     publishing._Publication._write = writing  # type: ignore[method-assign]
+    publishing._Publication._log_data = logging  # type: ignore[method-assign]
     with their_warnings():
         publish(root, experiment)
 
@@ -168,6 +174,33 @@ def test_the_unfinished_run_of_a_living_writer_is_left_alone(tmp_path: Path, mon
     left = {run.info.run_id for run in runs(store, "digits")}
     assert {name for name, run_id in ids.items() if run_id in left} == {"living", "another host"}
     assert mine.info.run_id in left
+
+
+@pytest.mark.parametrize("method", ["log_inputs", "set_experiment_tag"])
+@pytest.mark.parametrize("refusals", [1, 2])
+def test_what_another_writer_inserts_just_now(
+    method: str, refusals: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database refuses the second of two insertions; who asks again finds it there. Other errors are errors."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    experiment, store = records(tmp_path, "digits"), f"sqlite:///{tmp_path}/mlflow.db"
+    call, left = getattr(MlflowClient, method), [None] * refusals
+
+    def refused(*arguments: Any) -> None:
+        if left:
+            left.pop()
+            raise MlflowException("UNIQUE constraint failed")
+        call(*arguments)
+
+    monkeypatch.setattr(MlflowClient, method, refused)
+    with nullcontext() if refusals == 1 else pytest.raises(MlflowException, match="UNIQUE"):
+        publish(tmp_path, experiment)
+        assert not left
+        found = finished(store, "digits")
+        assert len(found) == len(ROWS)
+        assert all(len(run.inputs.dataset_inputs) == 1 for run in found)
 
 
 def test_no_server_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from maskllm4v.config import Experiment
 from maskllm4v.errors import CheckpointError, UserError
 from maskllm4v.layout import checkpoint, data_folder
 from maskllm4v.reporting.aggregate import best_row
+from maskllm4v.tracking.store import insisting
 from maskllm4v.workspace import SERVER
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def publish_champion(
         table: its lines, see :func:`~maskllm4v.reporting.aggregate.aggregate`.
         records, digests, runs: record, digest of its files, and id of its run, by row.
     """
+    from mlflow.exceptions import MlflowException
+
     row, name = best_row(experiment, table), f"maskllm4v-{experiment.table}"
     if row is None or (run_id := runs[row]) is None:
         return
@@ -60,10 +63,11 @@ def publish_champion(
             return
         _register(client, name, run_id, deployable, {"row": row, "record_digest": digests[row]})
     version, *others = _versions(client, name, digests[row])
-    for other in others:  # another writer came at the same time, and keeps the same one
-        client.delete_model_version(name, other.version)
+    for other in others:  # another writer came at the same time, keeps the same one, and deletes the others, too
+        with suppress(MlflowException):
+            client.delete_model_version(name, other.version)
     if ALIAS not in version.aliases:
-        client.set_registered_model_alias(name, ALIAS, version.version)
+        insisting(lambda: client.set_registered_model_alias(name, ALIAS, version.version))
 
 
 def _versions(client: MlflowClient, name: str, digest: str) -> list[ModelVersion]:

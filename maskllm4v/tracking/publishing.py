@@ -39,7 +39,7 @@ from maskllm4v.tracking.runs import (
     row_files,
     settings_tags,
 )
-from maskllm4v.tracking.store import experiment_id, open_store, runs_of
+from maskllm4v.tracking.store import experiment_id, insisting, open_store, runs_of
 from maskllm4v.tracking.views import publish_view
 from maskllm4v.workspace import is_copy
 
@@ -174,7 +174,7 @@ class _Publication:
         manifest = ARTIFACTS / "data" / name / "manifest.json"
         source = json.dumps({"uri": manifest.as_posix(), "sha256": digest})
         data = Dataset(name, digest[:32], "local", source)
-        self.client.log_inputs(run_id, [DatasetInput(data)])
+        insisting(lambda: self.client.log_inputs(run_id, [DatasetInput(data)]))
 
     def _log_report(self, run_id: str) -> None:
         for path in self.report:

@@ -10,9 +10,11 @@ import base64
 import json
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from maskllm4v.metrics import TaskMetrics
+from maskllm4v.tracking.store import insisting
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -26,17 +28,11 @@ RESULTS, TRAINING, PICTURES = "results", "training", "pictures"
 
 def publish_view(client: MlflowClient, experiment_id: str, metrics: TaskMetrics, pictures: Sequence[str] = ()) -> None:
     """Tag an experiment with its view, and as one of trainings, which the UI opens with their runs."""
-    from mlflow.exceptions import MlflowException
-
     tags = {"mlflow.experimentKind": "custom_model_development", TAG: saved_view(metrics, pictures)}
     there = client.get_experiment(experiment_id).tags
     for key, value in tags.items():
         if there.get(key) != value:
-            try:
-                client.set_experiment_tag(experiment_id, key, value)
-            except MlflowException:  # of two writers at once, the store refuses the second one's new tag
-                if client.get_experiment(experiment_id).tags.get(key) != value:
-                    raise
+            insisting(partial(client.set_experiment_tag, experiment_id, key, value))
 
 
 def saved_view(metrics: TaskMetrics, pictures: Sequence[str] = ()) -> str:
