@@ -31,16 +31,19 @@ def main(experiment: Experiment, row: str) -> None:
         source = task if settings.inputs == "data" else task.generated(model, seed)
         found = load_masks(checkpoint(settings.masks, seed), pattern=pattern, base=base)  # not its weights, if any
         apply_permutations_(model, found.permutations)
-        update_weights_(
-            apply_masks_(model, found.masks, pattern),
-            settings.update,
-            calibration=source.calibration(settings.batch_size, seed),
-            target=settings.target,
-            damping=settings.damping,
-        )
-        weights = {f"{name}.weight": linear(model, name).weight for name in found.masks}
+        made = replace(found, weights={})
+        if settings.update != "none":
+            update_weights_(
+                apply_masks_(model, found.masks, pattern),
+                settings.update,
+                calibration=source.calibration(settings.batch_size, seed),
+                target=settings.target,
+                damping=settings.damping,
+            )
+            weights = {f"{name}.weight": linear(model, name).weight for name in found.masks}
+            made = replace(found, method=settings.update, weights=weights)
         if is_main():
-            save_masks(checkpoint(row, seed), replace(found, method=settings.update, weights=weights))
+            save_masks(checkpoint(row, seed), made)
 
     map_seeds(experiment, experiment.row_seeds(row), one)
     write_origin(experiment, row)

@@ -12,6 +12,8 @@ from test_pipeline import Params, digests, new_project, run, small_params, stage
 from maskllm4v.checkpoints import MaskCheckpoint, load_masks
 from maskllm4v.config import load_experiment
 from maskllm4v.files import read_json
+from maskllm4v.reporting.aggregate import aggregate, current_records
+from maskllm4v.tracking.runs import settings_tags
 
 pytestmark = pytest.mark.slow
 
@@ -21,16 +23,18 @@ ROWS = {
     "small-squares": "Least squares",
     "small-hybrid": "Learned after",
     "small-again": "Updated after",
+    "small-undone": "On dense weights",
 }
 
 
 def params() -> Params:
-    """Magnitude masks; an update of them; masks learned on that; another update of these."""
+    """Magnitude masks; an update of them; masks learned on that; another update of these, and none."""
     found = small_params()
     found["priors"] = {"small-magnitude": {"method": "magnitude"}}
     found["updated"] = {
         "small-squares": {"masks": "small-magnitude", "update": "least_squares"},
         "small-again": {"masks": "small-hybrid", "update": "sparsegpt"},
+        "small-undone": {"masks": "small-hybrid", "update": "none"},
     }
     hybrid = {"prior": "small-squares", "weights": "updated", "steps": 8, "distillation": 1.0, "lr": 0.5, "min_lr": 0.5}
     found["learned"] = {"small-hybrid": hybrid}
@@ -43,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = new_project(tmp_path_factory.mktemp("updated"), params())
     done = run(project, "dvc", "repro", "report")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Running stage '") == 1 + 1 + 1 + 2 + 1 + 5 + 1
+    assert done.stdout.count("Running stage '") == 1 + 1 + 1 + 3 + 1 + 6 + 1
     return project
 
 
@@ -66,6 +70,9 @@ def test_checkpoints_hold_masks_and_weights(made: Path) -> None:
         assert torch.equal(hybrid.weights[f"{name}.weight"][both], squares.weights[f"{name}.weight"][both])
     assert any((hybrid.masks[name] != mask).any() for name, mask in magnitude.masks.items())
     assert again.prior.keys() == hybrid.masks.keys()
+    undone = masks_of(made, "undone")
+    assert (undone.method, undone.weights) == ("maskllm", {})
+    assert all(torch.equal(undone.masks[name], mask) for name, mask in hybrid.masks.items())
     assert {name.removesuffix(".weight") for name in squares.weights} == set(magnitude.masks)
 
 
@@ -83,7 +90,14 @@ def test_records_and_table_say_what_rows_are(made: Path) -> None:
         ["Least squares", "2:4", "✔", "Magnitude"],
         ["Learned after", "2:4", "✔", "Least squares"],
         ["Updated after", "2:4", "✔", "Learned after"],
+        ["On dense weights", "2:4", "–", "Learned after"],
     ]
+    lines = aggregate(experiment, current_records(experiment, made / "reports"))
+    assert list(lines["kind"]) == ["dense", "oneshot", "updated", "hybrid", "updated", "learned"]
+    methods = [settings_tags(experiment, row)["method"] for row in ROWS]
+    assert methods == ["dense", "magnitude", "least_squares", "maskllm", "sparsegpt", "maskllm"]
+    weights = [settings_tags(experiment, row)["weights"] for row in ROWS]
+    assert weights == ["dense", "dense", "updated", "updated", "updated", "dense"]
     assert (made / "reports/small/figures/accuracy.svg").exists()
 
 
@@ -96,7 +110,8 @@ def test_one_setting_makes_its_row_and_what_follows_again(made: Path, tmp_path: 
     done = run(project, "dvc", "repro", "report")
     ran = [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
     again = {f"{name}@small-{row}" for name, row in (("update", "squares"), ("train", "hybrid"), ("update", "again"))}
-    again |= {f"evaluate@small-{row}" for row in ("squares", "hybrid", "again")} | {"report"}
+    again |= {"update@small-undone", "report"}
+    again |= {f"evaluate@small-{row}" for row in ("squares", "hybrid", "again", "undone")}
     assert set(ran) == again
     assert ran.index("update@small-squares") < ran.index("train@small-hybrid") < ran.index("update@small-again")
 
@@ -115,7 +130,7 @@ BAD_INPUT = {
     "row of another kind": (
         "small-magnitude",
         lambda p: None,
-        "no updated row; allowed: small-squares, small-again",
+        "no updated row; allowed: small-squares, small-again, small-undone",
     ),
     "masks of another pattern": (
         "small-squares",

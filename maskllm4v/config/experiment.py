@@ -201,7 +201,9 @@ class Experiment(Settings):
         kind = self.kind(row)
         if kind == "learned":
             return self.learned[row].weights == "updated"
-        return kind in ("updated", "finetuned") or (kind == "oneshot" and self.priors[row].update_weights)
+        if kind == "updated":
+            return self.updated[row].update != "none"
+        return kind == "finetuned" or (kind == "oneshot" and self.priors[row].update_weights)
 
     def dense_seed(self, seed: int) -> int:
         """Which seed's dense model a seed uses."""

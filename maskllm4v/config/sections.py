@@ -255,7 +255,7 @@ class UpdatedSettings(Settings):
     """One row whose masks are another row's, and whose kept weights make up for the pruned ones; nothing is trained."""
 
     masks: Slug  # the one-shot or learned row
-    update: Literal["least_squares", "sparsegpt"]
+    update: Literal["none", "least_squares", "sparsegpt"]  # none: dense weights, whatever the other row's are
     # What each layer's outputs are fitted to: the dense network's, or those of the dense weights on the layer's inputs
     # as they have become (all that SparseGPT knows).
     target: Literal["asymmetric", "symmetric"] = "asymmetric"

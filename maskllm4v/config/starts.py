@@ -27,7 +27,7 @@ def check_starts(experiment: Experiment) -> None:
     for row, made in learned.items():
         if made.weights == "updated" and not experiment.updates_weights(made.prior):
             raise ValueError(f"learned.{row}.weights is 'updated', but prior {made.prior!r} updates none")
-        if made.weights == "dense" and made.prior in updated:
+        if made.weights == "dense" and made.prior in updated and experiment.updates_weights(made.prior):
             raise ValueError(
                 f"learned.{row}.prior is {made.prior!r}, whose weights are updated: say weights: updated, or name "
                 f"{updated[made.prior].masks!r}, which has the same masks"

@@ -101,4 +101,6 @@ def _describe(experiment: Experiment, row: str) -> dict[str, Any]:
     prior = experiment.rows[start] if start is not None and start != row else None
     if kind == "learned" and update:
         kind = "hybrid"  # a mask learned on weights that are not the dense model's: never counted among frozen ones
+    elif kind == "updated" and not update and start is not None:
+        kind = experiment.kind(start)  # another row's masks, on dense weights
     return {"kind": kind, "pattern": experiment.pattern_of(row) or "dense", "update": update, "prior": prior}

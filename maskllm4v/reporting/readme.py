@@ -1,4 +1,4 @@
-"""Text between markers in the README: ``<!-- digits -->`` ... ``<!-- /digits -->``."""
+"""Text between markers in README and findings: ``<!-- digits -->`` ... ``<!-- /digits -->``."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from maskllm4v.reporting.curves import curves_csv
 from maskllm4v.reporting.deployment import deployment_markdown, exports_markdown
 from maskllm4v.reporting.figures import draw_figures
 from maskllm4v.reporting.page import PAGE, index_page, table_page
+from maskllm4v.reporting.paired import paired_sections
 from maskllm4v.reporting.performance import performance_markdown
 from maskllm4v.reporting.readme import splice
 from maskllm4v.reporting.tables import caption, metrics_json, results_csv, results_markdown
@@ -24,6 +25,7 @@ from maskllm4v.reporting.tables import caption, metrics_json, results_csv, resul
 PUBLISHED = "published"  # the README section with the original's table
 PERFORMANCE = "performance"  # the one with the benchmarks of training and pruning
 DEPLOYMENT = "deployment"  # the one with sizes and speeds of what was exported
+FINDINGS = Path("docs/findings.md")
 
 
 def experiment_files(root: Path) -> dict[str, Experiment]:
@@ -85,6 +87,18 @@ def readme_sections(root: Path) -> dict[str, str]:
     }
 
 
+def documents(root: Path) -> dict[Path, str]:
+    """What README and findings have to be, as far as they are there: with their generated sections as records are."""
+    readme, findings = root / "README.md", root / FINDINGS
+    texts = {path: path.read_text(encoding="utf-8") for path in (readme, findings) if path.exists()}
+    sections: dict[Path, dict[str, str]] = {}
+    if readme in texts:
+        sections[readme] = readme_sections(root)
+    if findings in texts:
+        sections[findings] = paired_sections(texts[findings], experiments(root), root / "reports", findings.parent)
+    return {path: splice(text, sections[path], path.name) for path, text in texts.items()}
+
+
 def write_report(root: Path) -> list[Path]:
     """Render the active experiment's tables, figures and page, and what all tables share: README and index."""
     experiment = load_experiment(root / "params.yaml")
@@ -100,24 +114,17 @@ def write_report(root: Path) -> list[Path]:
     for path, text in pages.items():
         write_text(path, text)
         written.append(path)
-    readme = root / "README.md"
-    if readme.exists():
-        text = readme.read_text(encoding="utf-8")
-        spliced = splice(text, readme_sections(root))
-        if spliced != text:
-            write_text(readme, spliced)
-        written.append(readme)
+    for path, text in documents(root).items():
+        if path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
+        written.append(path)
     return written
 
 
 def check_report(root: Path) -> None:
-    """Raise :class:`UserError` unless README, tables and pages are what the committed records give."""
+    """Raise :class:`UserError` unless README, findings, tables and pages are what the committed records give."""
     wrong, reports, files = [], root / "reports", experiment_files(root)
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if splice(text, readme_sections(root)) != text:
-        wrong.append("README.md")
-    expected = {reports / PAGE: index_page(experiments(root), reports)}
+    expected = {**documents(root), reports / PAGE: index_page(experiments(root), reports)}
     for table, experiment in experiments(root).items():
         texts = {**table_texts(experiment, reports), PAGE: page_text(experiment, reports, files)}
         expected |= {reports / table / name: text for name, text in texts.items()}

@@ -15,7 +15,7 @@ from maskllm4v.layout import ARTIFACTS, REPORTS, export_folder, run_folder
 
 LARGEST_ARTIFACT = 32 * 2**20  # bytes of masks; with updated weights of a large model they stay in DVC's cache
 LIVE = "live"  # the tag of a run that is written while its row trains
-METHODS = {  # stage and method of a kind of row; None: what the row's own settings say
+METHODS = {  # stage and method of a kind of row; None: what its settings say
     "dense": ("dense", "dense"),
     "oneshot": ("prior", None),
     "learned": ("train", "maskllm"),
@@ -48,12 +48,11 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def settings_tags(experiment: Experiment, row: str) -> dict[str, str]:
     """What runs are found by, as far as settings say it."""
     kind, settings = experiment.kind(row), experiment.record_settings(row)
-    stage, method = METHODS[kind]
     start = experiment.mask_row(row)
     tags = {
-        "stage": stage,
+        "stage": METHODS[kind][0],
         "task": settings["task"]["name"],
-        "method": method or (settings["update"]["update"] if kind == "updated" else settings["prior"]["method"]),
+        "method": _method(experiment, row),
         "prior": start if start != row else None,
         "weights": "updated" if experiment.updates_weights(row) else "dense",
         "pattern": settings.get("pattern", "dense"),
@@ -63,6 +62,15 @@ def settings_tags(experiment: Experiment, row: str) -> dict[str, str]:
         "mlflow.runColor": _colour(list(experiment.rows).index(row)),
     }
     return {key: value for key, value in tags.items() if value}
+
+
+def _method(experiment: Experiment, row: str) -> str:
+    """What made a row's masks or weights, whichever came last."""
+    kind = experiment.kind(row)
+    if row in experiment.updated:
+        made = experiment.updated[row]
+        return made.update if experiment.updates_weights(row) else _method(experiment, made.masks)
+    return METHODS[kind][1] or experiment.priors[row].method
 
 
 def record_tags(root: Path, record: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,113 @@
+"""Differences to one row of a table, paired by seed, as ``docs/findings.md`` shows them between markers of its own.
+
+``<!-- cifar10: cifar10-maskllm-long-magnitude -->`` names the table and the row that others are compared with.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from maskllm4v.config import Experiment
+from maskllm4v.errors import UserError
+from maskllm4v.layout import evaluation_folder
+from maskllm4v.metrics import METRICS
+from maskllm4v.reporting.aggregate import aggregate, current_records, seed_metrics
+from maskllm4v.reporting.costs import row_costs
+from maskllm4v.reporting.tables import LEARNED, MISSING, markdown, number, result_cells, significant
+
+MARKER = re.compile(r"<!-- ([\w-]+): ([\w-]+) -->")
+
+
+def paired_sections(text: str, experiments: Mapping[str, Experiment], reports: Path, folder: Path) -> dict[str, str]:
+    """The generated sections of a document by marker name.
+
+    Args:
+        text: of the document.
+        experiments: by table.
+        reports: the folder of reports.
+        folder: in which the document lies, for its links.
+
+    Raises:
+        UserError: a marker names no table, or a row that its table has not.
+    """
+    found = {}
+    for table, row in MARKER.findall(text):
+        if table not in experiments or row not in experiments[table].rows:
+            raise UserError(f"<!-- {table}: {row} -->: there is no such row in experiments/")
+        found[f"{table}: {row}"] = paired_markdown(experiments[table], row, reports, folder)
+    return found
+
+
+def paired_markdown(experiment: Experiment, reference: str, reports: Path, folder: Path) -> str:
+    """A line for each measured row of the reference's pattern, with a link to its record.
+
+    Args:
+        experiment: of the table.
+        reference: the row that others are compared with.
+        reports: the folder of reports.
+        folder: in which the document lies.
+    """
+    headline, records = METRICS[experiment.task.name].headline, current_records(experiment, reports)
+    costs = row_costs(experiment.table, reports)
+    table = aggregate(experiment, records, costs).set_index("row", drop=False)
+    rows = [row for row in records if experiment.pattern_of(row) == experiment.pattern_of(reference)]
+    if reference not in rows:
+        return "Not measured yet.\n"
+    of_reference = seed_metrics(records[reference])[headline.name]
+    lines = []
+    for row in rows:
+        line = table.loc[row].to_dict()
+        label, _, update, prior, value, to_dense, *_ = result_cells(line, METRICS[experiment.task.name])
+        difference = seed_metrics(records[row])[headline.name] - of_reference
+        to_reference = number(difference.mean(), difference.std(), headline.digits, sign=True)
+        name = f"**{label}**" if line["kind"] in LEARNED else label
+        record = os.path.relpath(evaluation_folder(experiment.table, row, reports) / "record.json", folder)
+        lines.append(
+            [
+                f"[{name}]({Path(record).as_posix()})",
+                update,
+                prior,
+                value,
+                to_dense,
+                "0" if row == reference else to_reference,
+                steps(experiment, row),
+                significant(whole_cost(experiment, row, costs)),
+            ]
+        )
+    headers = [
+        "Method",
+        "Weight update",
+        "From",
+        headline.header,
+        "Δ to dense",
+        "Δ to the learned",
+        "Steps",
+        "Cost (s)",
+    ]
+    return markdown(headers, lines)
+
+
+def chain(experiment: Experiment, row: str) -> list[str]:
+    """A row and all those that its masks come through, the last one first."""
+    found, start = [row], experiment.mask_row(row)
+    while start is not None and start != found[-1]:
+        found.append(start)
+        start = experiment.mask_row(start)
+    return found
+
+
+def steps(experiment: Experiment, row: str) -> str:
+    """How many steps were trained from the dense model to a row; ``–`` without any."""
+    trained = {**experiment.learned, **experiment.finetuned}
+    found = [trained[one].steps or 0 for one in chain(experiment, row) if one in trained]
+    return f"{sum(found):,}" if any(found) else MISSING
+
+
+def whole_cost(experiment: Experiment, row: str, costs: Mapping[str, float]) -> float:
+    """Seconds from the dense model to a row, those of the rows before it included; NaN if one is not known."""
+    return float(pd.Series([costs.get(one) for one in chain(experiment, row)], dtype=float).sum(skipna=False))
