@@ -50,6 +50,7 @@ proof: $(READY)
 bench: $(READY)
 	python -m benchmarks.mask_op
 	python -m benchmarks.train_step
+	python -m benchmarks.gates
 	python -m benchmarks.oneshot
 	python -m benchmarks.inference
 	python -m benchmarks.table_cost

@@ -15,7 +15,8 @@ from benchmarks.measure import Timing, interleaved, synchronize
 from benchmarks.workloads import RandomNoise, random_task
 from maskllm4v.config import Experiment, FinetunedSettings, LearnedSettings
 from maskllm4v.loop import Learner, run
-from maskllm4v.pruners import prune
+from maskllm4v.permutation import permute_channels_
+from maskllm4v.pruners import calibrates, prune
 from maskllm4v.surgery import make_learnable
 from maskllm4v.training import MaskLearner
 from maskllm4v.updates import update_weights_
@@ -41,8 +42,10 @@ class Rows:
         self._steps: dict[str, Timing] = {}  # seconds a step, by settings
 
     def cost(self, row: str) -> dict[str, float | int]:
-        """``seconds``, the median, and ``n``, of a row that is not dense."""
+        """``seconds``, the median, and ``n``, of a row that is not dense; none for masks that another row has."""
         kind = self.experiment.kind(row)
+        if kind == "updated" and not self.experiment.updates_weights(row):
+            return {"seconds": 0.0, "n": 0}
         if kind == "oneshot":
             timing, factor = self._time(row, self._model, self._prune), 1
         elif kind == "updated":
@@ -91,16 +94,19 @@ class Rows:
         )
 
     def _prune(self, model: nn.Module, row: str) -> Any:
-        settings = self.experiment.priors[row]
+        settings, pattern = self.experiment.priors[row], self.experiment.pattern_of(row) or ""
+        layers: Any = {"exclude": self.experiment.model.dense_layers, "on_misfit": self.experiment.model.on_misfit}
+        if settings.permutation == "greedy":
+            shown = self.task.calibration(settings.batch_size, 0) if calibrates(settings.method) else None
+            permute_channels_(model, pattern, calibration=shown, **layers)
         return prune(
             model,
             settings.method,
-            pattern=self.experiment.pattern_of(row) or "",
+            pattern=pattern,
             calibration=self.task.calibration(settings.batch_size, 0),
-            exclude=self.experiment.model.dense_layers,
             update_weights=settings.update_weights,
             propagate=settings.propagate,
-            on_misfit=self.experiment.model.on_misfit,
+            **layers,
         )
 
     def _train(self, row: str, training: LearnedSettings | FinetunedSettings) -> Timing:
@@ -111,9 +117,8 @@ class Rows:
         )
         learner: Learner
         if isinstance(training, LearnedSettings):
-            make_learnable(
-                model, masks, pattern=self.experiment.pattern_of(row) or "", init=training.init, hard=training.hard
-            )
+            how = training.model_dump(include={"init", "hard", "gate"})
+            make_learnable(model, masks, pattern=self.experiment.pattern_of(row) or "", **how)
             teacher = self._model().eval() if training.weights == "updated" else None
             learner = MaskLearner(model, self.task, training, prior=masks, row=row, on_point=None, teacher=teacher)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from import_graph import ROOT
 from torch import Tensor, nn
 
-from benchmarks import mask_op, results, roofline, table_cost, train_step
+from benchmarks import gates, mask_op, results, roofline, row_cost, table_cost, train_step
 from benchmarks.baselines import textbook
 from benchmarks.baselines.dense import Dense
 from benchmarks.baselines.textbook import Textbook, TextbookLinear
@@ -203,6 +204,18 @@ def test_train_step_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "ratio" in capsys.readouterr().out
 
 
+def test_gates_runs_and_counts_logits(tmp_path: Path) -> None:
+    gates.main(["--quick", "--device", "cpu", "--out", str(tmp_path / "x.json")])
+    rows = {(row["pattern"], row["gate"]): row for row in read_json(tmp_path / "x.json")["sections"]["gates"]}
+    assert len(rows) == 5
+    for (pattern, gate), row in rows.items():
+        n, m = map(int, pattern.split(":"))
+        a_group = m if gate == "positions" else math.comb(m, n)
+        assert row["logits_mb"] == pytest.approx(4e-6 * a_group * 2 * 4 * 32 * 32 / m, rel=1e-3)
+        assert row["mb"] == pytest.approx(3 * row["logits_mb"] + row["peak_mb"], rel=1e-3)
+        assert row["peak_mb"] > row["logits_mb"]  # their gradient, at least
+
+
 def test_table_cost_runs_and_keeps_other_tables(tmp_path: Path) -> None:
     out = tmp_path / "cost.json"
     write_json(out, {"name": "table_cost", "tables": {"other": {"rows": {}}}})
@@ -218,19 +231,19 @@ def test_table_cost_runs_and_keeps_other_tables(tmp_path: Path) -> None:
         assert cost["seconds"] > (1.0 if experiment.kind(row) == "learned" else 0.0)  # 800 steps
 
 
-def test_rows_with_updated_weights_cost_something() -> None:
+def test_rows_of_all_kinds_cost_something(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = load_experiment(ROOT / "experiments" / "digits.yaml").model_dump()
-    raw["updated"] = {
-        "squares": {"masks": "digits-magnitude", "update": "least_squares"},
-        "sparsegpt": {"masks": "digits-maskllm-long-magnitude", "update": "sparsegpt"},
-    }
-    learned = raw["learned"]["digits-maskllm-distilled"]
-    raw["learned"]["hybrid"] = {**learned, "prior": "squares", "weights": "updated"}
-    raw["updated"]["again"] = {"masks": "hybrid", "update": "least_squares", "target": "symmetric"}
-    raw["rows"] |= {row: row for row in (*raw["updated"], "hybrid")}
+    raw["updated"]["undone"] = {"masks": "digits-sparsegpt-update", "update": "none"}
+    raw["rows"]["undone"] = "Undone"
+    permuted: list[object] = []
+    monkeypatch.setattr(row_cost, "permute_channels_", lambda *given, **_: permuted.append(given))
     rows = Rows(Experiment.model_validate(raw), CPU, repeats=1, quick=True)
-    for row in ("squares", "sparsegpt", "hybrid", "again"):
-        assert rows.cost(row)["seconds"] > 0
+    for row in ("magnitude-ls", "magnitude-sgpt", "maskllm-long-ls", "hybrid-short", "maskllm-positions"):
+        assert rows.cost(f"digits-{row}")["seconds"] > 0
+    assert rows.cost("undone") == {"seconds": 0.0, "n": 0}
+    assert not permuted
+    rows.cost("digits-magnitude-permuted")
+    assert permuted
 
 
 def test_save_rounds_and_gives_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The commands prune, train and validate, from folder to JSON; each gives what the pipeline's stages give."""
+"""The commands prune, train, update and validate, from folder to JSON; each gives what the pipeline's stages give."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt", "batch_size": 3},
     "updated": {"method": "sparsegpt", "update_weights": True, "batch_size": 3},
 }
+UPDATES: dict[str, dict[str, Any]] = {
+    "squares": {"masks": "updated", "update": "least_squares", "batch_size": 3},
+    "damped": {"masks": "wanda", "update": "least_squares", "target": "symmetric", "damping": 0.5, "batch_size": 3},
+    "corrected": {"masks": "learned", "update": "sparsegpt", "batch_size": 3},
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,7 @@ def pipeline(project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     import stages.prepare
     import stages.prior
     import stages.train
+    import stages.update
 
     raw = {
         "table": "pets",
@@ -70,7 +76,8 @@ def pipeline(project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         "dense": {"row": "dense", "init": "checkpoint", "checkpoint": str(project / "dense.pt")},
         "priors": METHODS,
         "learned": {"learned": {"prior": "wanda", "steps": 3, "batch_size": 4, "lr": 0.1, "log_every": 1}},
-        "rows": dict.fromkeys(["dense", *METHODS, "learned"], "a row"),
+        "updated": UPDATES,
+        "rows": dict.fromkeys(["dense", *METHODS, "learned", *UPDATES], "a row"),
         "runtime": {"device": "cpu"},
     }
     experiment, folder = parse_experiment(raw), tmp_path_factory.mktemp("pipeline")
@@ -80,6 +87,8 @@ def pipeline(project: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         for row in METHODS:
             stages.prior.main(experiment, row)
         stages.train.main(experiment, "learned")
+        for row in UPDATES:
+            stages.update.main(experiment, row)
         for row in experiment.rows:
             stages.evaluate.main(experiment, row)
     return folder, experiment
@@ -167,6 +176,33 @@ def test_learned_masks_are_the_stage_s(here: Path, pipeline: tuple[Path, Experim
     assert summary["param_count"] == round((300291 + 245760 / 4 * 6) / 1e6, 2)  # logits count
     sparse = measured("--checkpoint", "out/learned.safetensors", "--sparsity-mode", "sparse")
     assert sparse == summary | {"param_count": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("row", "flags"),
+    [
+        ("squares", ()),
+        ("damped", ("--target", "symmetric", "--damping", "0.5")),
+        ("corrected", ("--update", "sparsegpt")),
+    ],
+)
+def test_updated_weights_are_the_stage_s(
+    row: str, flags: tuple[str, ...], here: Path, pipeline: tuple[Path, Experiment]
+) -> None:
+    source = str(pipeline[0] / checkpoint(UPDATES[row]["masks"], 5))
+    common = ("--nsamples", "5", "-b", "3", "--seed", "5", "--checkpoint", source)
+    done = well("update", *MODEL, *DENSE, *common, *flags, "--save-model", "out/masks.safetensors")
+    expected, found = of_stage(pipeline, row), load_masks(here / "out" / "masks.safetensors")
+    assert len(found.weights) == 24
+    assert same(found.weights, expected.weights)
+    assert same(found.masks, expected.masks)
+    assert same(found.prior, expected.prior)
+    assert bool(found.prior) == (row == "corrected")
+    assert (found.base, found.pattern, found.method) == (expected.base, expected.pattern, expected.method)
+    assert (f"{source}: other weights than the dense ones in 24 layers; unused" in done.err) == (row == "squares")
+    assert done.out == ""
+    assert made_of(here / "out") == {"masks.safetensors", f"dense-{found.base[:16]}.safetensors"}
+    assert measured("--checkpoint", "out/masks.safetensors", "--sparsity-mode", "sparse") == of_record(pipeline, row)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

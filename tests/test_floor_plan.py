@@ -83,7 +83,7 @@ ROOMS = {  # from the ground up: a module, or a package as a whole, and all of o
     "cli": {
         *("channels", "checkpoints", "config", "curves", "data", "dense", "devices", "distributed", "evaluation"),
         *("export", "files", "gates", "layout", "models", "original", "packed", "patterns", "permutation", "pictures"),
-        *("processes", "pruners", "records", "resume", "sealed", "surgery", "tasks", "training"),
+        *("processes", "pruners", "records", "resume", "sealed", "surgery", "tasks", "training", "updates"),
     },
     "__main__": {"cli", "config", "files", "layout", "reporting", "tracking"},
 }
