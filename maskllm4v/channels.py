@@ -6,7 +6,9 @@ stands between (norms) agree. N:M groups lie along the columns, so an order deci
 at inference, for the tensors of a model are written down in that order.
 
 Where such channels may be is told by names, those of timm's and diffusers' blocks. Whether they may move there is asked
-of the block itself: a copy with random weights has to give the same outputs with its channels permuted as without.
+of the block itself: a copy with random weights has to give the same outputs with its channels permuted as without,
+and to need all its weights for them: one that takes further arguments may read the channels elsewhere, too. What reads
+them outside of their block (a hook, a parent that looks inside) is not seen.
 """
 
 from __future__ import annotations
@@ -192,27 +194,34 @@ def _tensors(of: Any) -> list[Tensor]:
     return [of] if isinstance(of, Tensor) else []
 
 
-@torch.no_grad()
 def _fault(block: nn.Module, kind: _Kind, channels: Channels) -> str | None:
     """Why the channels of a block may not be permuted, found by trying it on a copy; None if they may."""
     noise = torch.Generator().manual_seed(0)
     twin = copy.deepcopy(block).to("cpu", torch.float64).eval()
-    for weight in twin.parameters():  # nothing may agree because it happens to be zero or one
-        weight.copy_(torch.randn(weight.shape, generator=noise, dtype=torch.float64) / prod(weight.shape[-1:]) ** 0.5)
-    for buffer in twin.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=noise, dtype=torch.float64))  # variances are positive
+    weights = dict(twin.named_parameters())
+    with torch.no_grad():
+        for weight in weights.values():  # nothing may agree because it happens to be zero or one
+            random = torch.randn(weight.shape, generator=noise, dtype=torch.float64)
+            weight.copy_(random / prod(weight.shape[-1:]) ** 0.5)
+        for buffer in twin.buffers():
+            if buffer.is_floating_point():  # variances are positive
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=noise, dtype=torch.float64))
     positions = getattr(block, "relative_position_index", None)  # timm's attention with it takes that many tokens
     tokens = len(positions) if isinstance(positions, Tensor) else 4
     inputs = torch.randn(2, tokens, _inside(twin, kind.makers[0]).in_features, generator=noise, dtype=torch.float64)
     own, size = _channels(twin, kind), channels.count // channels.parts
     assert own is not None  # it is a copy
     try:
-        before = twin(inputs.clone())
-        own.permute_(torch.cat([torch.randperm(size, generator=noise) + i * size for i in range(own.parts)]))
-        after = twin(inputs.clone())
+        with torch.enable_grad():
+            before = twin.requires_grad_()(inputs.clone())
+            needed = torch.autograd.grad(before.sum(), list(weights.values()), allow_unused=True)
+        with torch.no_grad():
+            own.permute_(torch.cat([torch.randperm(size, generator=noise) + i * size for i in range(own.parts)]))
+            after = twin(inputs.clone())
         same = torch.allclose(before, after, rtol=ROUNDING, atol=ROUNDING)
     except Exception as error:  # whatever a block of somebody else's stumbles over
         said = str(error).partition("\n")[0]
         return f"its {type(block).__name__} cannot be tried out alone ({said or type(error).__name__})"
+    if idle := [name for name, gradient in zip(weights, needed, strict=True) if gradient is None]:
+        return f"its {type(block).__name__} does not use {idle[0]!r} when it is tried out alone"
     return None if same else f"the outputs of its {type(block).__name__} depend on their order"

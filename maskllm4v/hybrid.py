@@ -17,11 +17,11 @@ from maskllm4v.surgery import linear
 
 
 @torch.no_grad()
-def start_from_updated_(model: nn.Module, prior: MaskCheckpoint) -> nn.Module:
+def start_from_updated_(model: nn.Module, prior: MaskCheckpoint, *, distillation: float = 1.0) -> nn.Module | None:
     """Put a checkpoint's updated weights into a dense model in place, where its masks keep them.
 
     Returns:
-        A copy of the dense model as it was, in evaluation mode: the teacher to distil from.
+        A copy of the dense model as it was, in evaluation mode: the teacher, if there is anything to distil.
 
     Raises:
         CheckpointError: the checkpoint has updated weights of other tensors, not of all its layers, or of another
@@ -33,7 +33,7 @@ def start_from_updated_(model: nn.Module, prior: MaskCheckpoint) -> nn.Module:
     for name, mask in prior.masks.items():
         if not linear(model, name).weight.shape == mask.shape == prior.weights[f"{name}.weight"].shape:
             raise CheckpointError(f"layer {name!r}: the updated weights do not fit the model")
-    dense = copy.deepcopy(model).eval()
+    dense = copy.deepcopy(model).eval() if distillation else None
     for name, mask in prior.masks.items():
         weight, updated = linear(model, name).weight, prior.weights[f"{name}.weight"]
         weight.copy_(torch.where(mask.to(weight.device), updated.to(weight), weight))

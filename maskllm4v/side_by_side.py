@@ -2,7 +2,7 @@
 
 :func:`maskllm4v.calibration.stream_statistics` shows all layers of a block at once, as they are before any of them
 changes. Here each layer is seen behind all that come before it, those of its own block included, and both networks
-run on the same batches, block by block, so that no more than one block's activations of each are kept.
+run on the same batches, block by block, so that no more than the inputs of two blocks are kept of each.
 """
 
 from __future__ import annotations

@@ -36,11 +36,11 @@ def main(experiment: Experiment, row: str) -> None:
         source = task if settings.inputs == "data" else task.generated(model, seed)
         prior = load_masks(checkpoint(settings.prior, seed), pattern=pattern, base=base)
         apply_permutations_(model, prior.permutations)
-        teacher = start_from_updated_(model, prior) if settings.weights == "updated" else None
-        how = settings.model_dump(include={"prior_strength", "gate_std", "init", "hard"})
-        make_learnable(model, prior.masks, pattern=pattern or "", seed=seed, gate=settings.gate, **how)
+        hybrid = settings.weights == "updated"
+        teacher = start_from_updated_(model, prior, distillation=settings.distillation) if hybrid else None
+        how = settings.model_dump(include={"prior_strength", "gate_std", "init", "hard", "gate"})
+        make_learnable(model, prior.masks, pattern=pattern or "", seed=seed, **how)
         resume = resume_of(experiment, row, seed, manifest=task.data_digest, dense=base, prior=prior.digest)
-        live = GrowingCurve(live_file(row, seed), CURVE_COLUMNS)
         learned = learn_masks(
             model,
             source,
@@ -51,12 +51,12 @@ def main(experiment: Experiment, row: str) -> None:
             position=position,
             teacher=teacher,
             resume=resume,
-            watch=live,
+            watch=GrowingCurve(live_file(row, seed), CURVE_COLUMNS),
         )
         if is_main():
-            weights = kept_weights(model, learned.masks) if teacher is not None else {}
-            made = replace(prior, masks=learned.masks, method="maskllm", weights=weights, prior=prior.masks)
-            save_masks(checkpoint(row, seed), replace(made, gate=settings.gate))
+            made = replace(prior, method="maskllm", gate=settings.gate, prior=prior.masks, masks=learned.masks)
+            weights = kept_weights(model, learned.masks) if hybrid else {}
+            save_masks(checkpoint(row, seed), replace(made, weights=weights))
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, learned.curve)
             write_json(cost_file(row, seed), asdict(learned.cost))
 

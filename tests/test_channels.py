@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from small_diffusion import dit
 from timm.layers import GatedMlp, GluMlp, Mlp, SwiGLU
 from timm.models import VisionTransformer
@@ -209,6 +210,33 @@ def test_blocks_whose_outputs_depend_on_the_order_are_left_alone(kind: str) -> N
     with pytest.warns(UserWarning, match=r"'mlp.fc2': .* stay where they are: the outputs of its Ordered depend on"):
         assert find_channels(model, ["mlp.fc2"]) == {}
     assert same_bits(state(model), before)
+
+
+class Joint(nn.Module):
+    """Reads its hidden units a second time, and makes them a second time, if it is given more than one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.more, self.again = (nn.Linear(*size) for size in ((8, 16), (16, 8), (8, 16), (16, 8)))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        hidden = self.fc1(x)
+        if context is None:
+            return self.fc2(hidden.relu())
+        return self.fc2((hidden + self.more(context)).relu()) + self.again(hidden)
+
+
+def test_blocks_that_may_do_more_than_is_seen_are_left_alone() -> None:
+    model = nn.ModuleDict({"mlp": Joint()})
+    with pytest.warns(UserWarning, match=r"its Joint does not use 'more.weight' when it is tried out alone$"):
+        assert find_channels(model, ["mlp.fc2"]) == {}
+
+
+def test_joint_attention_is_left_alone() -> None:
+    joint = {"added_kv_proj_dim": 16, "context_pre_only": False, "processor": JointAttnProcessor2_0()}
+    attention = Attention(query_dim=16, heads=2, dim_head=8, **joint)
+    with pytest.warns(UserWarning, match="its input channels stay where they are"):
+        assert find_channels(nn.ModuleDict({"attn": attention}), ["attn.to_out.0"]) == {}
 
 
 def test_blocks_that_cannot_be_tried_out_are_left_alone() -> None:

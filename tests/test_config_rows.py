@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from small_params import at, changed, fault, params
 
-from maskllm4v.config import TrainingSettings, parse_experiment
+from maskllm4v import patterns
+from maskllm4v.config import TrainingSettings, parse_experiment, starts
 from maskllm4v.errors import ConfigError
 
 # Trained rows
@@ -203,6 +204,26 @@ def go_in_a_circle(raw: dict[str, Any]) -> None:
     raw["updated"]["better"]["masks"] = "own"
 
 
+def update_with_settings_of_none(raw: dict[str, Any]) -> None:
+    raw["updated"]["better"] = {"masks": "one", "update": "none", "damping": 1.0}
+
+
+def no_pattern(raw: dict[str, Any]) -> None:
+    raw["priors"]["one"]["pattern"] = "4:2"
+
+
+def wide_pattern(raw: dict[str, Any]) -> None:
+    raw["pattern"] = "20:40"
+
+
+def too_many_candidates(raw: dict[str, Any]) -> None:
+    raw["priors"]["one"]["pattern"] = "8:16"
+
+
+def export_masks_without_their_weights(raw: dict[str, Any]) -> None:
+    raw["exports"]["better"] = {"formats": ["mask"]}
+
+
 def select_without_holdout(raw: dict[str, Any]) -> None:
     del raw["data"]["holdout"]
     raw["learned"]["own"]["select"] = "best"
@@ -249,6 +270,11 @@ def repeat_seed(raw: dict[str, Any]) -> None:
         (learn_on_weights_nobody_updated, ["learned.own.weights is 'updated', but prior 'one' updates none"]),
         (learn_from_updated_without_its_weights, ["learned.own.prior is 'better'", "say weights: updated", "'one'"]),
         (go_in_a_circle, ["own: its masks come from itself: own ← better ← own"]),
+        (update_with_settings_of_none, ["updated.better: damping is 1.0, but update is 'none'"]),
+        (no_pattern, ["pattern of one is '4:2'", "1 <= N < M"]),
+        (wide_pattern, ["is '20:40'", "M <= 16, or few candidates"]),
+        (too_many_candidates, ["learned.own.gate is 'candidates', too many for 8:16; allowed: 'positions'"]),
+        (export_masks_without_their_weights, ["exports.better.formats holds 'mask'", "weights are updated, too"]),
         (select_without_holdout, ["learned.own.select is 'best', which needs data.holdout"]),
         (report_without_holdout, ["task.eval_split is 'holdout', which needs data.holdout"]),
         (export_nothing, ["exports: 'two' is no row", "allowed: dense, one, own, plain, better, tuned, more"]),
@@ -278,3 +304,15 @@ def test_exported_files_are_listed_once_each() -> None:
         *(("packed", dtype) for dtype in ("fp32", "fp16")),
         *(("dense", dtype) for dtype in ("fp32", "fp16")),
     ]
+
+
+def test_limits_are_those_of_patterns() -> None:
+    """Which import torch, so that settings have them a second time."""
+    assert (starts.MAX_CANDIDATES, starts.MAX_WIDE) == (patterns.MAX_CANDIDATES, patterns.MAX_WIDE)
+
+
+def test_wide_patterns_with_a_logit_a_position() -> None:
+    raw = params()
+    too_many_candidates(raw)
+    raw["learned"] = {row: {**learned, "gate": "positions"} for row, learned in raw["learned"].items()}
+    assert parse_experiment(raw).pattern_of("own") == "8:16"

@@ -14,7 +14,7 @@ from maskllm4v.errors import UserError
 from maskllm4v.files import read_json
 from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import seed_metrics
-from maskllm4v.reporting.paired import MARKER, chain, paired_markdown, paired_sections, steps, whole_cost
+from maskllm4v.reporting.paired import MARKER, chain, length, paired_markdown, paired_sections, whole_cost
 from maskllm4v.reporting.report import experiments
 
 FINDINGS = (ROOT / "docs/findings.md").read_text(encoding="utf-8")
@@ -75,7 +75,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
 def test_steps_and_costs_are_those_of_the_whole_way() -> None:
     assert chain(DIGITS, "digits-maskllm-long-ls") == ["digits-maskllm-long-ls", LONG, "digits-magnitude"]
     assert chain(DIGITS, "digits-dense") == ["digits-dense"]
-    assert [steps(DIGITS, row) for row in ("digits-magnitude", LONG, "digits-maskllm-long-ls")] == ["–", "800", "800"]
+    assert [length(DIGITS, row) for row in ("digits-magnitude", LONG, "digits-maskllm-long-ls")] == ["–", "800", "800"]
     costs = {"digits-maskllm-long-ls": 1.0, LONG: 20.0, "digits-magnitude": 300.0}
     assert whole_cost(DIGITS, "digits-maskllm-long-ls", costs) == 321.0
     unknown = whole_cost(DIGITS, "digits-maskllm-long-ls", {LONG: 20.0, "digits-magnitude": 300.0})

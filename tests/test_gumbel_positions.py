@@ -297,3 +297,8 @@ def test_other_backends_fall_back(backend: str) -> None:
     case, how = Positions(4, 8, dtype=torch.float32), {"tau": 0.7, "scaling": 10.0}
     pairs = zip(case.drawn(backend, torch.float32, **how), case.drawn("auto", torch.float32, **how), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_how_many_are_kept_has_to_be_said() -> None:
+    with pytest.raises(ConfigError, match="a logit a position needs kept"):
+        masked_weight(torch.ones(2, 8), torch.zeros(8, 2), None, tau=1.0, scaling=1.0)

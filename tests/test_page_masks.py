@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 from import_graph import ROOT
+from made_records import make_records
 from parsed_page import Page
 
 from maskllm4v.config import Experiment
-from maskllm4v.files import read_json
+from maskllm4v.files import read_json, write_csv
 from maskllm4v.layout import mask_statistics_file, tile_file
 from maskllm4v.reporting.page import table_page
 from maskllm4v.reporting.report import experiments
@@ -121,3 +123,77 @@ def test_rows_without_statistics_show_nothing(tmp_path: Path) -> None:
     page = Page(table_page(experiment, tmp_path, None))
     assert not page.find("section", id="masks")
     assert page.find("section", id="layers")
+
+
+# Patterns with too many candidates for a column each
+
+WIDE, NARROW = "digits-patterns-4of8-sparsegpt-update", "digits-patterns-4of8-magnitude"
+GROUPS = {"early": 64, "late": 192}  # by layer
+
+
+def write_masks(reports: Path, row: str, shares: dict[str, dict[str, float]]) -> None:
+    """A row's ``masks.csv``: shares by layer and column, alike in all seeds, a quarter of whose masks agree."""
+    lines = [
+        [seed, layer, GROUPS[layer], 0.25, *(f"{share:.6g}" for share in found.values())]
+        for seed in (0, 1, 2)
+        for layer, found in shares.items()
+    ]
+    header = ["seed", "layer", "groups", "seed_agreement", *shares["early"]]
+    write_csv(mask_statistics_file("digits_patterns", row, reports), header, lines)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """A page with one row of 8:16, whose later positions are kept more often, and one of 4:8."""
+    raw = EXPERIMENTS["digits_patterns"].model_dump()
+    raw["priors"][WIDE]["pattern"] = "8:16"
+    experiment = Experiment.model_validate(raw)
+    reports = make_records(experiment, tmp_path_factory.mktemp("wide"), [experiment.dense.row, NARROW, WIDE])
+    positions = [f"{1 << (15 - place):016b}" for place in range(16)]
+    slopes = {"early": 0.01, "late": 0.02}
+    rising = {
+        layer: {name: 0.5 + slope * (i - 7.5) for i, name in enumerate(positions)} for layer, slope in slopes.items()
+    }
+    write_masks(reports, WIDE, rising)
+    masks = ["".join("01"[i in kept] for i in range(8)) for kept in itertools.combinations(range(8), 4)]
+    write_masks(reports, NARROW, dict.fromkeys(GROUPS, dict.fromkeys(masks, 1 / 70)))
+    return Page(table_page(experiment, reports, None))
+
+
+def test_positions_are_called_so_where_candidates_are_too_many(wide: Page) -> None:
+    candidates, positions = wide.find("svg", class_="candidates")
+    assert wide.find("svg", class_="positions") == [positions]
+    assert wide.text(candidates + 1).startswith("Candidate masks of 4:8")
+    assert wide.text(positions + 1).startswith("Positions that masks keep of 8:16")
+    assert "candidate" not in wide.text(positions).lower()
+    assert [e.text for e in wide.elements if e.tag == "h3" and "frequencies" in e.text] == [
+        "Candidate frequencies",
+        "Position frequencies",
+    ]
+    inside = wide.inside(positions)
+    titles = [e.text for e in inside if e.tag == "title" and e.shows == (WIDE, "positions", None)]
+    means = {f"position {i + 1}": 50 + 1.75 * (i - 7.5) for i in range(16)}  # a quarter of all groups is early
+    assert {title.partition(":")[0]: float(title.split()[2]) for title in titles} == pytest.approx(means, abs=0.051)
+    assert titles[15] == "position 16: 63.1 % of groups, in layers 57.5 to 65.0 %"
+    assert [e.text for e in inside if e.tag == "text"][-16:] == [str(i) for i in range(1, 17)]
+
+
+def test_all_alike_is_the_share_that_is_kept(wide: Page) -> None:
+    alike = []
+    for chart in wide.find("svg", class_="candidates"):
+        inside = wide.inside(chart)
+        (line,) = [e.attributes["d"] for e in inside if e.attributes.get("class") == "chance"]
+        alike += [e.text for e in inside if e.text.startswith("uniform")]
+        share = float(next(e.text for e in inside if e.tag == "title" and e.shows[0]).split("%")[0].split()[-1])
+        bar = next(e.attributes for e in inside if e.tag == "rect")
+        above = float(bar["y"]) + float(bar["height"]) - float(re.split("[ H]", line)[1])
+        uniform = float(alike[-1].split()[1])
+        assert above / float(bar["height"]) == pytest.approx(uniform / share, rel=0.05)
+    assert alike == ["uniform: 1.4 %", "uniform: 50.0 %"]
+
+
+def test_chance_is_that_of_one_candidate(wide: Page) -> None:
+    (chart,) = wide.find("svg", class_="agreement")
+    chances = [e.text for e in wide.inside(chart) if e.tag == "title" and e.text.startswith("chance")]
+    in_order = [row for row in EXPERIMENTS["digits_patterns"].rows if row in (WIDE, NARROW)]
+    assert chances == [{WIDE: f"chance: {1 / 12870:.6f}", NARROW: "chance: 0.014"}[row] for row in in_order]

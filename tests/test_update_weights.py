@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_layers import images
 from streaming import whole_model_inputs
 from test_calibration_dit import DENSE, dit
@@ -294,3 +296,23 @@ def test_dense_model_of_another_width(vit: nn.Module) -> None:
     other.blocks[0].mlp.fc1 = nn.Linear(32, 64)
     with pytest.raises(ConfigError, match=r"'blocks\.0\.mlp\.fc1': \(128, 32\), but \(64, 32\) in dense"):
         update_weights_(masked, calibration=images(), dense=other)
+
+
+@pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf")])
+def test_damping_that_is_none(vit: nn.Module, damping: float) -> None:
+    masked, _ = masked_vit(vit)
+    with pytest.raises(ConfigError, match=f"damping is {damping}; allowed: 0 or more"):
+        update_weights_(masked, calibration=images(), damping=damping)
+
+
+def test_dense_model_that_is_masked(vit: nn.Module) -> None:
+    masked, _ = masked_vit(vit)
+    for dense in (masked, copy.deepcopy(masked)):
+        with pytest.raises(ConfigError, match="dense has masks"):
+            update_weights_(masked, calibration=images(), dense=dense)
+
+
+@pytest.mark.parametrize("method", ["least_squares", "sparsegpt"])
+def test_weights_can_be_written_down(vit: nn.Module, method: str, tmp_path: Path) -> None:
+    masked, _ = masked_vit(vit)
+    save_file(update_weights_(masked, method, calibration=images()).state_dict(), tmp_path / "x.safetensors")

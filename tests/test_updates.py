@@ -38,7 +38,7 @@ def direct(weight: Tensor, mask: Tensor, inputs: Tensor, twins: Tensor, damping:
     scale = (2 / len(inputs)) ** 0.5
     diagonal = (scale * inputs).square().sum(0)
     dead = diagonal == 0
-    ridge = (damping * diagonal.masked_fill(dead, 1).mean() + dead.double()).sqrt()
+    ridge = (damping * diagonal[~dead].mean() + dead.double()).sqrt()
     left = torch.cat([scale * inputs, ridge.diag()])
     found = torch.zeros_like(weight)
     for row, (w, kept) in enumerate(zip(weight, mask, strict=True)):
@@ -109,8 +109,7 @@ def error(updated: Tensor, weight: Tensor, statistic: Hessian, damping: float) -
     """(w − W)(H + λ)(w − W)ᵀ of each row, among inputs that fire: what both methods minimise."""
     h = statistic.mean.double()
     dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1
-    h.diagonal().add_(damping * h.diagonal().mean())
+    h.diagonal().add_(damping * h.diagonal()[~dead].mean())
     difference = (updated - weight).double().masked_fill(dead, 0)
     return ((difference @ h) * difference).sum(1)
 
@@ -211,6 +210,15 @@ def test_weights_of_dead_inputs_stay(asymmetric: bool) -> None:
     torch.testing.assert_close(least(weight, mask, silent, "2:4"), weight * mask)
 
 
+@pytest.mark.parametrize("dead", [0, 20])
+def test_the_scale_of_inputs_changes_nothing(dead: int) -> None:
+    """Damping is a share of what fires."""
+    weight, inputs = layer_case(16, 64, dead=dead)
+    mask = random_mask(16, 64, "2:4")
+    found = [least(weight, mask, hessian_of(scale * inputs), "2:4") for scale in (1.0, 2.0**-10)]
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_weights_keep_their_type(dtype: torch.dtype) -> None:
     weight, inputs = layer_case(8, 16)
@@ -276,3 +284,12 @@ def test_sparsegpt_names_the_layer_whose_inputs_are_not_finite() -> None:
         update_sparsegpt(
             torch.randn(4, 8), random_mask(4, 8, "2:4"), statistic, NMPattern("2:4"), damping=0.1, layer="fc1"
         )
+
+
+@pytest.mark.filterwarnings("ignore:.*raised")
+def test_sparsegpts_damping_is_raised_from_nothing() -> None:
+    weight, inputs = layer_case(4, 32, rows=10)  # a Hessian of rank 10
+    mask = random_mask(4, 32, "2:4")
+    found = update_sparsegpt(weight, mask, hessian_of(inputs), NMPattern("2:4"), damping=0.0, layer="x")
+    assert torch.isfinite(found).all()
+    assert not found[~mask].any()

@@ -1,5 +1,5 @@
-"""Single steps without the pipeline: ``prune``, ``train`` and ``validate``, with the original's flags; ``shrink``.
+"""Single steps without the pipeline: ``prune``, ``train``, ``update`` and ``validate``; ``shrink``.
 
-Every flag of the first three is a setting of :mod:`maskllm4v.config` and each calls what the stage of that step
-calls, so a command and a row with the same settings give the same tensors.
+Every flag of the first four is a setting of :mod:`maskllm4v.config`, by the original's name where it has one, and each
+calls what the stage of that step calls, so a command and a row with the same settings give the same tensors.
 """

@@ -1,7 +1,7 @@
 """Write a sparse model for others: packed weights, masks alone, a state dict with zeros, an ONNX graph.
 
-Either a row of the pipeline, or a checkpoint of a timm model: masks of prune or train, packed ones, the original's
-files, or any state dict whose pruned weights are zero.
+Either a row of the pipeline, or a checkpoint of a timm model: masks of prune, train or update, packed ones, the
+original's files, or any state dict whose pruned weights are zero.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ from maskllm4v.dense import obtain_dense
 from maskllm4v.devices import pick_device
 from maskllm4v.distributed import same_everywhere
 from maskllm4v.errors import CheckpointError, ConfigError, DataError
-from maskllm4v.evaluation import install
+from maskllm4v.evaluation import check_fits, install
 from maskllm4v.files import value_digest
 from maskllm4v.models import num_classes
-from maskllm4v.original import State, dense_state
+from maskllm4v.original import State, dense_state, load_any, unpruned
 from maskllm4v.processes import is_main
 from maskllm4v.sealed import tensors_digest
 from maskllm4v.surgery import prunable_linears
@@ -115,6 +115,50 @@ def dense_of_masks(
     return model
 
 
+def masks_in(path: Path, pattern: str | None) -> State | MaskCheckpoint:
+    """A file of masks, to start from.
+
+    Raises:
+        CheckpointError: it holds none, or see :func:`maskllm4v.original.load_any`.
+    """
+    found = load_any(path, pattern=pattern)
+    if not found.masks:
+        raise CheckpointError(f"{path} holds no masks to start from; dense weights are --dense-checkpoint")
+    return found
+
+
+def start_from(
+    arguments: argparse.Namespace, experiment: Experiment, task: Task, found: State | MaskCheckpoint, path: Path
+) -> tuple[nn.Module, MaskCheckpoint]:
+    """The dense model that the masks of a file belong to, not permuted yet, and the masks.
+
+    Updated weights in the file, if any, stay unused.
+
+    Raises:
+        CheckpointError: the masks are of another model, or of one with permuted channels, or the dense weights are
+            nowhere.
+    """
+    updated = list[str]()
+    if isinstance(found, MaskCheckpoint):
+        model, masks = dense_of_masks(arguments, experiment, task, path, found.base), found
+        updated = [name for name in found.masks if f"{name}.weight" in found.weights]
+    else:
+        if not given_dense(arguments):
+            unpruned(found)
+            model = load_original(found, experiment, task)
+            say(f"dense weights: those in {path}, as they are (updated ones, if it was made so)")
+        elif found.about.get("permuted"):
+            raise CheckpointError(f"{path}: its channels are permuted; start from the masks of prune or train")
+        else:
+            model = dense_model(experiment, task)
+            updated = found.updated(model.state_dict())
+        masks = found.checkpoint(tensors_digest(model.state_dict()))
+    check_fits(model, masks, str(path))
+    if updated:
+        say(f"{path}: other weights than the dense ones in {len(updated)} layers; unused")
+    return model, masks
+
+
 def masked_model(
     arguments: argparse.Namespace, experiment: Experiment, task: Task, found: State | MaskCheckpoint, path: Path
 ) -> tuple[nn.Module, MaskCheckpoint | None]:
@@ -127,7 +171,7 @@ def masked_model(
         model = dense_of_masks(arguments, experiment, task, path, found.base)
         return install(model, found, str(path)), found
     if arguments.dense_checkpoint is not None:
-        raise ConfigError(f"{path} brings weights of its own; --dense-checkpoint is for masks of prune and train")
+        raise ConfigError(f"{path} brings weights of its own; --dense-checkpoint is for masks of prune, train, update")
     model = load_original(found, experiment, task)
     if not found.masks:
         return model, None

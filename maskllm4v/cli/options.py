@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from maskllm4v.config import Experiment, parse_experiment
 from maskllm4v.errors import ConfigError
 
-DENSE, PRIOR, LEARNED = "dense", "prior", "masks"  # rows of the experiment that a command runs
+DENSE, PRIOR, LEARNED, UPDATED = "dense", "prior", "masks", "updated"  # rows of the experiment that a command runs
 FLAGS = {  # settings whose flags have other names
     "accumulate": "--grad-accum-steps",
     "auto_augment": "--aa",
@@ -161,13 +161,23 @@ def add_exclude(parser: argparse.ArgumentParser, when: str = "") -> None:
     )
 
 
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nsamples", type=int, default=128, metavar="N", help="images that calibrate (default 128)")
+    parser.add_argument(
+        "--calibration-split",
+        choices=("train", "val"),
+        default="train",
+        help="they come from (default train); val, as in the original, leaks: it is what validate measures on",
+    )
+
+
 def experiment(arguments: argparse.Namespace, *, data: dict[str, Any], **sections: Any) -> Experiment:
     """The flags as an experiment of one seed.
 
     Args:
         arguments: of :func:`add_model`, :func:`add_data` and :func:`add_runtime`.
         data: settings of the data that only the command knows, ``train`` and ``test`` among them.
-        sections: ``task``, ``priors``, ``learned``, ... as in ``params.yaml``.
+        sections: ``task``, ``priors``, ``learned``, ``updated``, ... as in ``params.yaml``.
 
     Raises:
         ConfigError: a value is out of its range; names the setting.
@@ -175,7 +185,7 @@ def experiment(arguments: argparse.Namespace, *, data: dict[str, Any], **section
     a = arguments
     given = a.dense_checkpoint
     source = {"source": "timm", "dataset": a.dataset} if a.dataset else {"source": "folder"}
-    rows = [DENSE, *sections.get("priors", {}), *sections.get("learned", {})]
+    rows = [DENSE, *(row for section in ("priors", "learned", "updated") for row in sections.get(section, {}))]
     raw = {
         "table": "cli",
         "title": a.model,
@@ -192,7 +202,7 @@ def experiment(arguments: argparse.Namespace, *, data: dict[str, Any], **section
         return parse_experiment(raw)
     except ConfigError as error:  # say flags, not settings
         text = re.sub(r"^params: (\S+)(?= is )", lambda key: _flag(key[1]), str(error), flags=re.MULTILINE)
-        raise ConfigError(text) from error
+        raise ConfigError(re.sub(r"^params: (\S+: )?", "", text, flags=re.MULTILINE)) from error
 
 
 def _flag(key: str) -> str:

@@ -34,13 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="greedy: first put hidden channels into an order of which masks keep more; outputs stay the same "
         "(default none)",
     )
-    parser.add_argument("--nsamples", type=int, default=128, metavar="N", help="images that calibrate (default 128)")
-    parser.add_argument(
-        "--calibration-split",
-        choices=("train", "val"),
-        default="train",
-        help="they come from (default train); val, as in the original, leaks: it is what validate measures on",
-    )
+    options.add_calibration(parser)
     options.add_exclude(parser)
     options.add_pattern(parser, "2:4")
     options.add_model(parser)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskllm4v.cli import options
 from maskllm4v.config import Experiment
-from maskllm4v.errors import CheckpointError, ConfigError
+from maskllm4v.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -241,30 +241,14 @@ def start(a: argparse.Namespace) -> tuple[Experiment, Task, nn.Module, NMPattern
     Raises:
         CheckpointError: the prior has no masks, or is of another model or pattern, or of one with permuted channels.
     """
-    from maskllm4v.checkpoints import MaskCheckpoint
     from maskllm4v.cli import inputs
-    from maskllm4v.original import load_any, unpruned
     from maskllm4v.patterns import NMPattern
 
-    found = None if a.checkpoint is None else load_any(a.checkpoint, pattern=a.pattern)
-    if found is not None and not found.masks:
-        raise CheckpointError(f"{a.checkpoint} holds no masks to start from; dense weights are --dense-checkpoint")
+    found = None if a.checkpoint is None else inputs.masks_in(a.checkpoint, a.pattern)
     pattern = NMPattern(found.pattern if found is not None and found.pattern is not None else a.pattern or "2:4")
     experiment = settings(a, str(pattern))
     task = inputs.task_of(experiment)
     if found is None:
         return experiment, task, inputs.dense_model(experiment, task), pattern, {}, {}
-    if isinstance(found, MaskCheckpoint):  # its updated weights, if any, stay unused: dense ones are frozen
-        model = inputs.dense_of_masks(a, experiment, task, a.checkpoint, found.base)
-    elif inputs.given_dense(a):
-        if found.about.get("permuted"):
-            raise CheckpointError(f"{a.checkpoint}: its channels are permuted; start from the masks of prune or train")
-        model = inputs.dense_model(experiment, task)
-        if updated := found.updated(model.state_dict()):
-            inputs.say(f"{a.checkpoint}: other weights than the dense ones in {len(updated)} layers; unused")
-    else:
-        unpruned(found)
-        model = inputs.load_original(found, experiment, task)
-        inputs.say(f"dense weights: those in {a.checkpoint}, as they are (updated ones, if it was made so)")
-    permutations = dict(found.permutations) if isinstance(found, MaskCheckpoint) else {}
-    return experiment, task, model, pattern, dict(found.masks), permutations
+    model, masks = inputs.start_from(a, experiment, task, found, a.checkpoint)
+    return experiment, task, model, pattern, dict(masks.masks), dict(masks.permutations)

@@ -1,6 +1,7 @@
 """Measure a model, dense or under masks. Prints the original's JSON object; further facts go to standard error.
 
-Masks are files of prune or train, packed ones of export, or the original's: .pt with masks, .pth.tar with logits.
+Masks are files of prune, train or update, packed ones of export, or the original's: .pt with masks, .pth.tar with
+logits.
 """
 
 from __future__ import annotations

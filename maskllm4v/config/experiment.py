@@ -29,7 +29,7 @@ from maskllm4v.config.sections import (
     TaskSettings,
     UpdatedSettings,
 )
-from maskllm4v.config.starts import check_starts
+from maskllm4v.config.starts import check_patterns, check_starts
 from maskllm4v.errors import ConfigError
 
 Kind = Literal["dense", "oneshot", "learned", "updated", "finetuned"]
@@ -99,6 +99,7 @@ class Experiment(Settings):
                 raise ValueError(f"rows: {row!r} is made but not listed there; found {', '.join(self.rows)}")
             raise ValueError(f"rows: {row!r} is listed but made nowhere; made are {', '.join(sorted(made))}")
         check_starts(self)
+        check_patterns(self)
         for row, learned in self.learned.items():
             if learned.select == "best" and not self.data.holdout:
                 raise ValueError(f"learned.{row}.select is 'best', which needs data.holdout; never the reported split")
@@ -115,6 +116,8 @@ class Experiment(Settings):
                 raise ValueError(f"exports: {row!r} is no row; allowed: {', '.join(self.rows)}")
             if self.mask_row(row) is None and (sparse := {"packed", "mask"} & set(export.formats)):
                 raise ValueError(f"exports.{row}.formats holds {min(sparse)!r}, but the row is dense")
+            if "mask" in export.formats and self.updates_weights(row):
+                raise ValueError(f"exports.{row}.formats holds 'mask', but the row's weights are updated, too")
         if self.task.eval_split == "holdout" and not self.data.holdout:
             raise ValueError("task.eval_split is 'holdout', which needs data.holdout")
         self._task_and_model_agree()

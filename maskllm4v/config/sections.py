@@ -274,6 +274,13 @@ class UpdatedSettings(Settings):
     def _target_goes_with_update(self) -> UpdatedSettings:
         if self.update == "sparsegpt" and self.target != "symmetric":
             raise ValueError(f"target is {self.target!r}; allowed for update 'sparsegpt': 'symmetric'")
+        fields = type(self).model_fields.items()
+        if self.update == "none" and (
+            given := [
+                key for key, field in fields if key not in ("masks", "update") and getattr(self, key) != field.default
+            ]
+        ):
+            raise ValueError(f"{given[0]} is {getattr(self, given[0])!r}, but update is 'none'")
         return self
 
 

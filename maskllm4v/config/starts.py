@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from maskllm4v.config.experiment import Experiment
+
+MAX_CANDIDATES, MAX_WIDE = 70, 16  # those of maskllm4v.patterns, which this room may not ask: it would import torch
+
+
+def check_patterns(experiment: Experiment) -> None:
+    """Raise ``ValueError`` where a row's pattern is none, or learned with more logits than there may be."""
+    for row in experiment.rows:
+        n, m = map(int, (experiment.pattern_of(row) or "1:2").split(":"))
+        if not 1 <= n < m or (m > MAX_WIDE and math.comb(m, n) > MAX_CANDIDATES):
+            raise ValueError(
+                f"pattern of {row} is '{n}:{m}'; allowed: N:M with 1 <= N < M and M <= {MAX_WIDE}, or few candidates"
+            )
+        learned = experiment.learned.get(row)
+        if math.comb(m, n) > MAX_CANDIDATES and learned is not None and learned.gate == "candidates":
+            raise ValueError(f"learned.{row}.gate is 'candidates', too many for {n}:{m}; allowed: 'positions'")
 
 
 def check_starts(experiment: Experiment) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskllm4v.errors import ConfigError
 from maskllm4v.gumbel.backends import BACKENDS, choose
 from maskllm4v.gumbel.chunked import energy_dtype
 from maskllm4v.gumbel.sampling import Sampling
@@ -69,8 +70,10 @@ def masked_weight(
         respect to ``logits``, and ``weight`` if it asks for a gradient.
 
     Raises:
-        ConfigError: the backend is unknown, or cannot do this.
+        ConfigError: the backend is unknown, or cannot do this; ``candidates`` and ``kept`` are both missing.
     """
+    if candidates is None and kept is None:
+        raise ConfigError("a logit a position needs kept, how many positions of a group are kept")
     if isinstance(key, np.ndarray):
         key = torch.from_numpy(key.view(np.int64))
     how = (_scalar(tau), _scalar(scaling), hard, uniform, key, kept, dtype or weight.dtype)

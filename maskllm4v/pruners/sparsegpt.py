@@ -95,8 +95,8 @@ def reversed_cholesky(hessian: Tensor, layer: str = "weight", damping: float = D
         if exists:
             return factor
         warnings.warn(f"layer {layer!r}: Hessian not positive definite at damping {damping:g}; raised", stacklevel=2)
-        damping *= 10
-    raise DataError(f"layer {layer!r}: Hessian is not positive definite even at damping {damping / 10:g}")
+        tried, damping = damping, max(10 * damping, DAMPING)
+    raise DataError(f"layer {layer!r}: Hessian is not positive definite even at damping {tried:g}")
 
 
 def _cholesky(matrix: Tensor) -> tuple[Tensor, bool]:

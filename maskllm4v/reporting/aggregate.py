@@ -102,5 +102,5 @@ def _describe(experiment: Experiment, row: str) -> dict[str, Any]:
     if kind == "learned" and update:
         kind = "hybrid"  # a mask learned on weights that are not the dense model's: never counted among frozen ones
     elif kind == "updated" and not update and start is not None:
-        kind = experiment.kind(start)  # another row's masks, on dense weights
+        kind = experiment.kind(start)  # another row's masks on dense weights, wherever they were learned
     return {"kind": kind, "pattern": experiment.pattern_of(row) or "dense", "update": update, "prior": prior}

@@ -75,7 +75,7 @@ def paired_markdown(experiment: Experiment, reference: str, reports: Path, folde
                 value,
                 to_dense,
                 "0" if row == reference else to_reference,
-                steps(experiment, row),
+                length(experiment, row),
                 significant(whole_cost(experiment, row, costs)),
             ]
         )
@@ -85,7 +85,7 @@ def paired_markdown(experiment: Experiment, reference: str, reports: Path, folde
         "From",
         headline.header,
         "Δ to dense",
-        "Δ to the learned",
+        f"Δ to {experiment.rows[reference]}",
         "Steps",
         "Cost (s)",
     ]
@@ -101,11 +101,13 @@ def chain(experiment: Experiment, row: str) -> list[str]:
     return found
 
 
-def steps(experiment: Experiment, row: str) -> str:
-    """How many steps were trained from the dense model to a row; ``–`` without any."""
-    trained = {**experiment.learned, **experiment.finetuned}
-    found = [trained[one].steps or 0 for one in chain(experiment, row) if one in trained]
-    return f"{sum(found):,}" if any(found) else MISSING
+def length(experiment: Experiment, row: str) -> str:
+    """How long was trained from the dense model to a row, in steps or epochs; ``–`` if nothing was."""
+    rows = {**experiment.learned, **experiment.finetuned}
+    trained = [rows[one] for one in chain(experiment, row) if one in rows]
+    steps, epochs = sum(one.steps or 0 for one in trained), sum(one.epochs or 0.0 for one in trained)
+    found = [f"{steps:,}"] * (steps > 0) + [f"{epochs:g} epochs"] * (epochs > 0)
+    return " + ".join(found) or MISSING
 
 
 def whole_cost(experiment: Experiment, row: str, costs: Mapping[str, float]) -> float:

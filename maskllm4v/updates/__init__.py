@@ -7,6 +7,7 @@ has become so far, masked and updated. No weight is trained.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -89,17 +90,22 @@ def update_weights_(
         The same model. After an error it is as it was.
 
     Raises:
-        ConfigError: an unknown method or target, no masked layer, or a ``dense`` of another architecture.
+        ConfigError: an unknown method or target, a negative damping, no masked layer, or a ``dense`` that has masks
+            or another architecture.
         DataError: no batch, none that reaches a layer, or a layer cannot be solved for; names layer and row.
     """
     if method not in METHODS:
         raise ConfigError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     chosen = METHODS[method]
+    if damping is not None and not (math.isfinite(damping) and damping >= 0):
+        raise ConfigError(f"damping is {damping}; allowed: 0 or more")
     if target not in (None, *chosen.targets):
         raise ConfigError(f"target is {target!r}; allowed for {method!r}: {', '.join(map(repr, chosen.targets))}")
     masked = masked_layers(model)
     if not masked:
         raise ConfigError("nothing to update: the model has no masked layer")
+    if dense is not None and (dense is model or masked_layers(dense)):
+        raise ConfigError("dense has masks; it is the model before it was pruned, or none: the model without its masks")
     parts = as_parts(calibration, forward)
     plain = {name: _plain(name, layer, dense) for name, layer in masked.items()}
     replace_(model, masked, lambda name, _: plain[name])
@@ -149,6 +155,6 @@ def _plain(name: str, layer: nn.Linear, dense: nn.Module | None) -> nn.Linear:
 
 def _updated(layer: Masked, weight: Tensor, mask: Tensor, name: str) -> MaskedLinear:
     updated = MaskedLinear.from_linear(layer, N=layer.pattern.n, M=layer.pattern.m)
-    updated.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    updated.weight = nn.Parameter(weight.contiguous(), requires_grad=layer.weight.requires_grad)
     updated.set_mask(mask, name)
     return updated

@@ -11,12 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 
 INK, MUTED, LINE, PANEL = "#1f2328", "#59636e", "#d1d9e0", "#f6f8fa"
-BLUE, PALE, GREY, ORANGE = (
-    "#2a6f97",
-    "#dbe9f2",
-    "#9db4c8",
-    "#b35900",
-)  # learned, its tint, one-shot and frozen, backward
+BLUE, PALE = "#2a6f97", "#dbe9f2"  # learned, and its tint
+GREY, MINT = "#9db4c8", "#a9cdbd"  # one-shot and frozen; updated
+ORANGE = "#b35900"  # backward
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "mathtext.fontset": "dejavusans",

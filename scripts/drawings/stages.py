@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,23 +12,24 @@ import networkx as nx
 
 from maskllm4v.config import PARAMS, Experiment, load_experiment
 from maskllm4v.reporting.names import short_names
-from scripts.drawings.card import BLUE, GREY, INK, MUTED, ORANGE, PALE, PANEL, Card
+from scripts.drawings.card import BLUE, GREY, INK, MINT, MUTED, ORANGE, PALE, PANEL, Card
 
+WIDTH = 1084
 COLUMNS = {  # by kind of stage: left edge and width
-    "prepare": (24, 70),
-    "dense": (124, 62),
-    "prior": (216, 150),
-    "train": (396, 190),
-    "finetune": (396, 190),
-    "evaluate": (640, 76),
-    "export": (746, 62),
-    "report": (838, 60),
-    "track": (928, 52),
+    "prepare": (24, 62),
+    "dense": (108, 58),
+    "prior": (194, 144),
+    "first": (382, 174),
+    "second": (600, 118),
+    "evaluate": (758, 70),
+    "export": (854, 56),
+    "report": (938, 56),
+    "track": (1016, 50),
 }
-FILLS = {"prior": GREY, "train": BLUE, "finetune": PALE}
+FILLS = {"prior": GREY, "train": BLUE, "update": MINT, "finetune": PALE}
 LANE, NODE, TOP = 31, 22, 112  # pixels from row to row, high is a node, to the first row
-TRAINED = ("train", "finetune")
-BRANCHES = (BLUE, ORANGE, MUTED, INK)  # of stages that several trained rows start from
+LATER = ("train", "update", "finetune")  # in the first column if they start from a prior, else in the second
+BRANCHES = (BLUE, ORANGE, MUTED, INK)  # of stages that several rows start from
 MERGED = ("report", "track")  # stages that all rows end in
 
 
@@ -64,7 +64,7 @@ def draw() -> Card:
     graph = nx.transitive_reduction(dag())
     nodes = layout(experiment, sorted(graph))
     lanes = len(experiment.rows)
-    card = Card(1000, TOP + LANE * lanes + 12)
+    card = Card(WIDTH, TOP + LANE * lanes + 12)
     card.text(24, 32, f"The pipeline of the table {experiment.table}", 16, weight="bold")
     card.text(
         24,
@@ -74,16 +74,19 @@ def draw() -> Card:
         color=MUTED,
     )
     for number in range(0, lanes, 2):
-        card.bar(12, TOP + LANE * (number - 0.5), 976, LANE, PANEL, layer=-1)
-    kinds: dict[tuple[int, int], list[str]] = {}
-    for kind in dict.fromkeys(node.kind for node in nodes.values()):
-        kinds.setdefault(COLUMNS[kind], []).append(kind)
+        card.bar(12, TOP + LANE * (number - 0.5), WIDTH - 24, LANE, PANEL, layer=-1)
+    kinds: dict[tuple[float, float], set[str]] = {}
+    for node in nodes.values():
+        kinds.setdefault((node.x, node.width), set()).add(node.kind)
     for (x, width), names in kinds.items():
-        card.text(x + width / 2, 88, ", ".join(sorted(names, reverse=True)), 12, ha="center", weight="bold")
-    branching = [start for start in sorted(graph) if any(nodes[end].kind in TRAINED for end in graph[start])]
-    lines = {start: number for number, start in enumerate(branching)}
+        card.text(x + width / 2, 88, ", ".join(sorted(names)), 12, ha="center", weight="bold")
+    lines: dict[float, dict[str, int]] = {}  # number of a line down, by the column that it leads to and where it starts
     for start, end in sorted(graph.edges):
-        _edge(card, nodes[start], nodes[end], lines)
+        if nodes[end].kind in LATER:
+            into = lines.setdefault(nodes[end].x, {})
+            into.setdefault(start, len(into))
+    for start, end in sorted(graph.edges):
+        _edge(card, nodes[start], nodes[end], lines.get(nodes[end].x, {}).get(start, 0))
     for node in nodes.values():
         fill = FILLS.get(node.kind, "white")
         card.box(node.x, node.y - NODE / 2, node.width, NODE, fill=fill, edge=fill if fill == BLUE else MUTED, radius=4)
@@ -98,6 +101,9 @@ def layout(experiment: Experiment, stages: list[str]) -> dict[str, Node]:
     nodes = {}
     for stage in stages:
         kind, _, row = stage.partition("@")
+        if kind in LATER:
+            start = experiment.mask_row(row)
+            kind = "first" if start is None or start in experiment.priors else "second"
         x, width = COLUMNS[kind]
         line = lines.index(row) if row in lines else 0 if kind not in MERGED else (len(lines) - 1) / 2
         label = {"evaluate": "metrics", "export": "files", "prepare": row}.get(kind, names.get(row, kind))
@@ -105,11 +111,10 @@ def layout(experiment: Experiment, stages: list[str]) -> dict[str, Node]:
     return nodes
 
 
-def _edge(card: Card, start: Node, end: Node, lines: Mapping[str, int]) -> None:
+def _edge(card: Card, start: Node, end: Node, number: int) -> None:
     """Straight where the row stays; else down a line in front of the next column, one for each stage it comes from."""
     right, left = start.x + start.width, end.x
-    number = lines[start.name] if end.kind in TRAINED else 0
-    colour = BRANCHES[number % len(BRANCHES)] if end.kind in TRAINED else MUTED
+    colour = BRANCHES[number % len(BRANCHES)] if end.kind in LATER else MUTED
     turn = left - 14 - 8 * number
     xs, ys = (right, turn, turn, left), (start.y, start.y, end.y, end.y)
     card.axes.plot(xs, ys, color=colour, linewidth=0.9, zorder=0.5, solid_joinstyle="round")

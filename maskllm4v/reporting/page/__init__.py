@@ -55,6 +55,7 @@ def table_page(experiment: Experiment, reports: Path, file: str | None) -> str:
         agreement=agreement_chart(results, statistics),
         seeds_note=seeds_note(experiment),
         candidates=candidates.candidate_charts(results, statistics),
+        positions=candidates.position_charts(results, statistics),
         broad={row for row, frame in statistics.items() if candidates.is_broad(frame)},
         tiles=(drawn[:IN_FRONT], drawn[IN_FRONT:]),
         exports=exports.export_manifests(results),

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.page.frame import Frame
-from maskllm4v.reporting.page.masks import candidates
+from maskllm4v.reporting.page.masks import candidate_count
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import linear
 from maskllm4v.reporting.page.stack import Place, heading, stacked
@@ -50,7 +50,7 @@ def seeds_note(experiment: Experiment) -> str:
 
 def _line(results: Results, place: Place, known: pd.DataFrame, frame: Frame) -> Markup:
     by_layer = known.groupby("layer", sort=False)[METRIC].mean()  # over seeds
-    mean, chance = float(by_layer.mean()), 1 / len(candidates(known))
+    mean, chance = float(by_layer.mean()), 1 / candidate_count(results, place.row)
     shows, middle = marked(place.row, METRIC), place.middle
     dots = [
         tag(
@@ -64,7 +64,7 @@ def _line(results: Results, place: Place, known: pd.DataFrame, frame: Frame) -> 
         )
         for layer, value in by_layer.items()
     ]
-    by_chance = tag("title", f"chance: {chance:.3f}")
+    by_chance = tag("title", f"chance: {chance:.3f}" if chance >= 0.001 else f"chance: {chance:.6f}")
     return tag(
         "g",
         heading(results, place, frame.left),
