@@ -14,7 +14,8 @@ from maskllm4v.errors import UserError
 from maskllm4v.files import read_json
 from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import seed_metrics
-from maskllm4v.reporting.paired import MARKER, chain, length, paired_markdown, paired_sections, whole_cost
+from maskllm4v.reporting.costs import trained_length, whole_costs
+from maskllm4v.reporting.paired import MARKER, paired_markdown, paired_sections
 from maskllm4v.reporting.report import experiments
 
 FINDINGS = (ROOT / "docs/findings.md").read_text(encoding="utf-8")
@@ -73,13 +74,14 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
 
 
 def test_steps_and_costs_are_those_of_the_whole_way() -> None:
-    assert chain(DIGITS, "digits-maskllm-long-ls") == ["digits-maskllm-long-ls", LONG, "digits-magnitude"]
-    assert chain(DIGITS, "digits-dense") == ["digits-dense"]
-    assert [length(DIGITS, row) for row in ("digits-magnitude", LONG, "digits-maskllm-long-ls")] == ["–", "800", "800"]
-    costs = {"digits-maskllm-long-ls": 1.0, LONG: 20.0, "digits-magnitude": 300.0}
-    assert whole_cost(DIGITS, "digits-maskllm-long-ls", costs) == 321.0
-    unknown = whole_cost(DIGITS, "digits-maskllm-long-ls", {LONG: 20.0, "digits-magnitude": 300.0})
-    assert unknown != unknown
+    updated = "digits-maskllm-long-ls"
+    assert DIGITS.chain(updated) == [updated, LONG, "digits-magnitude"]
+    assert DIGITS.chain("digits-dense") == ["digits-dense"]
+    lengths = [trained_length(DIGITS, row, "steps") for row in ("digits-magnitude", LONG, updated)]
+    assert lengths == [0.0, 800.0, 800.0]
+    costs = {updated: 1.0, LONG: 20.0, "digits-magnitude": 300.0}
+    assert whole_costs(DIGITS, costs) == {updated: 321.0, LONG: 320.0, "digits-magnitude": 300.0}
+    assert whole_costs(DIGITS, {updated: 1.0, "digits-magnitude": 300.0}) == {"digits-magnitude": 300.0}
 
 
 def test_nothing_measured(tmp_path: Path) -> None:

@@ -189,10 +189,17 @@ class Experiment(Settings):
         start = self.finetuned[row].start if row in self.finetuned else row
         return start if start in self.priors else None
 
+    def chain(self, row: str) -> list[str]:
+        """A row and those that its masks came through, the last one first."""
+        found = [row]
+        while (start := self.mask_row(found[-1])) is not None and start != found[-1]:
+            found.append(start)
+        return found
+
     def oneshot_row(self, row: str) -> str | None:
         """The one-shot row at which the way of a row's masks begins; None for dense weights."""
-        start = self.mask_row(row)
-        return start if start is None or start in self.priors else self.oneshot_row(start)
+        first = self.chain(row)[-1]
+        return first if first in self.priors else None
 
     def pattern_of(self, row: str) -> str | None:
         """The N:M pattern of a row; None for dense weights."""

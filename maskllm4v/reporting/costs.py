@@ -5,9 +5,11 @@ The benchmarks write that file (``python -m benchmarks.table_cost``). It is no r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from maskllm4v.config import Experiment
 from maskllm4v.files import read_json
 
 FOLDER = "benchmarks"  # in the reports
@@ -23,6 +25,18 @@ def row_costs(table: str, reports: Path) -> dict[str, float]:
     """Seconds for one seed, by row; rows that were not measured are absent."""
     rows = _of_table(table, reports).get("rows", {})
     return {row: float(cost["seconds"]) for row, cost in rows.items()}
+
+
+def whole_costs(experiment: Experiment, costs: Mapping[str, float]) -> dict[str, float]:
+    """Seconds from the dense model to a row, those of the rows before it included, where all of them are known."""
+    chains = {row: experiment.chain(row) for row in costs}
+    return {row: sum(costs[one] for one in chain) for row, chain in chains.items() if costs.keys() >= set(chain)}
+
+
+def trained_length(experiment: Experiment, row: str, unit: str) -> float:
+    """For how many ``"steps"`` or ``"epochs"`` something was trained from the dense model to a row."""
+    trained = {**experiment.learned, **experiment.finetuned}
+    return float(sum(getattr(trained[one], unit) or 0 for one in experiment.chain(row) if one in trained))
 
 
 def cost_caption(table: str, reports: Path) -> str:

@@ -10,14 +10,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import pandas as pd
-
 from maskllm4v.config import Experiment
 from maskllm4v.errors import UserError
 from maskllm4v.layout import evaluation_folder
 from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import aggregate, current_records, seed_metrics
-from maskllm4v.reporting.costs import row_costs
+from maskllm4v.reporting.costs import row_costs, trained_length, whole_costs
 from maskllm4v.reporting.tables import LEARNED, MISSING, markdown, number, result_cells, significant
 
 MARKER = re.compile(r"<!-- ([\w-]+): ([\w-]+) -->")
@@ -54,6 +52,7 @@ def paired_markdown(experiment: Experiment, reference: str, reports: Path, folde
     """
     headline, records = METRICS[experiment.task.name].headline, current_records(experiment, reports)
     costs = row_costs(experiment.table, reports)
+    whole = whole_costs(experiment, costs)
     table = aggregate(experiment, records, costs).set_index("row", drop=False)
     rows = [row for row in records if experiment.pattern_of(row) == experiment.pattern_of(reference)]
     if reference not in rows:
@@ -67,49 +66,16 @@ def paired_markdown(experiment: Experiment, reference: str, reports: Path, folde
         to_reference = number(difference.mean(), difference.std(), headline.digits, sign=True)
         name = f"**{label}**" if line["kind"] in LEARNED else label
         record = os.path.relpath(evaluation_folder(experiment.table, row, reports) / "record.json", folder)
-        lines.append(
-            [
-                f"[{name}]({Path(record).as_posix()})",
-                update,
-                prior,
-                value,
-                to_dense,
-                "0" if row == reference else to_reference,
-                length(experiment, row),
-                significant(whole_cost(experiment, row, costs)),
-            ]
-        )
-    headers = [
-        "Method",
-        "Weight update",
-        "From",
-        headline.header,
-        "Δ to dense",
-        f"Δ to {experiment.rows[reference]}",
-        "Steps",
-        "Cost (s)",
-    ]
-    return markdown(headers, lines)
+        to_reference = "0" if row == reference else to_reference
+        cost = significant(whole.get(row))
+        cells = [update, prior, value, to_dense, to_reference, _length(experiment, row), cost]
+        lines.append([f"[{name}]({Path(record).as_posix()})", *cells])
+    ahead, delta = ["Method", "Weight update", "From", headline.header], f"Δ to {experiment.rows[reference]}"
+    return markdown([*ahead, "Δ to dense", delta, "Trained", "Cost (s)"], lines)
 
 
-def chain(experiment: Experiment, row: str) -> list[str]:
-    """A row and all those that its masks come through, the last one first."""
-    found, start = [row], experiment.mask_row(row)
-    while start is not None and start != found[-1]:
-        found.append(start)
-        start = experiment.mask_row(start)
-    return found
-
-
-def length(experiment: Experiment, row: str) -> str:
-    """How long was trained from the dense model to a row, in steps or epochs; ``–`` if nothing was."""
-    rows = {**experiment.learned, **experiment.finetuned}
-    trained = [rows[one] for one in chain(experiment, row) if one in rows]
-    steps, epochs = sum(one.steps or 0 for one in trained), sum(one.epochs or 0.0 for one in trained)
-    found = [f"{steps:,}"] * (steps > 0) + [f"{epochs:g} epochs"] * (epochs > 0)
+def _length(experiment: Experiment, row: str) -> str:
+    """How long was trained from the dense model to a row; ``–`` if nothing was."""
+    steps, epochs = (trained_length(experiment, row, unit) for unit in ("steps", "epochs"))
+    found = [f"{steps:,.0f} steps"] * (steps > 0) + [f"{epochs:g} epochs"] * (epochs > 0)
     return " + ".join(found) or MISSING
-
-
-def whole_cost(experiment: Experiment, row: str, costs: Mapping[str, float]) -> float:
-    """Seconds from the dense model to a row, those of the rows before it included; NaN if one is not known."""
-    return float(pd.Series([costs.get(one) for one in chain(experiment, row)], dtype=float).sum(skipna=False))

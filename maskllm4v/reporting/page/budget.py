@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 from markupsafe import Markup
 
+from maskllm4v.reporting.costs import trained_length, whole_costs
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import linear, logarithmic
@@ -35,16 +36,20 @@ class Budget:
 
 
 def budget_of(results: Results) -> Budget:
-    """Measured seconds where there are any, otherwise the length of trainings; rows without either are absent."""
+    """Measured seconds where there are any, otherwise the length of trainings; rows without either are absent.
+
+    Either from the dense model on: an update of learned masks costs what learning them did, too.
+    """
+    experiment = results.experiment
     seconds = {row: line["cost_seconds"] for row, line in results.lines.items() if pd.notna(line["cost_seconds"])}
     if seconds:
-        return Budget(seconds, "seconds for one seed, logarithmic", True)
-    experiment = results.experiment
+        return Budget(
+            whole_costs(experiment, seconds), "seconds for one seed from the dense model on, logarithmic", True
+        )
     trained = {**experiment.learned, **experiment.finetuned}
     unit = "epochs" if any(training.epochs is not None for training in trained.values()) else "steps"
-    lengths = {row: getattr(training, unit) for row, training in trained.items()}
-    known = {row: float(length) for row, length in lengths.items() if length is not None}
-    return Budget({**dict.fromkeys(experiment.priors, 0.0), **known}, f"{unit} of training", False)
+    known = [r for r in experiment.rows if r != results.dense and (r not in trained or getattr(trained[r], unit))]
+    return Budget({row: trained_length(experiment, row, unit) for row in known}, f"{unit} of training", False)
 
 
 def budget_charts(results: Results) -> dict[str, Markup]:
