@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +19,7 @@ from timm.models import VisionTransformer
 from timm.models.mlp_mixer import SpatialGatingUnit
 from torch import Tensor, nn
 
-from maskllm4v import apply_masks_, apply_permutations_, invert_permutations
+from maskllm4v import apply_masks_, apply_permutations_, invert_permutations, permute_channels_
 from maskllm4v.channels import find_channels
 from maskllm4v.errors import ConfigError
 from maskllm4v.patterns import NMPattern
@@ -237,6 +239,43 @@ def test_joint_attention_is_left_alone() -> None:
     attention = Attention(query_dim=16, heads=2, dim_head=8, **joint)
     with pytest.warns(UserWarning, match="its input channels stay where they are"):
         assert find_channels(nn.ModuleDict({"attn": attention}), ["attn.to_out.0"]) == {}
+
+
+class Grouped(nn.Module):
+    """Attention of four heads, of which several may share keys and values; width 32."""
+
+    def __init__(self, kv_heads: int, fused: bool) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads, self.sizes = 4, kv_heads, [32, 8 * kv_heads, 8 * kv_heads]
+        self.qkv = nn.Linear(32, sum(self.sizes)) if fused else None
+        if not fused:
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(32, size) for size in self.sizes)
+        self.proj = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.qkv(x).split(self.sizes, -1) if self.qkv else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (part.unflatten(-1, (-1, 8)).transpose(1, 2) for part in made)  # [batch, heads, tokens, 8]
+        k, v = (part.repeat_interleave(self.num_heads // self.kv_heads, 1) for part in (k, v))
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_values_that_heads_share_stay(kv_heads: int, fused: bool) -> None:
+    """Grouped and multi-query attention. Sizes alone do not tell two of four, in one layer, from ungrouped ones."""
+    model = randomised(nn.Sequential(OrderedDict(attn=Grouped(kv_heads, fused), mlp=Mlp(32, 64))))
+    x, before = torch.randn(2, 5, 32, dtype=torch.float64), state(model)
+    with torch.no_grad():
+        wanted = model(x)
+    looks_alike = fused and kv_heads == 2
+    said = pytest.warns(UserWarning, match="'attn.proj': .* the outputs of its Grouped depend on their order")
+    with said if looks_alike else contextlib.nullcontext():
+        permutations = permute_channels_(model, "2:4")
+    assert sorted(permutations) == (["attn.proj", "mlp.fc2"] if kv_heads == 4 else ["mlp.fc2"])
+    with torch.no_grad():
+        assert float((model(x) - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
+    unchanged = [name for name in before if name.startswith("attn.") and kv_heads < 4]
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in unchanged)
 
 
 def test_blocks_that_cannot_be_tried_out_are_left_alone() -> None:

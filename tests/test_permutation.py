@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -160,14 +161,25 @@ def test_calibration_weighs_channels_by_their_inputs(tiny_vit: nn.Module) -> Non
     assert any(not permutations[name].equal(best_order(before[name].abs(), NMPattern("1:4"))) for name in HIDDEN)
 
 
+def wanda(model: nn.Module, layers: Iterable[str], batch: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Prune a model by Wanda: masks by layer, and of some layers Σ|w|·‖x‖ of what is kept, x as in the dense model."""
+    norms = {name: rows.norm(dim=0) for name, rows in inputs_of(model, layers, [batch]).items()}
+    masks = prune(model, "wanda", calibration=batch, exclude=["head"])
+    scores = {name: model.get_submodule(name).weight.detach().double().abs() * norm for name, norm in norms.items()}
+    return masks, {name: float(score[masks[name]].sum()) for name, score in scores.items()}
+
+
 def test_wanda_keeps_more_of_its_score_and_prunes_what_was_permuted(tiny_vit: nn.Module) -> None:
-    batch = images(20)
+    batch, plain = images(20), copy.deepcopy(tiny_vit)
     permutations = permute_channels_(tiny_vit, "2:4", calibration=batch, exclude=["head"])
+    assert sorted(permutations) == sorted([*HIDDEN, *VALUES])
     permuted = {name: tiny_vit.get_submodule(name).weight.detach().clone() for name in permutations}
-    masks = prune(tiny_vit, "wanda", calibration=batch, exclude=["head"])
+    masks, keeps = wanda(tiny_vit, permutations, batch)
+    _, kept_before = wanda(plain, permutations, batch)
     for name, weight in permuted.items():
         assert torch.equal(tiny_vit.get_submodule(name).weight, weight)
         NMPattern("2:4").validate(masks[name], name)
+        assert keeps[name] > (1.03 if name in HIDDEN else 1.001) * kept_before[name]  # heads leave less to choose
 
 
 def test_layers_that_stay_dense_keep_their_order(tiny_vit: nn.Module) -> None:

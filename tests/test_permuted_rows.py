@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import stages.finetune
 import stages.prepare
 import stages.prior
 import stages.train
+import stages.update
 from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_masks
 from maskllm4v.config import Experiment, parse_experiment
 from maskllm4v.errors import CheckpointError
@@ -45,7 +47,7 @@ from maskllm4v.tasks import open_task
 pytestmark = pytest.mark.slow
 
 READERS = [f"blocks.{i}.{name}" for i in range(2) for name in ("attn.proj", "mlp.fc2")]
-PERMUTED = ["magnitude", "wanda", "updated", "learned", "tuned"]
+PERMUTED = ["magnitude", "wanda", "updated", "learned", "tuned", "solved", "hybrid"]
 RAW: dict[str, Any] = {
     "table": "t",
     "title": "T",
@@ -68,7 +70,11 @@ RAW: dict[str, Any] = {
         "updated": {"method": "sparsegpt", "update_weights": True, "permutation": "greedy"},
     },
     "learning": {"steps": 4, "batch_size": 32, "log_every": 2},
-    "learned": {"learned": {"prior": "wanda", "lr": 0.3}},
+    "learned": {
+        "learned": {"prior": "wanda", "lr": 0.3},
+        "hybrid": {"prior": "solved", "weights": "updated", "distillation": 1.0, "lr": 0.5, "min_lr": 0.5},
+    },
+    "updated": {"solved": {"masks": "wanda", "update": "least_squares"}},
     "finetuned": {"tuned": {"start": "magnitude"}},
     "rows": dict.fromkeys(["dense", "plain", *PERMUTED], "a row"),
     "exports": {"learned": {"formats": ["packed", "mask", "dense", "onnx"], "dtypes": ["fp32"]}},
@@ -85,7 +91,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stages.dense.main(experiment, "dense")
         for row in experiment.priors:
             stages.prior.main(experiment, row)
-        stages.train.main(experiment, "learned")
+        stages.update.main(experiment, "solved")
+        for row in experiment.learned:
+            stages.train.main(experiment, row)
         stages.finetune.main(experiment, "tuned")
         for row in experiment.rows:
             stages.evaluate.main(experiment, row)
@@ -114,6 +122,11 @@ def images(experiment: Experiment) -> Tensor:
     return task.data.images("test", np.arange(32), None)  # type: ignore[attr-defined]
 
 
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], tensor) for name, tensor in b.items())
+
+
 def diagnostics(row: str, column: str) -> dict[str, float]:
     """Of the first seed, by layer."""
     with layers_file("t", row).open() as lines:
@@ -135,7 +148,7 @@ def test_files_hold_permutations_that_keep_the_outputs(row: str, seed: int, here
 
 
 def test_rows_start_from_their_priors_order(here: Experiment) -> None:
-    for row, prior in (("learned", "wanda"), ("tuned", "magnitude")):
+    for row, prior in (("learned", "wanda"), ("tuned", "magnitude"), ("solved", "wanda"), ("hybrid", "solved")):
         a, b = load_masks(checkpoint(row, 1)).permutations, load_masks(checkpoint(prior, 1)).permutations
         assert all(torch.equal(a[name], b[name]) for name in READERS)
 
@@ -153,14 +166,67 @@ def test_masks_are_learned_on_the_permuted_weights(permuted: bool, here: Experim
     assert all(torch.equal(found[name], mask) for name, mask in learned.items()) == permuted
 
 
+def start_of(experiment: Experiment, *, permuted: bool = True) -> tuple[nn.Module, MaskCheckpoint]:
+    """The dense model, in Wanda's order or in its own, and what Wanda's file holds."""
+    found, model = load_masks(checkpoint("wanda", 0)), dense_model(experiment)
+    return maskllm4v.apply_permutations_(model, found.permutations if permuted else {}), found
+
+
+@pytest.mark.parametrize("permuted", [True, False])
+def test_weights_are_solved_for_on_the_permuted_model(permuted: bool, here: Experiment) -> None:
+    task, (model, prior) = open_task(here, data_folder("digits")), start_of(here, permuted=permuted)
+    maskllm4v.apply_masks_(model, prior.masks, "2:4")
+    maskllm4v.update_weights_(model, "least_squares", calibration=task.calibration(128, 0))
+    found = load_masks(checkpoint("solved", 0))
+    assert same(found.masks, prior.masks)
+    weights = {f"{name}.weight": model.get_submodule(name).weight for name in found.masks}
+    assert same(found.weights, weights) == permuted
+
+
+def test_hybrids_learn_on_the_permuted_model(here: Experiment) -> None:
+    """From updated weights, taught by the dense model; what they keep is updated or dense, in the same order."""
+    task, (model, _) = open_task(here, data_folder("digits")), start_of(here)
+    solved, found, dense = load_masks(checkpoint("solved", 0)), load_masks(checkpoint("hybrid", 0)), start_of(here)[0]
+    started = {
+        f"{name}.weight": torch.where(mask, solved.weights[f"{name}.weight"], dense.get_submodule(name).weight)
+        for name, mask in solved.masks.items()
+    }
+    model.load_state_dict(started, strict=False)
+    maskllm4v.make_learnable(model, solved.masks, pattern="2:4")
+    settings = here.learned["hybrid"]
+    learned = maskllm4v.learn_masks(model, task, settings, prior=solved.masks, teacher=dense.eval()).masks
+    assert same(found.masks, learned)
+    assert not same(found.masks, solved.masks)
+    assert same(found.prior, solved.masks)
+    assert same(found.weights, {n: w * learned[n.removesuffix(".weight")] for n, w in started.items()})
+
+
+def test_folded_hybrid_is_its_file_put_back_by_hand(here: Experiment) -> None:
+    """Into the dense model's own order, tensor by tensor; biases then stay where they are."""
+    found, model = load_masks(checkpoint("hybrid", 0)), dense_model(here)
+    weights = {name: weight * found.masks[name.removesuffix(".weight")] for name, weight in found.weights.items()}
+    for block in ("blocks.0", "blocks.1"):
+        hidden, values = (found.permutations[f"{block}.{name}"].argsort() for name in ("mlp.fc2", "attn.proj"))
+        q_and_k, v = weights[f"{block}.attn.qkv.weight"].split([32, 16])
+        weights[f"{block}.attn.qkv.weight"] = torch.cat([q_and_k, v[values]])
+        weights[f"{block}.attn.proj.weight"] = weights[f"{block}.attn.proj.weight"][:, values]
+        weights[f"{block}.mlp.fc1.weight"] = weights[f"{block}.mlp.fc1.weight"][hidden]
+        weights[f"{block}.mlp.fc2.weight"] = weights[f"{block}.mlp.fc2.weight"][:, hidden]
+    assert not model.load_state_dict(weights, strict=False).unexpected_keys
+    batch = images(here).double()
+    with torch.no_grad():
+        wanted, outputs = model.double()(batch), folded(here, "hybrid").double()(batch)
+    assert float((outputs - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
+
+
 def test_rows_without_permutation_are_as_they_were(here: Experiment) -> None:
     tensors = load_sealed(checkpoint("plain", 0), "masks")[0]
     assert not load_masks(checkpoint("plain", 0)).permutations
     assert {name.partition(".")[0] for name in tensors} == {"mask"}
     assert "permutation" not in here.row_settings("plain")["prior"]
-    assert {row: here.row_settings(row)["prior"]["permutation"] for row in PERMUTED} == dict.fromkeys(
-        PERMUTED, "greedy"
-    )
+    settings = {row: here.row_settings(row) for row in PERMUTED}
+    settings["hybrid"] = settings["hybrid"]["start"]
+    assert {row: found["prior"]["permutation"] for row, found in settings.items()} == dict.fromkeys(PERMUTED, "greedy")
 
 
 def test_layers_are_compared_with_the_permuted_dense_model(here: Experiment) -> None:
@@ -169,7 +235,7 @@ def test_layers_are_compared_with_the_permuted_dense_model(here: Experiment) -> 
     assert all(energy["magnitude"][name] > energy["plain"][name] + 0.002 for name in READERS)
     others = energy["plain"].keys() - set(READERS)
     assert all(energy["magnitude"][name] == pytest.approx(energy["plain"][name], abs=2e-6) for name in others)
-    for row in ("magnitude", "wanda", "updated"):
+    for row in ("magnitude", "wanda", "updated", "solved", "hybrid"):
         assert max(diagnostics(row, "output_error").values()) < 0.7
     assert max(diagnostics("tuned", "output_error").values()) < 0.7
     assert min(diagnostics("learned", "prior_agreement").values()) > 0.5

@@ -131,6 +131,25 @@ def test_killed_while_a_state_is_written(row: str, project: Path, whole: Whole) 
     assert results(project, row) == whole(row)
 
 
+def test_masks_on_updated_weights(inputs: Path, tmp_path: Path) -> None:
+    """The second start finds the updated weights and the dense teacher again, neither of which is in the state."""
+    params, row = tiny_params(), "tiny-hybrid"
+    hybrid = {"prior": "tiny-squares", "weights": "updated", "distillation": 1.0}
+    params["learned"][row] = {**params["learned"]["tiny-averaged"], **hybrid}
+    params["rows"][row] = row
+    project = copied(inputs, tmp_path / "project", params)
+    assert run_stage(project, "update", "tiny-squares") == [0], said(project)
+    uninterrupted = copied(project, tmp_path / "uninterrupted")
+    assert run_stage(project, "train", row, dies=Death(16)) == [-signal.SIGKILL], said(project)
+    assert saved_steps(project, row) == [15]
+    assert steps(project) == list(range(17))
+    assert run_stage(project, "train", row) == [0], said(project)
+    assert steps(project) == list(range(15, STEPS))
+    assert run_stage(uninterrupted, "train", row) == [0], said(uninterrupted)
+    assert steps(uninterrupted) == list(range(STEPS))
+    assert results(project, row) == results(uninterrupted, row)
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_one_of_two_processes_is_killed(lost: int, project: Path, whole: Whole) -> None:
     """The other one fails with it instead of waiting, and both go on together."""
