@@ -327,3 +327,10 @@ def test_index_lists_all_tables() -> None:
     for line, (table, experiment) in zip(lines, EXPERIMENTS.items(), strict=True):
         assert experiment.title in line
         assert ("not measured" in line) == (table not in measured)
+
+
+def test_every_class_has_a_style(committed: dict[str, str]) -> None:
+    for text in committed.values():
+        style, _, body = text.partition("</style>")
+        used = {name for group in re.findall(r'class="([^"]*)"', body) for name in group.split()}
+        assert used - set(re.findall(r"\.([a-zA-Z][\w-]*)", style)) <= {"sortable"}  # for the script

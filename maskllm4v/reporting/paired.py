@@ -16,7 +16,7 @@ from maskllm4v.layout import evaluation_folder
 from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import aggregate, current_records, seed_metrics
 from maskllm4v.reporting.costs import row_costs, trained_length, whole_costs
-from maskllm4v.reporting.tables import LEARNED, MISSING, markdown, number, result_cells, significant
+from maskllm4v.reporting.tables import MISSING, markdown, number, result_cells, significant
 
 MARKER = re.compile(r"<!-- ([\w-]+): ([\w-]+) -->")
 
@@ -64,7 +64,7 @@ def paired_markdown(experiment: Experiment, reference: str, reports: Path, folde
         label, _, update, prior, value, to_dense, *_ = result_cells(line, METRICS[experiment.task.name])
         difference = seed_metrics(records[row])[headline.name] - of_reference
         to_reference = number(difference.mean(), difference.std(), headline.digits, sign=True)
-        name = f"**{label}**" if line["kind"] in LEARNED else label
+        name = f"**{label}**" if line["kind"] == "learned" else label
         record = os.path.relpath(evaluation_folder(experiment.table, row, reports) / "record.json", folder)
         to_reference = "0" if row == reference else to_reference
         cost = significant(whole.get(row))

@@ -45,7 +45,7 @@ def results_markdown(table: pd.DataFrame, metrics: TaskMetrics) -> str:
     rows = []
     for line in table.to_dict("records"):
         label, *cells = result_cells(line, metrics)
-        rows.append([f"**{label}**" if line["kind"] in LEARNED else label, *cells])
+        rows.append([f"**{label}**" if line["kind"] == "learned" else label, *cells])
     return markdown(result_headers(metrics), rows)
 
 
