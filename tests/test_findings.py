@@ -34,6 +34,13 @@ def test_each_number_with_a_record_is_the_records() -> None:
         assert f"{mean:.{len(number.partition('.')[2])}f}" == number, path
 
 
+def test_memory_and_time_of_gates_are_the_benchmarks() -> None:
+    lines = {cells[1].strip(): cells[2:4] for line in FINDINGS.splitlines() if len(cells := line.split("|")) == 5}
+    for row in read_json(ROOT / "reports/benchmarks/gates.json")["sections"]["gates"]:
+        cell = lines[row["pattern"]][row["gate"] == "positions"]
+        assert cell.strip() == f"{row['mb']:.0f} MB, {row['ms']:.0f} ms"
+
+
 def test_no_number_stands_without_a_source() -> None:
     """Percentages are links to records; what else has a decimal point is a setting, or stands in a generated table."""
     text = re.sub(r"\[[^\]]*\]\([^)]*\)|`[^`]*`", "", GENERATED.sub("", FINDINGS))
