@@ -15,8 +15,8 @@ TRAINING = [
 ]
 LEARNING = [
     *TRAINING,
-    *("tau", "scaling", "regularisation", "init", "prior_strength", "gate_std", "hard", "ema", "distillation"),
-    *("distillation_temperature", "select", "inputs", "gate"),
+    *("tau", "scaling", "regularisation", "init", "prior_strength", "gate_std", "hard", "gate", "ema"),
+    *("distillation", "distillation_temperature", "select", "inputs"),
 ]
 FINETUNING = [*TRAINING, "start", "ema"]
 # Every key of the format, written down a second time.

@@ -37,7 +37,7 @@ def test_entry_names_the_best_row(table: str) -> None:
     assert entry["type"] == "model"
     assert {experiment.pattern_of(best), "masks", experiment.task.name} <= set(entry["labels"])
     assert f"table {table}, {experiment.pattern_of(best)} " in entry["desc"]
-    assert ("weights" in entry["labels"]) is (experiment.kind(best) == "finetuned")
+    assert ("weights" in entry["labels"]) is experiment.updates_weights(best)
 
 
 # Plots

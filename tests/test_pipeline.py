@@ -41,6 +41,7 @@ def small_params() -> Params:
         "small-sparsegpt-update": {"method": "sparsegpt", "update_weights": True},
     }
     params["learned"] = {"small-maskllm": {"prior": "small-magnitude", "steps": 8}}
+    params["updated"] = {}
     params["finetuned"] = {"small-finetuned": {"start": "small-magnitude", "steps": 6, "lr": 0.001}}
     rows = ["small-dense", *params["priors"], *params["learned"], *params["finetuned"]]
     params["rows"] = {row: row for row in rows}

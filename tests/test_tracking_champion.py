@@ -53,7 +53,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with two one-shot rows, both measured, the first of them the better one."""
-    params = tiny_params() | {"learned": {}, "finetuned": {}, "rows": {row: row for row in ROWS}}
+    params = tiny_params() | {"learned": {}, "updated": {}, "finetuned": {}, "rows": {row: row for row in ROWS}}
     params["priors"] = {row: params["priors"][row] for row in ROWS[1:]}
     folder = ready_project(tmp_path_factory.mktemp("measured"), params)
     assert run_stage(folder, "prior", "tiny-wanda") == [0], said(folder)

@@ -57,7 +57,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rows": {row: row for row in params["rows"] if row in ("tiny-dense", "tiny-magnitude", ROW)},
     }
     params["learned"] = {ROW: params["learned"][ROW]}
-    params |= {"finetuned": {}, "priors": {"tiny-magnitude": params["priors"]["tiny-magnitude"]}}
+    params |= {"finetuned": {}, "updated": {}, "priors": {"tiny-magnitude": params["priors"]["tiny-magnitude"]}}
     params["runtime"] |= {"seed_processes": 2}
     folder = ready_project(tmp_path_factory.mktemp("inputs"), params)
     assert run_stage(folder, "evaluate", "tiny-dense") == [0], said(folder)

@@ -58,23 +58,26 @@ def test_same_table_same_bytes() -> None:
 
 
 class Contested:
-    """A store in which another writer sets each tag a moment before."""
+    """A store in which another writer sets each tag a moment before, and then no more (or always)."""
 
-    def __init__(self, theirs: str | None) -> None:
+    def __init__(self, *, always: bool = False) -> None:
         self.tags: dict[str, str] = {}
-        self._theirs = theirs
+        self._always = always
 
     def get_experiment(self, _: str) -> SimpleNamespace:
         return SimpleNamespace(tags=dict(self.tags))
 
     def set_experiment_tag(self, _: str, key: str, value: str) -> None:
-        self.tags[key] = value if self._theirs is None else self._theirs
+        if key in self.tags and not self._always:
+            self.tags[key] = value
+            return
+        self.tags[key] = "theirs"
         raise MlflowException("UNIQUE constraint failed: experiment_tags.key, experiment_tags.experiment_id")
 
 
 def test_another_writer_may_have_set_the_same_view() -> None:
-    store: Any = Contested(None)
+    store: Any = Contested()
     publish_view(store, "1", METRICS["classification"])
     assert store.tags[TAG] == saved_view(METRICS["classification"])
     with pytest.raises(MlflowException):
-        publish_view(cast(Any, Contested("something else")), "1", METRICS["classification"])
+        publish_view(cast(Any, Contested(always=True)), "1", METRICS["classification"])

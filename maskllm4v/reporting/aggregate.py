@@ -89,6 +89,7 @@ def best_row(experiment: Experiment, table: pd.DataFrame) -> str | None:
     """
     task = METRICS[experiment.task.name]
     means = table[table["pattern"] != "dense"].set_index("row")[f"{task.headline.name}_mean"].dropna()
+    means = means.round(task.decimals)  # equal ones are equal, whatever the order of their seeds
     if means.empty:
         return None
     return str(means.idxmax() if task.better == "higher" else means.idxmin())  # the first of equals

@@ -48,7 +48,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def settings_tags(experiment: Experiment, row: str) -> dict[str, str]:
     """What runs are found by, as far as settings say it."""
     kind, settings = experiment.kind(row), experiment.record_settings(row)
-    start = experiment.mask_row(row)
+    start = experiment.finetuned[row].start if kind == "finetuned" else experiment.mask_row(row)
     tags = {
         "stage": METHODS[kind][0],
         "task": settings["task"]["name"],
