@@ -156,4 +156,5 @@ def _energy_shares(weight: Tensor, m: int) -> Tensor:
 
 
 def _just_above(x: Tensor) -> Tensor:
-    return torch.nextafter(x, torch.full_like(x, torch.inf))
+    above = torch.nextafter(x, torch.full_like(x, torch.inf))
+    return above.clamp_min(torch.finfo(x.dtype).tiny)  # where subnormal numbers are taken for zero, too
