@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import hypothesis
 import pytest
 import timm
@@ -57,3 +60,11 @@ def tiny_swin() -> nn.Module:
 def tiny_convnext() -> nn.Module:
     """A timm ConvNeXt of four stages for 3x64x64 images; its MLPs are linear layers."""
     return timm.create_model("convnext_tiny", dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_classes=10).eval()
+
+
+@pytest.fixture
+def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh folder with all that the module's project holds."""
+    shutil.copytree(project, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -30,13 +29,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         well("prune", *common, "--pruner", "magnitude", "--save-model", "prior.safetensors")
         well("prune", *common, "--pruner", "sparsegpt", "--enable-update", "--save-model", "updated.safetensors")
     return folder
-
-
-@pytest.fixture
-def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(project, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def sparse(checkpoint: str, *flags: str) -> dict[str, object]:
