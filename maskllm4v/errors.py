@@ -28,3 +28,7 @@ class DataError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on, for example because the loss is not finite any more."""
+
+
+class ExactnessError(UserError):
+    """An exact run asks for an operation whose bits depend on the maker of the CPU."""

@@ -45,11 +45,14 @@ def pin_torch() -> None:
     """The part of the pin that torch keeps in its own state."""
     import torch
 
+    from maskllm4v import portable
+
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, which imports torch's compiler
     # Filling fresh memory only helps to find reads of it; it costs a tenth of a small model's step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_flush_denormal(True)
+    portable.install()
 
 
 def promised() -> bool:

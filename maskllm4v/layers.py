@@ -7,7 +7,7 @@ always be changed, compared or folded away (:meth:`fold`). A missing mask is an 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from maskllm4v.gates import gate_of
 from maskllm4v.gumbel import masked_weight
 from maskllm4v.patterns import NMPattern
 from maskllm4v.randomness import generator, philox_key
+
+if TYPE_CHECKING:
+    from maskllm4v.joined import JoinedDraw
 
 
 def _new_like(cls: type[nn.Linear], linear: nn.Linear, **kwargs: Any) -> Any:
@@ -137,7 +140,9 @@ class LearnableMaskedLinear(nn.Linear):
         seed: seed of the initial logits and of the noise.
 
     Attributes:
-        kept_energy: Σ(masked weight)² of the last training forward, for the sparse-weight regulariser.
+        kept_energy: Σ(masked weight)² of the last training forward, for the sparse-weight regulariser; None while the
+            layer is ``joined``.
+        joined: what draws its masks together with those of other layers (:mod:`maskllm4v.joined`), if anything.
         backend: of the mask operation, one of :data:`maskllm4v.gumbel.BACKENDS`.
         draw: the noise used next. Training loops set it (:func:`set_draw`); where nobody does, each
             training forward moves on to the next step by itself.
@@ -172,6 +177,7 @@ class LearnableMaskedLinear(nn.Linear):
         self.kept_energy: Tensor | None = None
         self.advances = True  # by itself, until set_draw takes over
         self.bypassed = False  # see as_dense
+        self.joined: JoinedDraw | None = None
         self._freeze_and_add_logits()
 
     @classmethod
@@ -262,7 +268,11 @@ class LearnableMaskedLinear(nn.Linear):
             return F.linear(input, self.weight, self.bias)
         if not self.training:
             return F.linear(input, self.weight * self.current_mask(), self.bias)
-        weight, self.kept_energy = self.masked_weight(dtype=_product_dtype(self.weight))
+        dtype = _product_dtype(self.weight)
+        weight = None if self.joined is None else self.joined.take(self, dtype)
+        if weight is None:
+            weight, energy = self.masked_weight(dtype=dtype)
+            self.kept_energy = energy if self.joined is None else None
         if self.advances:
             self._advance()
         return F.linear(input, weight, self.bias)

@@ -133,9 +133,10 @@ def run(
     share = Share.of(rank(), world_size(), settings.accumulate)
     accelerator = _accelerator(device, settings.amp)
     _set_up(learner.model, settings)
-    optimizer = accelerator.prepare_optimizer(learner.optimizer, device_placement=False)
+    finite, scaled, optimizer = FiniteLoss(device), accelerator.scaler is not None, learner.optimizer
+    if scaled:  # else Accelerate's wrapper only costs time: it searches for packages and signatures in every step
+        optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     initial_lr = [group["lr"] for group in optimizer.param_groups]
-    finite, scaled = FiniteLoss(device), accelerator.scaler is not None
     start = _restore(learner, accelerator, resume, device)
     divided = {} if share == WHOLE else {"share": share}  # a task for one process need not know it
     learner.train_mode()

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +49,11 @@ def seeded_steps(device: torch.device, seed: int) -> Iterator[Callable[[int, int
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
 
         def seed_step(step: int, micro_step: int = 0, rank: int = 0) -> None:
-            torch.manual_seed(torch_seed(seed, "layers", step, micro_step, rank))
+            value = torch_seed(seed, "layers", step, micro_step, rank)
+            if device.type == "cpu":
+                torch.default_generator.manual_seed(value)
+            else:
+                torch.manual_seed(value)  # of all kinds of devices, which costs half a millisecond
 
         yield seed_step
 
@@ -85,14 +91,27 @@ def fill_uniforms(out: Tensor, key: np.ndarray | tuple[int, int], first: int) ->
     start = 0
     while start < out.shape[1]:
         stop = min(start + CHUNK - (first + start) % CHUNK, out.shape[1])
-        _draw(_stream(key, first + start, out.shape[0]), out[:, start:stop].numpy())
+        _draw(_stream.at(key, first + start, out.shape[0]), out[:, start:stop].numpy())
         start = stop
 
 
-def _stream(key: np.ndarray | tuple[int, int], group: int, candidates: int) -> np.random.Philox:
-    """The words of a group and of those after it in its chunk."""
-    counter = np.array([group % CHUNK * _blocks(candidates), group // CHUNK, 0, 0], dtype=np.uint64)
-    return np.random.Philox(key=np.asarray(key, np.uint64), counter=counter)  # it counts up before it draws
+class _Stream(threading.local):
+    """A generator of each thread, set anew for each key: making one costs ten times as much."""
+
+    def __init__(self) -> None:
+        self.bits = np.random.Philox(key=0)
+        self.state: Any = self.bits.state
+
+    def at(self, key: np.ndarray | tuple[int, int], group: int, candidates: int) -> np.random.Philox:
+        """The words of a group and of those after it in its chunk."""
+        place = self.state["state"]  # it counts up before it draws
+        place["counter"] = np.array([group % CHUNK * _blocks(candidates), group // CHUNK, 0, 0], dtype=np.uint64)
+        place["key"] = np.asarray(key, np.uint64)
+        self.bits.state = self.state  # with no word left over: buffer_pos is at its end
+        return self.bits
+
+
+_stream = _Stream()
 
 
 def _blocks(candidates: int) -> int:

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from maskllm4v.averaging import Average
 from maskllm4v.config import LearningSettings
 from maskllm4v.errors import TrainingError
+from maskllm4v.joined import join_layers
 from maskllm4v.layers import Draw, LearnableMaskedLinear
 from maskllm4v.loop import Cost, Learner, optimizer_for, run
+from maskllm4v.processes import world_size
 from maskllm4v.resume import Resume
 from maskllm4v.schedule import linear
-from maskllm4v.surgery import as_dense, current_masks, learnable_layers, set_draw
+from maskllm4v.surgery import as_dense, current_masks, learnable_layers
 from maskllm4v.tasks import Task, train_mode
 
 CURVE_COLUMNS = (
@@ -104,6 +106,9 @@ class MaskLearner(Learner):
             raise TrainingError(f"{row}: the model has no learnable mask; call make_learnable first")
         self.row, self.model, self.task, self.settings = row, model, task, settings
         self.tensors = [layer.logits for layer in self.layers.values()]
+        # Not in compiled graphs, where calls cost little, nor where activations or gradients should go early.
+        alone = settings.compile or settings.grad_checkpointing or world_size() > 1
+        self.joined = [] if alone else join_layers(self.layers.values())
         self.optimizer = optimizer_for(self.tensors, settings, model)
         self.average = Average(self.tensors, settings.ema)
         self.curve = _Curve(self.layers, prior)
@@ -126,11 +131,13 @@ class MaskLearner(Learner):
         self.energy = torch.zeros_like(self.energy)
 
     def begin_micro_step(self, draw: Draw) -> None:
-        set_draw(self.model, draw)
+        for layer in self.layers.values():
+            layer.draw, layer.advances = draw, False
 
     def loss(self, model: nn.Module, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
         outputs = task.forward(model, batch)
-        energies = [layer.kept_energy for layer in self.layers.values() if layer.kept_energy is not None]
+        drawn = (*(layer.kept_energy for layer in self.layers.values()), *(joined.energy for joined in self.joined))
+        energies = [energy for energy in drawn if energy is not None]
         energy = torch.stack(energies).sum()  # Σ(masked weight)² over all layers
         share = self.settings.distillation
         loss = (1 - share) * task.loss(outputs, batch) if share < 1 else torch.zeros_like(energy)
@@ -183,6 +190,8 @@ class MaskLearner(Learner):
         chosen = self.best_tensors if self.settings.select == "best" else self.average.values
         for tensor, value in zip(self.tensors, chosen, strict=bool(chosen)):
             tensor.copy_(value)
+        for joined in self.joined:
+            joined.part()
         for layer in self.layers.values():
             layer.kept_energy = None  # a graph hangs on it, which nobody needs and deepcopy refuses
 

@@ -90,8 +90,11 @@ def arguments(name: str, values: dict[str, object]) -> dict[str, object]:
     example = {
         "grad_weight": None,
         "uniform": None,
+        "layers": None,
+        "keys": None,
         "NOISE": "drawn",
         "HARD": False,
+        "JOINED": False,
         "WEIGHT_GRAD": False,
         "BLOCK": fused.BLOCK,
         "groups": 1000,
@@ -116,6 +119,7 @@ KERNELS = ("masked_weight_forward", "masked_weight_backward", "philox_uniforms")
         (KERNELS[0], {}),
         (KERNELS[0], {"NOISE": "none", "HARD": True, "masked": torch.bfloat16}),
         (KERNELS[1], {"grad_masked": torch.bfloat16}),
+        *((name, {"JOINED": True, "layers": torch.int64, "keys": torch.int64}) for name in KERNELS[:2]),
         (
             KERNELS[1],
             {
@@ -132,6 +136,7 @@ def test_compiles_for_a_gpu(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     target, kernel = hopper(), getattr(fused.triton_kernels, name)
     types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64"}
+    types[torch.int64] = "*i64"
     signature, constants, aligned = {}, {}, {}
     for i, ((argument, value), parameter) in enumerate(
         zip(arguments(name, values).items(), kernel.params, strict=True)

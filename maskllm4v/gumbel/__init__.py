@@ -18,6 +18,7 @@ With a logit a position in place of one a candidate, it is another function: :mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ def masked_weight(
     hard: bool = False,
     uniform: Tensor | None = None,
     key: np.ndarray | Tensor | None = None,
+    sizes: Sequence[int] | None = None,
     kept: int | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -60,6 +62,8 @@ def masked_weight(
         uniform: noise in (0, 1), ``[K, groups]``; for tests and replays.
         key: Philox key to draw the noise with, if ``uniform`` is not given: two uint64, or the same bits as
             an int64 tensor on the CPU. With neither there is no noise.
+        sizes: for several layers side by side along the groups: how many groups each has. ``key`` is ``[layers, 2]``
+            then, and each layer gets the noise that it would get alone. The weight is ``[groups, M]``.
         kept: N, with ``candidates=None``.
         dtype: of the masked weight, the weight's by default. Sums and gradients are computed in the weight's.
         backend: one of :data:`BACKENDS`; ``"auto"`` takes Triton for 2:4 on CUDA, else plain PyTorch, but in a
@@ -71,12 +75,16 @@ def masked_weight(
 
     Raises:
         ConfigError: the backend is unknown, or cannot do this; ``candidates`` and ``kept`` are both missing.
+        ValueError: ``sizes`` are not those of the keys and logits.
     """
     if candidates is None and kept is None:
         raise ConfigError("a logit a position needs kept, how many positions of a group are kept")
     if isinstance(key, np.ndarray):
         key = torch.from_numpy(key.view(np.int64))
-    how = (_scalar(tau), _scalar(scaling), hard, uniform, key, kept, dtype or weight.dtype)
+    if sizes is not None and (key is None or len(sizes) != len(key) or sum(sizes) != logits.shape[1]):
+        raise ValueError(f"{len(sizes)} layers of {sum(sizes)} groups, but logits of {logits.shape[1]} groups")
+    parts = None if sizes is None else list(sizes)
+    how = (_scalar(tau), _scalar(scaling), hard, uniform, key, parts, kept, dtype or weight.dtype)
     if torch.compiler.is_compiling():
         compiled = backend == "auto" and not weight.is_cuda
         return _masked_weight(weight, logits, candidates, *how, "compiled" if compiled else backend)
@@ -89,11 +97,20 @@ def _scalar(value: float | Tensor) -> Tensor:
 
 
 def _sampling(
-    tau: Tensor, scaling: Tensor, hard: bool, uniform: Tensor | None, key: Tensor | None, kept: int | None
+    tau: Tensor,
+    scaling: Tensor,
+    hard: bool,
+    uniform: Tensor | None,
+    key: Tensor | None,
+    sizes: list[int] | None,
+    kept: int | None,
 ) -> Sampling:
     """The host's view of the tensors, which lie on the CPU: nothing waits for a device."""
-    words = None if key is None else tuple(map(int, key.numpy().view(np.uint64)))
-    return Sampling(float(tau.numpy()), float(scaling.numpy()), hard, words, uniform, kept)  # type: ignore[arg-type]
+    keys: list[Any] = [] if key is None else key.numpy().view(np.uint64).reshape(-1, 2).tolist()
+    words = [(first, second) for first, second in keys]
+    one = words[0] if words and sizes is None else None
+    joined = () if sizes is None else tuple(zip(sizes, words, strict=True))
+    return Sampling(float(tau.numpy()), float(scaling.numpy()), hard, one, uniform, kept, joined)
 
 
 def _groups(weight: Tensor, logits: Tensor, candidates: Tensor | None) -> Tensor:
@@ -110,11 +127,12 @@ def _forward(
     hard: bool,
     uniform: Tensor | None,
     key: Tensor | None,
+    sizes: list[int] | None,
     kept: int | None,
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    w, sampling = _groups(weight, logits, candidates), _sampling(tau, scaling, hard, uniform, key, kept)
+    w, sampling = _groups(weight, logits, candidates), _sampling(tau, scaling, hard, uniform, key, sizes, kept)
     masked, energy = choose(backend, w, logits, candidates, sampling).forward(w, logits, candidates, sampling, dtype)
     return masked.view(weight.shape), energy
 
@@ -130,11 +148,12 @@ def _backward(
     hard: bool,
     uniform: Tensor | None,
     key: Tensor | None,
+    sizes: list[int] | None,
     kept: int | None,
     weight_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    w, sampling = _groups(weight, logits, candidates), _sampling(tau, scaling, hard, uniform, key, kept)
+    w, sampling = _groups(weight, logits, candidates), _sampling(tau, scaling, hard, uniform, key, sizes, kept)
     chosen = choose(backend, w, logits, candidates, sampling)
     upstream = grad_masked.reshape(w.shape)
     grad_logits, grad_weight = chosen.backward(w, logits, candidates, sampling, upstream, grad_energy, weight_grad)
@@ -143,9 +162,9 @@ def _backward(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
     """For backward: the inputs."""
-    weight, logits, candidates, tau, scaling, hard, uniform, key, kept, _, backend = inputs
+    weight, logits, candidates, tau, scaling, hard, uniform, key, sizes, kept, _, backend = inputs
     ctx.save_for_backward(weight, logits, candidates, tau, scaling, uniform, key)
-    ctx.hard, ctx.kept, ctx.backend = hard, kept, backend
+    ctx.hard, ctx.sizes, ctx.kept, ctx.backend = hard, sizes, kept, backend
 
 
 def _gradients(ctx: Any, backward: Any, grad_masked: Tensor, grad_energy: Tensor) -> tuple[Tensor | None, ...]:
@@ -162,11 +181,12 @@ def _gradients(ctx: Any, backward: Any, grad_masked: Tensor, grad_energy: Tensor
         ctx.hard,
         uniform,
         key,
+        ctx.sizes,
         ctx.kept,
         weight_grad,
         ctx.backend,
     )
-    return grad_weight if weight_grad else None, grad_logits, *[None] * 9
+    return grad_weight if weight_grad else None, grad_logits, *[None] * 10
 
 
 class _MaskedWeight(torch.autograd.Function):
@@ -191,13 +211,13 @@ _masked_weight_backward = torch.library.custom_op("maskllm4v::masked_weight_back
 
 @_masked_weight.register_fake
 def _(weight: Tensor, logits: Tensor, candidates: Tensor | None, *how: Any) -> tuple[Tensor, Tensor]:
-    dtype: torch.dtype = how[6]
+    dtype: torch.dtype = how[7]
     return weight.new_empty(weight.shape, dtype=dtype), weight.new_empty((), dtype=energy_dtype(weight))
 
 
 @_masked_weight_backward.register_fake
 def _(grad_masked: Tensor, grad_energy: Tensor, weight: Tensor, logits: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
-    weight_grad: bool = how[7]
+    weight_grad: bool = how[8]
     return logits.new_empty(logits.shape), weight.new_empty(weight.shape if weight_grad else 0)
 
 

@@ -142,14 +142,18 @@ def noise(like: Tensor, buffer: Tensor, span: slice, sampling: Sampling) -> Tens
     """Uniforms ``[K, n]`` that may be overwritten, or None; ``buffer`` is float32 on the CPU."""
     if sampling.uniform is not None:
         return sampling.uniform[:, span].to(like, copy=True)
-    if sampling.key is None:
+    if not sampling.draws:
         return None
     if like.is_cuda and has_triton():
         from maskllm4v.gumbel import fused
 
-        candidates, groups = like.shape
-        return fused.uniforms(sampling.key, candidates, groups, like.device, first=span.start).to(like)
-    fill_uniforms(buffer, sampling.key, span.start)
+        drawn = [
+            fused.uniforms(key, len(like), part.stop - part.start, like.device, first)
+            for part, key, first in sampling.parts(span)
+        ]
+        return (drawn[0] if len(drawn) == 1 else torch.cat(drawn, 1)).to(like)
+    for part, key, first in sampling.parts(span):
+        fill_uniforms(buffer[:, part], key, first)
     return buffer.to(like)
 
 

@@ -6,6 +6,8 @@ from here (:func:`uniforms`).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
@@ -55,7 +57,7 @@ def forward(
     """
     weight, logits = weight.contiguous(), logits.contiguous()
     masked = torch.empty_like(weight, dtype=dtype)
-    programs = triton.cdiv(len(weight), BLOCK)
+    programs, how = _programs(sampling, len(weight)), _draw(sampling, weight.device)
     energies = torch.empty(programs, dtype=torch.float32, device=weight.device)
     if programs:
         with torch.cuda.device_of(weight):
@@ -65,7 +67,7 @@ def forward(
                 masked=masked,
                 energies=energies,
                 groups=len(weight),
-                **_draw(sampling),
+                **how,
                 BLOCK=BLOCK,
                 **_OPTIONS,
             )
@@ -98,7 +100,7 @@ def backward(
     weight, logits, grad_masked = weight.contiguous(), logits.contiguous(), grad_masked.contiguous()
     grad_logits = torch.empty_like(logits)
     grad_weight = torch.empty_like(weight) if weight_grad else None
-    programs = triton.cdiv(len(weight), BLOCK)
+    programs, how = _programs(sampling, len(weight)), _draw(sampling, weight.device)
     if programs:
         with torch.cuda.device_of(weight):
             triton_kernels.masked_weight_backward[(programs,)](
@@ -109,7 +111,7 @@ def backward(
                 grad_logits=grad_logits,
                 grad_weight=grad_weight,
                 groups=len(weight),
-                **_draw(sampling),
+                **how,
                 WEIGHT_GRAD=weight_grad,
                 BLOCK=BLOCK,
                 **_OPTIONS,
@@ -148,15 +150,45 @@ def uniforms(key: tuple[int, int], candidates: int, groups: int, device: torch.d
     return noise
 
 
-def _draw(sampling: Sampling) -> dict[str, object]:
+def _programs(sampling: Sampling, groups: int) -> int:
+    """How many programs compute so many groups: none computes two layers'."""
+    return sum(triton.cdiv(size, BLOCK) for size, _ in sampling.joined) or triton.cdiv(groups, BLOCK)
+
+
+def _draw(sampling: Sampling, device: torch.device) -> dict[str, object]:
     """The kernels' arguments that say how to draw; floats all, for an integer would be another kernel."""
     key, uniform = sampling.key or (0, 0), sampling.uniform
+    layers = keys = None
+    if sampling.joined:
+        sizes = tuple(size for size, _ in sampling.joined)
+        layers, signed = _places(sizes, BLOCK, device), [_signed(word) for _, key in sampling.joined for word in key]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        rows = torch.tensor([starts, signed[::2], signed[1::2]]).t().contiguous()
+        keys = rows.to(device, non_blocking=True)
     return {
         "uniform": None if uniform is None else uniform.contiguous(),
         "key0": int(key[0]),
         "key1": int(key[1]),
         "scaling": float(sampling.scaling),
         "inverse_tau": 1.0 / sampling.tau,
-        "NOISE": "given" if uniform is not None else "none" if sampling.key is None else "drawn",
+        "layers": layers,
+        "keys": keys,
+        "NOISE": "given" if uniform is not None else "drawn" if sampling.draws else "none",
         "HARD": sampling.hard,
+        "JOINED": bool(sampling.joined),
     }
+
+
+@lru_cache(maxsize=64)
+def _places(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    """By program ``[programs, 3]``, int64: its first group, how many are left of its layer, and which layer it is."""
+    found, start = [], 0
+    for layer, size in enumerate(sizes):
+        found += [(start + offset, size - offset, layer) for offset in range(0, size, block)]
+        start += size
+    return torch.tensor(found, dtype=torch.int64, device=device)
+
+
+def _signed(word: int) -> int:
+    """The same 64 bits as a signed integer."""
+    return word - 2**64 if word >> 63 else word

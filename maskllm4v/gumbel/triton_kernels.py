@@ -87,10 +87,10 @@ def _given(uniform, inside):
 
 
 @triton.jit
-def _exponentials(uniform, groups, start, lane, inside, key0, key1, NOISE: tl.constexpr):
-    """E_k = −log u_k of the six candidates."""
+def _exponentials(uniform, groups, start, first, lane, inside, key0, key1, NOISE: tl.constexpr):
+    """E_k = −log u_k of the six candidates; drawn noise counts groups from the layer's ``first`` one on."""
     if NOISE == "drawn":
-        x0, x1, x2, _ = _philox(start + lane, 1, 0, key0.to(tl.uint64), key1.to(tl.uint64))
+        x0, x1, x2, _ = _philox(start - first + lane, 1, 0, key0.to(tl.uint64), key1.to(tl.uint64))
         u0, u1 = _uniforms(x0)
         u2, u3 = _uniforms(x1)
         u4, u5 = _uniforms(x2)
@@ -111,7 +111,29 @@ def _largest(z0, z1, z2, z3, z4, z5):
 
 
 @triton.jit
-def _scores(logits, uniform, groups, start, lane, inside, key0, key1, scaling, inverse_tau, NOISE: tl.constexpr):
+def _place(layers, keys, groups, key0, key1, JOINED: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a program: its first group, how many from there on are its layer's, the layer's first group, and its key.
+
+    Joined layers have the first two and the number of the layer in ``layers`` ``[programs, 3]``, and in ``keys``
+    ``[layers, 3]`` their first group and the key.
+    """
+    program = tl.program_id(0)
+    if JOINED:
+        start = tl.load(layers + 3 * program)
+        count = tl.load(layers + 3 * program + 1)
+        layer = tl.load(layers + 3 * program + 2)
+        first = tl.load(keys + 3 * layer)
+        key0 = tl.load(keys + 3 * layer + 1).to(tl.uint64, bitcast=True)
+        key1 = tl.load(keys + 3 * layer + 2).to(tl.uint64, bitcast=True)
+    else:
+        start = tl.cast(program, tl.int64) * BLOCK  # 6·groups may exceed 2³¹
+        count = tl.cast(groups, tl.int64) - start
+        first = start * 0
+    return start, count, first, key0, key1
+
+
+@triton.jit
+def _scores(logits, uniform, groups, start, first, lane, inside, key0, key1, scaling, inverse_tau, NOISE: tl.constexpr):
     """The six candidates' probabilities up to their common factor: exp((s·l_k − log E_k)/τ)."""
     row = logits + start + lane
     z0 = tl.load(row, inside, 0.0).to(tl.float32)
@@ -137,7 +159,7 @@ def _scores(logits, uniform, groups, start, lane, inside, key0, key1, scaling, i
         z4 = tl.exp2(rate * z4)
         z5 = tl.exp2(rate * z5)
     else:
-        e0, e1, e2, e3, e4, e5 = _exponentials(uniform, groups, start, lane, inside, key0, key1, NOISE)
+        e0, e1, e2, e3, e4, e5 = _exponentials(uniform, groups, start, first, lane, inside, key0, key1, NOISE)
         if inverse_tau == 1.0:
             # exp(−log E_k) = 1/E_k, all times the product of the six: no second logarithm and no division.
             # As 2⁻²⁴ < E < 88, products of five lie between 2⁻¹²⁰ and 2³³: scaled, far from either end.
@@ -217,18 +239,20 @@ def masked_weight_forward(
     key1: tl.uint64,
     scaling,
     inverse_tau,
+    layers,
+    keys,
     NOISE: tl.constexpr,
     HARD: tl.constexpr,
+    JOINED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Masked weights ``[groups, 4]``, and the sum of their squares for each program."""
-    program = tl.program_id(0)
-    start = tl.cast(program, tl.int64) * BLOCK  # 6·groups may exceed 2³¹
+    start, count, first, key0, key1 = _place(layers, keys, groups, key0, key1, JOINED, BLOCK)
     groups = tl.cast(groups, tl.int64)
     lane = tl.arange(0, BLOCK)
-    inside = lane < groups - start
+    inside = lane < count
     p0, p1, p2, p3, p4, p5 = _scores(
-        logits, uniform, groups, start, lane, inside, key0, key1, scaling, inverse_tau, NOISE
+        logits, uniform, groups, start, first, lane, inside, key0, key1, scaling, inverse_tau, NOISE
     )
     if HARD:
         mask = _chosen(p0, p1, p2, p3, p4, p5, BLOCK)
@@ -238,10 +262,10 @@ def masked_weight_forward(
         rate = 1.0 / (m0 + (p3 + p4 + p5))
         mask = _flat(m0 * rate, (p0 + p3 + p4) * rate, (p1 + p3 + p5) * rate, m3 * rate, BLOCK)
     element = tl.arange(0, 4 * BLOCK)
-    present = element < 4 * (groups - start)
+    present = element < 4 * count
     x = mask * tl.load(weight + 4 * start + element, present, 0.0).to(tl.float32)
     tl.store(masked + 4 * start + element, x.to(masked.dtype.element_ty), present)
-    tl.store(energies + program, tl.sum(x * x, 0))
+    tl.store(energies + tl.program_id(0), tl.sum(x * x, 0))
 
 
 @triton.jit(do_not_specialize=_RUNTIME_VALUES)
@@ -258,18 +282,21 @@ def masked_weight_backward(
     key1: tl.uint64,
     scaling,
     inverse_tau,
+    layers,
+    keys,
     NOISE: tl.constexpr,
     HARD: tl.constexpr,
+    JOINED: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Gradients of the logits, (s/τ)·p_k·(Σ_j S_kj q_j − Σ_j m_j q_j), and of the weights."""
-    start = tl.cast(tl.program_id(0), tl.int64) * BLOCK
+    start, count, first, key0, key1 = _place(layers, keys, groups, key0, key1, JOINED, BLOCK)
     groups = tl.cast(groups, tl.int64)
     lane = tl.arange(0, BLOCK)
-    inside = lane < groups - start
+    inside = lane < count
     p0, p1, p2, p3, p4, p5 = _scores(
-        logits, uniform, groups, start, lane, inside, key0, key1, scaling, inverse_tau, NOISE
+        logits, uniform, groups, start, first, lane, inside, key0, key1, scaling, inverse_tau, NOISE
     )
     rate = 1.0 / (p0 + p1 + p2 + (p3 + p4 + p5))
     m0 = (p0 + p1 + p2) * rate
@@ -278,7 +305,7 @@ def masked_weight_backward(
     m3 = (p2 + p4 + p5) * rate
     mask = _chosen(p0, p1, p2, p3, p4, p5, BLOCK) if HARD else _flat(m0, m1, m2, m3, BLOCK)
     element = tl.arange(0, 4 * BLOCK)
-    present = element < 4 * (groups - start)
+    present = element < 4 * count
     w = tl.load(weight + 4 * start + element, present, 0.0).to(tl.float32)
     upstream = tl.load(grad_masked + 4 * start + element, present, 0.0).to(tl.float32)
     upstream += 2.0 * tl.load(grad_energy).to(tl.float32) * (w * mask)
