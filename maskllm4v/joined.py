@@ -1,8 +1,9 @@
 """Masks of several small layers drawn in one call, where what a call costs outweighs its arithmetic.
 
-A layer of some thousand weights is worth microseconds of arithmetic and tens of operations, each with a cost of its own;
+A layer of some thousand weights takes microseconds of arithmetic and tens of operations, each with a cost of its own;
 on a GPU each is a launch. Layers with the same pattern, logits and mode go side by side along their groups. Each gets
-the noise that it would get alone, so masks and gradients are the same, to the bit where backends are elementwise.
+the noise that it would get alone, so masks and gradients are the same: up to rounding, and to the bit on a CPU where
+every layer's number of groups is a multiple of 64 (PyTorch sums what is left of 4 vectors in another order).
 
 Joined masked weights live until backward has passed the first layer of a call, not each until its own, so that calls
 are bounded; and where gradients are exchanged while backward goes on (several processes) nothing should be joined.
@@ -27,7 +28,7 @@ class JoinedDraw:
 
     Args:
         layers: of one pattern, gate, backend, dtype and device; soft or hard alike. They draw through this object from
-            now on, until :meth:`part`.
+            now on, until :meth:`part`, and need one τ and one s.
 
     Attributes:
         energy: Σ(masked weight)² over all its layers in the last draw; their own ``kept_energy`` is not set.
@@ -43,11 +44,13 @@ class JoinedDraw:
             layer.joined, layer.kept_energy = self, None
 
     def take(self, layer: LearnableMaskedLinear, dtype: torch.dtype) -> Tensor | None:
-        """A layer's masked weight ``[out, in]``, once for each draw; None if it has been taken, or for backward.
+        """A layer's masked weight ``[out, in]``, once for each draw; None if the layer is to draw alone.
 
-        A layer that is run twice in a forward, or again by activation checkpointing, then draws alone: the same mask.
+        So it does, the same mask, if it runs twice in a forward, and where activations are computed again in backward,
+        which has to repeat forward's operations.
         """
-        if torch._C._current_graph_task_id() != -1:
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # by checkpoint, in forward
+        if hooked or torch._C._current_graph_task_id() != -1:
             return None
         modes = (dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if modes != self._modes or any(a is not b for a, b in zip(_state(layer), self._states[layer], strict=True)):
@@ -64,6 +67,8 @@ class JoinedDraw:
 
     def _drawn(self, dtype: torch.dtype) -> dict[LearnableMaskedLinear, Tensor]:
         first, m = self.layers[0], self.layers[0].pattern.m
+        if len({(layer.tau, layer.scaling) for layer in self.layers}) > 1:
+            raise ValueError("layers that are drawn together have one tau and one scaling")
         sizes = [layer.logits.shape[1] for layer in self.layers]
         masked, self.energy = masked_weight(
             torch.cat([layer.weight.reshape(-1, m) for layer in self.layers]),
@@ -98,7 +103,15 @@ def join_layers(layers: Iterable[LearnableMaskedLinear]) -> list[JoinedDraw]:
         if groups > most or layer.backend == "compiled":
             continue
         weight = layer.weight
-        kind = (layer.pattern, type(layer.gate), layer.hard, layer.backend, weight.dtype, layer.logits.dtype, weight.device)
+        kind = (
+            layer.pattern,
+            type(layer.gate),
+            layer.hard,
+            layer.backend,
+            weight.dtype,
+            layer.logits.dtype,
+            weight.device,
+        )
         calls = alike.setdefault(kind, [])
         fitting = (call for call in calls if sum(other.logits.shape[1] for other in call) + groups <= most)
         call = next(fitting, None)

@@ -11,11 +11,11 @@ from maskllm4v.files import read_json, write_json
 from maskllm4v.layout import origin_file
 from maskllm4v.processes import is_main, world_size
 
-PINNED = "any x86-64 CPU with AVX2 (pinned, one thread)"
+PINNED = "x86-64 CPU, pinned kernels, one thread"
 
 
 def where(experiment: Experiment) -> dict[str, Any]:
-    """Hardware and number of processes of this run; for exact ones, where it may run."""
+    """Hardware and number of processes of this run; for exact ones, whose records are the same everywhere, the pin."""
     found = PINNED if experiment.exact else hardware(pick_device(experiment.runtime.device))
     return {"hardware": found, "world_size": world_size()}
 

@@ -49,8 +49,9 @@ STRIP = 256
 class Hessian:
     """Σ x xᵀ over all input rows, ``[in, in]``, float32 (SparseGPT; half the Hessian of the layer's error).
 
-    Read :attr:`mean`: of a wide layer on a CPU, ``sum_of_products`` holds only strips of rows from the diagonal
-    on, half the work; a GPU needs the whole product at once to be busy.
+    Read :attr:`mean`: what counts in ``sum_of_products`` is the diagonal and what is above it. Libraries may round the
+    two halves of a product differently, and of a wide layer on a CPU only strips of rows from the diagonal on are
+    computed, half the work; a GPU needs the whole product at once to be busy.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -72,9 +73,11 @@ class Hessian:
 
     @property
     def mean(self) -> Tensor:
-        """H = 2/n · Σ x xᵀ, a new tensor."""
+        """H = 2/n · Σ x xᵀ, symmetric to the bit, a new tensor."""
         mean = self.sum_of_products * (2 / self.rows)
         for start, stop in self._strips:
+            corner = mean[start:stop, start:stop]
+            corner.copy_(corner.triu() + corner.triu(1).t())
             mean[stop:, start:stop] = mean[start:stop, stop:].t()
         return mean
 

@@ -160,3 +160,13 @@ def column(learned: Learned, name: str) -> list[float]:
 def trained(task: Regression | None = None, *, seed: int = 0, **changes: Any) -> tuple[nn.Module, Learned]:
     model = learnable(seed=seed)
     return model, learn_masks(model, task or Regression(), settings(**changes), seed=seed)
+
+
+def same_curves(found: Learned, wanted: Learned) -> None:
+    """Equal but for Σ(masked weight)², which is summed in another order where layers draw their masks one by one."""
+    energy = CURVE_COLUMNS.index("kept_energy")
+    assert len(found.curve) == len(wanted.curve)
+    for point, other in zip(found.curve, wanted.curve, strict=True):
+        assert point[:energy] == other[:energy]
+        assert point[energy + 1 :] == other[energy + 1 :]
+        assert math.isclose(point[energy], other[energy], rel_tol=8 * 2.0**-24)

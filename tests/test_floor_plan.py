@@ -34,6 +34,7 @@ ROOMS = {  # from the ground up: a module, or a package as a whole, and all of o
     "gumbel": {"patterns", "randomness"},
     "gates": {"gumbel", "patterns"},
     "layers": {"gates", "gumbel", "patterns", "randomness"},
+    "joined": {"gumbel", "layers"},
     "surgery": {"layers", "patterns"},
     "channels": {"surgery"},
     "chains": set(),
@@ -65,7 +66,9 @@ ROOMS = {  # from the ground up: a module, or a package as a whole, and all of o
         *("config", "distributed", "finite", "layers", "processes", "progress"),
         *("randomness", "resume", "schedule", "share", "tasks"),
     },
-    "training": {"averaging", "config", "layers", "loop", "resume", "schedule", "surgery", "tasks"},
+    "training": {
+        *("averaging", "config", "joined", "layers", "loop", "processes", "resume", "schedule", "surgery", "tasks"),
+    },
     "weights": {"averaging", "config", "loop", "resume", "tasks", "training"},
     "dense": {"checkpoints", "config", "resume", "tasks", "weights"},
     "diagnostics": {"calibration", "checkpoints", "distributed", "surgery"},

@@ -125,7 +125,9 @@ def test_operator_keeps_its_promises(kept: int | None, dtype: torch.dtype, weigh
     numbers = [torch.tensor(value, dtype=torch.float64) for value in (0.7, 10.0)]
     inputs = [case.weight.requires_grad_(weight_grad), case.logits.requires_grad_(), case.candidates, *numbers]
     key = torch.from_numpy(case.key.view("int64"))
-    torch.library.opcheck(gumbel._masked_weight, (*inputs, True, None, key, kept, dtype, "chunked"))
+    torch.library.opcheck(gumbel._masked_weight, (*inputs, True, None, key, None, kept, dtype, "chunked"))
+    keys, groups = torch.stack([key, key]), case.logits.shape[1]
+    torch.library.opcheck(gumbel._masked_weight, (*inputs, True, None, keys, [groups - 7, 7], kept, dtype, "chunked"))
 
 
 # Nothing compiled twice

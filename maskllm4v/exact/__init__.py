@@ -45,7 +45,7 @@ def pin_torch() -> None:
     """The part of the pin that torch keeps in its own state."""
     import torch
 
-    from maskllm4v import portable
+    from maskllm4v.exact import portable
 
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, which imports torch's compiler

@@ -1,16 +1,16 @@
 """Operations on the CPU that give the same bits whoever made it, in place of those of MKL's that do not.
 
 Under the pin (:mod:`maskllm4v.exact`) MKL's matrix products agree on all CPUs, at a third of their speed. Its square
-roots and its float32 Cholesky factors of up to 16 rows do not: they start from the processor's own approximation of 1/√x,
-which Intel and AMD compute differently. An exact process replaces both kinds, below autograd:
+roots and its float32 Cholesky factors of up to 16 rows do not: they start from the processor's own approximation of
+1/√x, which Intel and AMD compute differently. An exact process replaces both kinds, below autograd:
 
 * float32 products by NumPy's OpenBLAS, which the pin holds to one set of kernels: about twice as fast;
 * square roots by NumPy's, which are the processor's and correctly rounded (IEEE 754);
 * float32 Cholesky factors by those of float64, rounded. LAPACK's in float64 approximates nothing, and it is as fast for
   matrices this small; a factorisation of our own in fixed order would be as exact, and one more thing to trust.
 
-Where nothing replaces an operation that is known to differ it is refused (:data:`REFUSED`): an error that names it, not a
-table that is exact here only. About 8,000 results of torch's operations were compared between an AMD Zen 4 and QEMU's
+Where nothing replaces an operation that is known to differ it is refused (:data:`REFUSED`): an error that names it, not
+a table that is exact here only. About 8,000 results of torch's operations were compared between an AMD Zen 4 and QEMU's
 Haswell and EPYC, which compute approximations exactly; what is in neither list agreed. `python -m scripts.emulate`
 shows whether a new task's stages do.
 """
@@ -72,7 +72,7 @@ _REAL = (torch.float16, torch.float32, torch.float64)
 
 def _replace(name: str, replacement: Callable[..., Any], applies: Callable[..., bool]) -> None:
     """Register a replacement for what it applies to; for all else torch's own kernel stays."""
-    kernel = torch.library.get_kernel(f"aten::{name}", "CPU")  # type: ignore[attr-defined]
+    kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
 
     def run(keys: Any, *args: Any, **kwargs: Any) -> Any:
         return replacement(*args, **kwargs) if applies(*args) else kernel.call_boxed(keys, *args, **kwargs)
