@@ -8,6 +8,7 @@ from kernel_case import CANDIDATES, KEY, KernelCase, fused, same
 from mask_oracle import FLOAT32_BOUNDS, errors, norm
 
 from maskllm4v.gumbel.sampling import Sampling
+from maskllm4v.randomness import philox_key
 
 pytest_plugins = ["interpreted_triton"]
 soft_and_hard = pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
@@ -199,3 +200,28 @@ def test_what_is_supported(device: torch.device) -> None:
     assert not fused.supported(weight.view(-1, 2), logits[:2].repeat(1, 2), torch.eye(2, device=device), sampling)
     assert fused.supported(weight, logits, candidates, Sampling(1.0, 10.0, uniform=case.uniform.to(device)))
     assert not fused.supported(weight, logits, candidates, Sampling(1.0, 10.0, uniform=case.uniform.to("meta")))
+
+
+@soft_and_hard
+@pytest.mark.parametrize("noise", ["drawn", "given"])
+def test_joined_layers_are_what_they_are_alone(noise: str, hard: bool, device: torch.device) -> None:
+    """One launch for all; programs end where a layer ends."""
+    sizes = (300, 1, 256, 257, 700)
+    keys = [tuple(map(int, philox_key(seed, "layer"))) for seed in range(len(sizes))]
+    keys[1] = (2**63, 2**64 - 1)  # no signed integers
+    whole = KernelCase(sum(sizes))
+    given = whole.uniform if noise == "given" else None
+    how = {"tau": 0.7, "scaling": 10.0, "hard": hard}
+    masked, energy, *gradients = whole.kernels(
+        Sampling(**how, uniform=given, joined=tuple(zip(sizes, keys, strict=True))), device
+    )
+    start, energies = 0, 0.0
+    for size, key in zip(sizes, keys, strict=True):
+        own = slice(start, start + size)
+        part = KernelCase(size)
+        part.weight, part.logits, part.upstream = whole.weight[own], whole.logits[:, own], whole.upstream[own]
+        alone = Sampling(**how, key=key, uniform=None if given is None else given[:, own])
+        expected = part.kernels(alone, device)
+        same([masked[own], gradients[0][:, own], gradients[1][own]], [expected[0], *expected[2:]])
+        start, energies = start + size, energies + float(expected[1])
+    assert float(energy) == pytest.approx(energies, rel=1e-5)
