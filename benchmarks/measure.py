@@ -39,13 +39,20 @@ class Timing:
         return cls(statistics.median(found), min(found), max(found), len(found), found)
 
 
-def interleaved(candidates: Mapping[str, Callable[[], Any]], *, repeats: int = 5, warmup: int = 1) -> dict[str, Timing]:
+def interleaved(
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int = 5,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
     """Time candidates in turn: each runs once in a repetition, so that a busy spell hits all of them alike.
 
     Args:
         candidates: what to run, by name. Their results are dropped outside the time measured.
         repeats: repetitions that count.
         warmup: repetitions before them that do not.
+        clock: seconds; ``time.process_time`` of what one thread computes does not count what others do meanwhile.
 
     Returns:
         Seconds a call, by name; waits for CUDA before and after each call where there is CUDA.
@@ -55,10 +62,10 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], *, repeats: int = 5
         for repetition in range(warmup + repeats):
             for name, call in candidates.items():
                 synchronize()
-                begin = time.perf_counter()
+                begin = clock()
                 result = call()
                 synchronize()
-                seconds = time.perf_counter() - begin
+                seconds = clock() - begin
                 del result
                 if repetition >= warmup:
                     samples[name].append(seconds)

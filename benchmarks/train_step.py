@@ -120,9 +120,11 @@ def make(variant: str, workload: Workload, device: torch.device) -> Step:
         )
         return Step(learner, task, learning)
     make_learnable(model, None, pattern=experiment.pattern, exclude=exclude, hard=learning.hard)
-    settings = learning.model_copy(update={"distillation": 1.0}) if variant == "ours_distilled" else learning
+    compiled = variant == "ours_compiled"
+    changes: dict[str, Any] = {"distillation": 1.0} if variant == "ours_distilled" else {"compile": compiled}
+    settings = learning.model_copy(update=changes)
     ours = MaskLearner(model, task, settings, prior=None, row=variant, on_point=None)
-    return Step(ours, task, learning, compiled=variant == "ours_compiled")
+    return Step(ours, task, learning, compiled=compiled)
 
 
 def measure(
