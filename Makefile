@@ -51,6 +51,7 @@ bench: $(READY)
 	python -m benchmarks.mask_op
 	python -m benchmarks.train_step
 	python -m benchmarks.gates
+	python -m benchmarks.exact_step
 	python -m benchmarks.oneshot
 	python -m benchmarks.inference
 	python -m benchmarks.table_cost

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maskllm4v.reporting.costs import benchmark
+from maskllm4v.reporting.exact_speed import exact_step_table, stages_table
 from maskllm4v.reporting.measured import Row, caption, distinct, distinct_rows, find, rows_of
 from maskllm4v.reporting.tables import MISSING, markdown, significant
 
@@ -135,7 +136,14 @@ TARGETS = (
 def performance_markdown(reports: Path) -> str:
     """The section, between its markers."""
     parts = [markdown(["What", "Measured", "Target"], [target.cells(reports) for target in TARGETS])]
-    for source, table in (("mask_op", mask_table), ("train_step", step_table), ("oneshot", pruning_table)):
+    tables = (
+        ("mask_op", mask_table),
+        ("train_step", step_table),
+        ("exact_step", exact_step_table),
+        ("commits", stages_table),
+        ("oneshot", pruning_table),
+    )
+    for source, table in tables:
         for name in (source, f"{source}_cuda"):
             if (found := benchmark(name, reports)) is not None:
                 parts.append(table(found) + "\n" + caption(found))
