@@ -20,7 +20,7 @@ from maskllm4v.gumbel import masked_weight
 from maskllm4v.layers import LearnableMaskedLinear
 
 CPU_GROUPS = 32_768  # in a call: more leave the cache, as in gumbel.chunked
-CUDA_GROUPS = 2**19
+CUDA_GROUPS = 2**17  # one layer of ViT-B is more: what a launch costs counts below
 
 
 class JoinedDraw:
