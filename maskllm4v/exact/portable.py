@@ -26,12 +26,15 @@ from torch import Tensor
 
 from maskllm4v.errors import ExactnessError
 
-# Operations of aten whose last bit differs at some float32 or float64 values, and what to use instead.
-REFUSED: dict[str, str] = {
-    **{f"acos{form}": "use atan2" for form in ("", "_", ".out")},
-    **{f"asin{form}": "use atan2" for form in ("", "_", ".out")},
-    **{f"atan{form}": "use atan2" for form in ("", "_", ".out")},
-    **{f"tan{form}": "use sin and cos" for form in ("", "_", ".out")},
+_FLOAT, _DOUBLE = torch.float32, torch.float64
+# Operations of aten whose last bit differs at some values of these dtypes, and what to use instead.
+REFUSED: dict[str, tuple[tuple[torch.dtype, ...], str]] = {
+    "acos": ((_FLOAT, _DOUBLE), "use atan2"),
+    "asin": ((_FLOAT, _DOUBLE), "use atan2"),
+    "atan": ((_FLOAT, _DOUBLE), "use atan2"),
+    "tan": ((_FLOAT, _DOUBLE), "use sin and cos"),
+    "log": ((_DOUBLE,), "use float32, log1p or log2"),
+    "log10": ((_FLOAT, _DOUBLE), "use log2"),
 }
 
 _library: torch.library.Library | None = None  # of this process; registrations end with it
@@ -50,13 +53,14 @@ def install() -> None:
         raise ExactnessError(f"torch {torch.__version__} cannot replace operations; exact runs need 2.10 or newer")
     _library = torch.library.Library("aten", "IMPL")
     for name, replacement in {**_PRODUCTS, **_FACTORS}.items():
-        _replace(name, replacement, lambda x, *_: x.dtype is torch.float32)
+        _replace(name, replacement, lambda x, *_: x.dtype is _FLOAT)
     for name, replacement in _ROOTS.items():
         _replace(name, replacement, lambda x, *_: x.dtype in _REAL)
     for name, replacement in _POWERS.items():  # torch takes the square root, past the replacement above
         _replace(name, replacement, lambda x, exponent, *_: x.dtype in _REAL and exponent == 0.5)
-    for name, instead in REFUSED.items():
-        _replace(name, _refusal(name, instead), lambda x, *_: x.dtype in _REAL)
+    for name, (dtypes, instead) in REFUSED.items():
+        for form in (name, f"{name}_", f"{name}.out"):
+            _replace(form, _refusal(name, instead), lambda x, *_, dtypes=dtypes: x.dtype in dtypes)
 
 
 def uninstall() -> None:
@@ -67,7 +71,7 @@ def uninstall() -> None:
         _library = None
 
 
-_REAL = (torch.float16, torch.float32, torch.float64)
+_REAL = (torch.float16, _FLOAT, _DOUBLE)
 
 
 def _replace(name: str, replacement: Callable[..., Any], applies: Callable[..., bool]) -> None:
@@ -166,7 +170,10 @@ _FACTORS: dict[str, Callable[..., Any]] = {"linalg_cholesky_ex": _factor, "linal
 
 
 def _refusal(name: str, instead: str) -> Callable[..., Any]:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise ExactnessError(f"aten::{name} gives other bits on other makers' CPUs, so exact runs refuse it; {instead}")
+    def refuse(x: Tensor, *_: Any, **__: Any) -> Any:
+        kind = str(x.dtype).removeprefix("torch.")
+        raise ExactnessError(
+            f"{name} of {kind} has other bits on other makers' CPUs, so exact runs refuse it; {instead}"
+        )
 
     return refuse
