@@ -141,5 +141,5 @@ def _warnings(
         found.append(lock_warning(packages))
     found += [setting_warning(name, value, experiment.exact) for name, value in settings.items()]
     if no_commit:
-        found.append(f"nothing to compare with: {no_commit}")
+        found.append(f"no commit to compare with: {no_commit}")
     return found

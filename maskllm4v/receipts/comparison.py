@@ -35,7 +35,7 @@ def comparison(names: tuple[str, str], receipts: tuple[Receipt, Receipt], width:
         blocks.append(
             wrapped(f"{BAD} {one.table}: {len(told)} of {total} rows differ, {total - len(told)} equal", width)
         )
-        blocks[-1] += table_lines(told, SIDES)
+        blocks.append(table_lines(told, SIDES))
     else:
         blocks.append([f"{GOOD} {one.table}: all {total} rows are equal in A and B, to the last bit"])
     blocks.append([line for text in _about(one, other) for line in wrapped(text, width)])
@@ -65,7 +65,7 @@ def _told(name: str, first: Row, second: Row) -> Told | None:
     if first.here == second.here and not weights:
         return None
     which = "weights, masks or exports" if weights else "other files"
-    return name, f"metrics are equal, not {which}" if first.metrics else "results differ", 0
+    return name, f"metrics equal; not equal: {which}" if first.metrics else "other results", 0
 
 
 def _about(one: Receipt, other: Receipt) -> list[str]:

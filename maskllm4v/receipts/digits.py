@@ -10,19 +10,30 @@ from maskllm4v.receipts.model import Difference
 
 
 def first_digit(one: float, other: float) -> int | None:
-    """The significant digit from which on two numbers differ, counted from 1; None if they are equal.
+    """The significant digit of the larger number from which on two numbers differ, from 1; None if they are equal.
 
-    It is the place of their difference's first digit in the larger of them, so that a carry does not count as
-    a difference of all digits: 0.225545 and 0.225547 differ from the 6th digit on, 94.99999 and 95.00001 from the 7th.
-    Numbers that are not finite, and those with different signs, differ from the first digit on.
+    It is the first one that differs in their decimals: the 3rd of 83.5 and 83.412. A carry does not count, but the
+    place of the difference: 94.99999 and 95.00001 differ from the 7th digit on. Numbers that are not finite, and those
+    with different signs, differ from the first digit on.
     """
     if one == other:
         return None
-    if not (math.isfinite(one) and math.isfinite(other)):
+    if not (math.isfinite(one) and math.isfinite(other)) or one * other <= 0:
         return 1
-    first, second = Decimal(repr(float(one))), Decimal(repr(float(other)))
-    larger = max(abs(first), abs(second))
-    return max(1, larger.adjusted() - (first - second).adjusted() + 1)
+    parts = [Decimal(repr(abs(float(number)))).as_tuple() for number in (one, other)]
+    exponents = [int(part.exponent) for part in parts]
+    wholes = [
+        int("".join(map(str, part.digits))) * 10 ** (exponent - min(exponents))
+        for part, exponent in zip(parts, exponents, strict=True)
+    ]
+    larger = str(max(wholes))
+    smaller = str(min(wholes)).rjust(len(larger), "0")
+    first = next(i for i, (a, b) in enumerate(zip(larger, smaller, strict=True)) if a != b)
+    carried = int(larger[first]) - int(smaller[first]) == 1 and (larger[first + 1 :][:1], smaller[first + 1 :][:1]) == (
+        "0",
+        "9",
+    )
+    return len(larger) - len(str(max(wholes) - min(wholes))) + 1 if carried else first + 1
 
 
 def ordinal(number: int) -> str:

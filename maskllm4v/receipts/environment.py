@@ -68,9 +68,8 @@ def exported(environment: Mapping[str, str]) -> dict[str, str]:
 def setting_warning(name: str, value: str, exact: bool) -> str:
     """What became of an exported setting, in a line."""
     if exact and name in ENVIRONMENT:
-        return f"{name}={value} was exported; overridden by {_quoted(ENVIRONMENT[name])}, which the pin sets"
-    kept = "the pin does not set it" if exact else "it applied"
-    return f"{name}={value} was exported; {kept}"
+        return f"{name}={value} was exported; exact runs override it with {_quoted(ENVIRONMENT[name])}"
+    return f"{name}={value} was exported and applies{', for the pin does not set it' if exact else ''}"
 
 
 def lock_warning(found: Mapping[str, tuple[str | None, str]], names: int = 2) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import get_args
 
 from maskllm4v.receipts.digits import ordinal
-from maskllm4v.receipts.model import Difference, Receipt, Row
+from maskllm4v.receipts.model import Difference, Receipt, Row, Verdict
 
 SHOWN = 12  # rows that are listed one by one
 GOOD, BAD, NEAR, OPEN = "✔", "✘", "≈", "–"
@@ -25,40 +26,41 @@ def verdict(receipt: Receipt, width: int = 80) -> list[str]:
     if len(told) < len(receipt.rows) or receipt.named("differs"):  # or the headline says it all
         lines = [told_row(row, receipt.rows[row]) for row in told]
         blocks.append(table_lines(lines, ("committed", "here")))
-    warnings = [*_not_run(receipt), *receipt.warnings]
-    blocks.append([line for warning in warnings for line in wrapped(f"warning: {warning}", width)])
+    notes = [f"note: {note}" for note in _not_run(receipt)] + [f"warning: {warning}" for warning in receipt.warnings]
+    blocks.append([line for note in notes for line in wrapped(note, width)])
     return joined([*blocks, _next(receipt)])
 
 
 def summary(receipt: Receipt) -> tuple[str, str]:
     """A mark, and the verdict as a sentence without its full stop."""
     total = len(receipt.rows)
-    equal, differ, settings, missing, new = (
-        len(receipt.named(verdict)) for verdict in ("equal", "differs", "other settings", "not made", "not committed")
-    )
-    if missing == total:
+    counts = {verdict: len(receipt.named(verdict)) for verdict in get_args(Verdict)}
+    made = total - counts["not made"]
+    everything = f"all {total} rows are" if total > 1 else "the only row is"
+    if not made:
         return OPEN, "no row is made yet"
-    if equal + differ + settings == 0:
-        reason = "this table is in no commit yet" if receipt.commit else "there is no commit"
-        return OPEN, f"{total - missing} of {total} rows made, and nothing to compare them with: {reason}"
-    if equal == total:
+    if counts["not committed"] == made:
+        found = f"{made} of {total} rows {'is' if made == 1 else 'are'} made"
+        known = "this table is in no commit yet" if receipt.commit else "there is nothing to compare with"
+        return OPEN, f"{found}; {known}"
+    if receipt.agrees:
         if receipt.chain == "full" and not any(row.computed for row in receipt.rows.values()):
-            return OPEN, f"all {total} rows are as committed, but none of them was computed on this machine"
-        return GOOD, f"all {total} rows equal the committed ones, to the last bit"
-    parts = []
-    if differ:
-        parts.append(f"{differ} of {total} rows differ from the committed ones")
-        if not receipt.exact:
-            parts[-1] += ", as is expected of a recording (exact: false): compare within error bars"
-    if settings:
-        parts.append(f"{settings} of {total} rows have other settings than the committed ones")
-    if missing:
-        parts.append(f"{missing} of {total} rows are not made yet")
-    if new:
-        parts.append(f"{new} of {total} rows are in no commit yet")
-    if equal:
-        parts.append(f"{equal} are equal")
-    mark = OPEN if not differ else BAD if receipt.exact else NEAR
+            return OPEN, f"{everything} as committed, but none was computed on this machine"
+        return GOOD, f"{everything} equal to the committed one{'s' if total > 1 else ''}, to the last bit"
+    recording = "" if receipt.exact else ", as is expected of a recording (exact: false): compare within error bars"
+    said = {  # for one row, for several
+        "differs": (f"differs from the committed one{recording}", f"differ from the committed ones{recording}"),
+        "other settings": ("has other settings than the committed one", "have other settings than the committed ones"),
+        "not made": ("is not made yet", "are not made yet"),
+        "not committed": ("is in no commit yet", "are in no commit yet"),
+        "equal": ("is equal", "are equal"),
+    }
+    parts = [
+        f"{counts[v]} of {total} rows {one if counts[v] == 1 else several}"
+        for v, (one, several) in said.items()
+        if counts[v]
+    ]
+    mark = OPEN if not counts["differs"] else BAD if receipt.exact else NEAR
     return mark, "; ".join(parts)
 
 
@@ -73,7 +75,7 @@ def told_row(name: str, row: Row) -> Told:
         return name, min(row.differences, key=lambda found: found.digit), len(row.differences) - 1
     found = [_what(name, differing) for differing in row.differing]
     shown = ", ".join(found[:2]) + (f" and {len(found) - 2} more" if len(found) > 2 else "")
-    return name, f"metrics are equal, not {shown}", 0
+    return name, f"metrics equal; not equal: {shown}" if found else "other results", 0
 
 
 def table_lines(rows: Sequence[Told], sides: tuple[str, str]) -> list[str]:
@@ -156,7 +158,8 @@ def _not_run(receipt: Receipt) -> list[str]:
 def _what(row: str, differing: str) -> str:
     """What differs, in words, where its name says little."""
     words = {f"artifacts/{row}": "weights or masks", f"artifacts/exports/{row}": "exported files"}
-    return words.get(differing, differing.removeprefix("evaluation/"))
+    name, _, keys = differing.removeprefix("evaluation/").partition(": ")
+    return words.get(differing, f"{name} ({keys})" if keys else name)
 
 
 def _next(receipt: Receipt) -> list[str]:
@@ -167,6 +170,8 @@ def _next(receipt: Receipt) -> list[str]:
         f"reports/{table}/index.html": "open the table's page",
         f"receipt-{table}.json": "attach it to a bug report",
     }
+    if summary(receipt)[0] == BAD:
+        steps = dict(reversed(steps.items()))
     if len(receipt.named("not made")) == len(receipt.rows):
         steps = {"make repro": "make the table"}
     width = max(map(len, steps))
