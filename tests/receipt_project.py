@@ -59,7 +59,10 @@ def write_lock(folder: Path, experiment: Experiment, **changed: str) -> None:
         for row, digest in outs.items()
     }
     for row in experiment.exports:
-        outs_of_export = [{"path": f"artifacts/exports/{row}", "md5": "e.dir"}, {"path": "reports/x.json", "md5": "f"}]
+        outs_of_export = [
+            {"path": f"artifacts/exports/{row}", "md5": "0e0e.dir"},
+            {"path": "reports/x.json", "md5": "f"},
+        ]
         stages[f"export@{row}"] = {"cmd": "x", "outs": outs_of_export}
     (folder / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}, sort_keys=False))
 

@@ -18,7 +18,7 @@ def first_digit(one: float, other: float) -> int | None:
     """
     if one == other:
         return None
-    if not (math.isfinite(one) and math.isfinite(other)) or one * other <= 0:
+    if not (math.isfinite(one) and math.isfinite(other)) or min(one, other) <= 0 <= max(one, other):
         return 1
     parts = [Decimal(repr(abs(float(number)))).as_tuple() for number in (one, other)]
     exponents = [int(part.exponent) for part in parts]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from maskllm4v.config import Experiment
 from maskllm4v.errors import UserError
@@ -61,7 +62,10 @@ def compare_rows(root: Path, experiment: Experiment, committed: Files | None) ->
             for files, digests in ((before, theirs), (here, own))
         )
         ran = [stage for stage in stages_of(experiment, row) if _timing(root, stage, row).exists()]
-        found[row] = _compare(experiment, row, committed_row, own_row, ran)
+        try:
+            found[row] = _compare(experiment, row, committed_row, own_row, ran)
+        except ValidationError as error:  # metrics with names that a receipt does not take
+            raise _damaged(experiment, row) from error
     return found
 
 
@@ -131,14 +135,14 @@ class _State:
             found = json.loads(self.files.get(RECORD, b""))
         except ValueError:
             return None
-        whole = isinstance(found, dict) and isinstance(found.get("metrics"), dict) and "settings_digest" in found
+        whole = isinstance(found, dict) and "settings_digest" in found and _are_metrics(found.get("metrics"))
         return found if whole else None
 
 
 def _compare(experiment: Experiment, row: str, before: _State, now: _State, ran: list[Stage]) -> Row:
     old, new = before.record or {}, now.record
     if new is None and RECORD in now.files:
-        raise UserError(f"{record_file(experiment.table, row)} is damaged; make the row again")
+        raise _damaged(experiment, row)
     common: dict[str, Any] = {"committed": row_digest(before.files), "ran": ran}
     if new is None or new["settings_digest"] != value_digest(experiment.record_settings(row)):
         return Row(verdict="not made", **common)
@@ -155,6 +159,17 @@ def _compare(experiment: Experiment, row: str, before: _State, now: _State, ran:
         differing.append(f"{RECORD}: {', '.join(keys)}")
     equal = not differing and common["here"] == common["committed"]
     return Row(verdict="equal" if equal else "differs", differences=differences, differing=differing, **common)
+
+
+def _damaged(experiment: Experiment, row: str) -> UserError:
+    return UserError(f"{record_file(experiment.table, row)} is damaged; make the row again")
+
+
+def _are_metrics(found: Any) -> bool:
+    """Numbers by seed, then by name."""
+    if not isinstance(found, dict) or not all(seed.isdecimal() and isinstance(v, dict) for seed, v in found.items()):
+        return False
+    return all(type(value) in (int, float) for values in found.values() for value in values.values())
 
 
 def _below(files: Files, experiment: Experiment, row: str) -> dict[str, bytes]:
