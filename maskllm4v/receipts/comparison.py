@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from maskllm4v.errors import UserError
 from maskllm4v.receipts.digits import metric_differences
 from maskllm4v.receipts.model import Receipt, Row
-from maskllm4v.receipts.text import BAD, GOOD, Told, joined, table_lines, wrapped
+from maskllm4v.receipts.text import BAD, GOOD, OPEN, Told, joined, table_lines, wrapped
 
 SIDES = ("A", "B")
 
@@ -30,12 +30,13 @@ def comparison(names: tuple[str, str], receipts: tuple[Receipt, Receipt], width:
             raise UserError(f"{names[0]} and {names[1]} cannot be compared: their {what}s are {found}")
     blocks = [[f"{side} {name}: {receipt.machine}" for side, name, receipt in zip(SIDES, names, receipts, strict=True)]]
     told = differing_rows(one.rows, other.rows)
-    total = len(one.rows.keys() | other.rows.keys())
-    if told:
-        blocks.append(
-            wrapped(f"{BAD} {one.table}: {len(told)} of {total} rows differ, {total - len(told)} equal", width)
-        )
-        blocks.append(table_lines(told, SIDES))
+    total = len({row for receipt in receipts for row, found in receipt.rows.items() if found.here})
+    if not total:
+        blocks.append([f"{OPEN} {one.table}: no row is made in A or B"])
+    elif told:
+        differ = "differs" if len(told) == 1 else "differ"
+        text = f"{BAD} {one.table}: {len(told)} of {total} rows {differ}, {total - len(told)} equal"
+        blocks += [wrapped(text, width), table_lines(told, SIDES)]
     else:
         blocks.append([f"{GOOD} {one.table}: all {total} rows are equal in A and B, to the last bit"])
     blocks.append([line for text in _about(one, other) for line in wrapped(text, width)])
@@ -48,10 +49,9 @@ def differing_rows(one: Mapping[str, Row], other: Mapping[str, Row]) -> list[Tol
     for row in [*one, *(row for row in other if row not in one)]:
         first, second = one.get(row), other.get(row)
         missing = [side for side, there in zip(SIDES, (first, second), strict=True) if there is None or not there.here]
-        if missing:
-            if len(missing) == 1:
-                found.append((row, f"not made in {missing[0]}", 0))
-        elif first and second and (told := _told(row, first, second)):
+        if len(missing) == 1:
+            found.append((row, f"not made in {missing[0]}", 0))
+        elif not missing and first and second and (told := _told(row, first, second)):
             found.append(told)
     return found
 

@@ -87,12 +87,11 @@ def claim(experiment: Experiment, reports: Path) -> str:
     filed = [one.receipt for one in filed_receipts({experiment.table: experiment}, reports) if one.reproduced]
     whole = list(dict.fromkeys(receipt.machine for receipt in filed if receipt.chain == "full"))
     shortened = list(dict.fromkeys(receipt.machine for receipt in filed if receipt.chain == "shortened"))
-    if not filed:
-        return ""
-    places = [f"on {_listed(whole)}"] if whole else []
+    text = f"reproduced to the last bit on {_listed(whole)}" if whole else ""
     if shortened:
-        places.append(f"shortened to a few steps{', also' if whole else ''} on {_listed(shortened)}")
-    return f"reproduced to the last bit {'; '.join(places)}"
+        text += "; shortened to a few steps, also" if whole else "reproduced to the last bit, shortened to a few steps,"
+        text += f" on {_listed(shortened)}"
+    return text
 
 
 def _what_ran(receipt: Receipt) -> str:
