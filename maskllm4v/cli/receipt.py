@@ -1,7 +1,7 @@
 """Say whether a table came out here as it was committed, and write that down in receipt-<table>.json.
 
-Without options: the active table's rows are compared with the commit. Exit status: 0, even if rows differ: the pipeline
-went well, and what `make repro` makes is the user's to judge. With --check it is 1 unless all rows are equal.
+Without options: the active table's rows are compared with the commit. The exit status is 0 even if rows differ: this is
+the end of `make repro`, which has made the results that were asked for. With --check it is 1 unless all rows are equal.
 """
 
 from __future__ import annotations
