@@ -1,4 +1,4 @@
-# make repro   the whole pipeline: data, dense model, priors, learned masks, tables, MLflow
+# make repro   the whole pipeline: data, dense model, priors, learned masks, tables, MLflow; then what came out equal
 # make test    linters, types, tests
 # make proof   the exact tables once more in an empty folder: is every committed byte of them reproduced?
 # make bench   measure speed and memory on this machine; `make repro` then shows it
@@ -25,7 +25,7 @@ unexport PYTHONPATH
 
 repro: $(READY)
 	@test -e mlflow.db || rm -rf mlruns/published  # the store was deleted: publish again
-	dvc repro
+	@begin=$$(date +%s); echo "dvc repro"; dvc repro && python -m maskllm4v receipt --since "$$begin"
 
 test: lint
 	python -m pytest -n 2 --dist loadfile

@@ -8,7 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from maskllm4v.cli import export, options, prune, sample, shrink, train, update, validate, verify
+from maskllm4v.cli import export, options, prune, receipt, sample, shrink, train, update, validate, verify
 from maskllm4v.config import PARAMS, Experiment, load_experiment
 from maskllm4v.errors import ConfigError, UserError
 from maskllm4v.files import write_text
@@ -78,7 +78,7 @@ def main() -> None:
             )
         if command is use:
             sub.add_argument("experiment", help="name of a file in experiments/, without .yaml")
-    for step in (prune, train, update, validate, sample, shrink, export, verify):
+    for step in (prune, train, update, validate, sample, shrink, export, verify, receipt):
         name, text = step.__name__.rpartition(".")[2], step.__doc__ or ""
         sub = commands.add_parser(name, help=text.partition("\n")[0], description=text, allow_abbrev=False)
         step.add_arguments(sub)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 from maskllm4v.config import Experiment
@@ -11,13 +12,14 @@ from maskllm4v.files import read_json, write_json
 from maskllm4v.layout import origin_file
 from maskllm4v.processes import is_main, world_size
 
-PINNED = "x86-64 CPU, pinned kernels, one thread"
+PINNED = "x86-64 CPU, pinned kernels, one thread"  # of an exact run: the CPU's name would make records differ
 
 
 def where(experiment: Experiment) -> dict[str, Any]:
-    """Hardware and number of processes of this run; for exact ones, whose records are the same everywhere, the pin."""
-    found = PINNED if experiment.exact else hardware(pick_device(experiment.runtime.device))
-    return {"hardware": found, "world_size": world_size()}
+    """Hardware and number of processes of this run; of an exact one what it was held to (see :data:`PINNED`)."""
+    device = pick_device(experiment.runtime.device)
+    pinned = experiment.exact and device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    return {"hardware": PINNED if pinned else hardware(device), "world_size": world_size()}
 
 
 def write_origin(experiment: Experiment, row: str) -> None:

@@ -57,7 +57,7 @@ def build_record(
         summaries: by seed: the original's JSON object; empty for tasks that the original has not.
         inputs: digests of what was evaluated.
         parameters: counts: of the dense model, kept after pruning, of logits.
-        made, evaluated: hardware and number of processes (for exact runs, where they may run).
+        made, evaluated: hardware and number of processes (for exact runs what they were held to).
     """
     return {
         "format": FORMAT,

@@ -40,7 +40,8 @@ def project(table: str) -> Iterator[Path]:
         for item in PROJECT:
             copy = shutil.copytree if (ROOT / item).is_dir() else shutil.copy
             copy(ROOT / item, folder / item)
-        (folder / "reports" / "benchmarks").mkdir(parents=True)
+        for name in ("benchmarks", "receipts"):
+            (folder / "reports" / name).mkdir(parents=True)
         (folder / "README.md").write_text(f"<!-- {table} -->\n<!-- /{table} -->\n")
         yield folder
 

@@ -75,7 +75,8 @@ def params() -> Params:
 
 def project(folder: Path, settings: Params) -> Path:
     (folder / "experiments").mkdir(parents=True)
-    (folder / "reports" / "benchmarks").mkdir(parents=True)
+    for name in ("benchmarks", "receipts"):
+        (folder / "reports" / name).mkdir(parents=True)
     (folder / "README.md").write_text("<!-- small -->\n<!-- /small -->\n")
     write_params(folder, settings)
     return folder

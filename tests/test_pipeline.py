@@ -56,7 +56,8 @@ def new_project(folder: Path, params: Params) -> Path:
     for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "experiments").mkdir()
-    (folder / "reports" / "benchmarks").mkdir(parents=True)  # none ran
+    for name in ("benchmarks", "receipts"):  # none ran
+        (folder / "reports" / name).mkdir(parents=True)
     (folder / "README.md").write_text("<!-- small -->\n<!-- /small -->\n")
     write_params(folder, params)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True, env=ENVIRONMENT)

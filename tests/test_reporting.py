@@ -140,7 +140,9 @@ def test_caption_names_all_machines(tmp_path: Path) -> None:
     text = caption(loose, CLASSIFICATION, records)
     assert "Hardware: a machine; another one: a recording of that machine." in text
     assert "Mean ± standard deviation over 3 seeds;" in text
-    assert "bit-identical there" in caption(DIGITS, CLASSIFICATION, records)
+    assert "Hardware: a machine; another one. accelerate" in caption(DIGITS, CLASSIFICATION, records)
+    where = caption(DIGITS, CLASSIFICATION, records, reproduced="reproduced on Mars")
+    assert "Hardware: a machine; another one: reproduced on Mars. accelerate" in where
 
 
 def test_stable_orders_of_the_table(experiment: Experiment) -> None:

@@ -48,7 +48,8 @@ def by_lr(project: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_experiments_stand_beside_the_workspace(tmp_path: Path) -> None:
     project = new_project(tmp_path, params())
-    (project / "reports/benchmarks/.gitkeep").touch()  # a copy has what git has
+    for name in ("benchmarks", "receipts"):
+        (project / f"reports/{name}/.gitkeep").touch()  # a copy has what git has
     done = run(project, "dvc", "repro")
     assert done.returncode == 0, done.stderr
     git(project, "add", "-A")

@@ -1,9 +1,9 @@
-"""The pin under which CPU runs are bit-identical on every x86-64 machine with AVX2.
+"""The pin that exact CPU runs are held to. Its aim: bits that do not depend on the CPU, an x86-64 with AVX2.
 
 Libraries choose their kernels by the CPU they find, and sums in another order give other bits. The pin
 holds them all to one choice. It has to be set before numpy or torch is imported, which is why stages
-enter this module first; it imports neither. The README says on which CPUs that was tried. Matrix products cost
-about 3x under it.
+enter this module first; it imports neither. Receipts (reports/receipts/) say on which CPUs that was tried.
+Matrix products cost about 3x under it.
 """
 
 from __future__ import annotations

@@ -20,11 +20,14 @@ from maskllm4v.reporting.page import PAGE, index_page, table_page
 from maskllm4v.reporting.paired import paired_sections
 from maskllm4v.reporting.performance import performance_markdown
 from maskllm4v.reporting.readme import splice
+from maskllm4v.reporting.receipts import claim, receipts_markdown, reproduced_markdown
 from maskllm4v.reporting.tables import caption, metrics_json, results_csv, results_markdown
 
 PUBLISHED = "published"  # the README section with the original's table
 PERFORMANCE = "performance"  # the one with the benchmarks of training and pruning
 DEPLOYMENT = "deployment"  # the one with sizes and speeds of what was exported
+RECEIPTS = "receipts"  # the one with the CPUs on which tables were reproduced
+REPRODUCED = "reproduced"  # the claim at the head, from the same receipts
 FINDINGS = Path("docs/findings.md")
 
 
@@ -59,7 +62,8 @@ def table_texts(experiment: Experiment, reports: Path) -> dict[str, str]:
     records = current_records(experiment, reports)
     table = aggregate(experiment, records, row_costs(experiment.table, reports))
     metrics = METRICS[experiment.task.name]
-    text = caption(experiment, metrics, records, cost_caption(experiment.table, reports))
+    cost, reproduced = cost_caption(experiment.table, reports), claim(experiment, reports)
+    text = caption(experiment, metrics, records, cost, reproduced)
     return {
         "table.md": results_markdown(table, metrics) + "\n" + text,
         "table.csv": results_csv(table, metrics),
@@ -78,12 +82,15 @@ def page_text(experiment: Experiment, reports: Path, files: Mapping[str, Experim
 def readme_sections(root: Path) -> dict[str, str]:
     """The README's generated sections by marker name."""
     reports = root / "reports"
-    sections = {table: table_texts(e, reports)["table.md"] for table, e in experiments(root).items()}
+    known = experiments(root)
+    sections = {table: table_texts(e, reports)["table.md"] for table, e in known.items()}
     return {
         **sections,
         PUBLISHED: comparison_markdown(reports),
         PERFORMANCE: performance_markdown(reports),
         DEPLOYMENT: deployment_markdown(reports),
+        RECEIPTS: receipts_markdown(known, reports),
+        REPRODUCED: reproduced_markdown(known, reports),
     }
 
 

@@ -79,19 +79,35 @@ def lead(experiment: Experiment, metrics: TaskMetrics) -> str:
     return f"{experiment.title}. {spread}; Δ is the paired difference of {metrics.headline.in_sentences} {to_dense}"
 
 
-def caption(experiment: Experiment, metrics: TaskMetrics, records: dict[str, dict[str, Any]], cost: str = "") -> str:
-    """What the numbers are: seeds, hardware, versions, settings that apply to all rows; ``cost``: what costs are."""
+def caption(
+    experiment: Experiment,
+    metrics: TaskMetrics,
+    records: dict[str, dict[str, Any]],
+    cost: str = "",
+    reproduced: str = "",
+) -> str:
+    """What the numbers are: seeds, hardware, versions, settings that apply to all rows.
+
+    Args:
+        experiment: whose table it is.
+        metrics: of its task.
+        records: its current ones, by row.
+        cost: what costs are, as a sentence.
+        reproduced: where an exact table came out the same, as receipts say; empty if nowhere.
+    """
     if not records:
         return "Not measured yet.\n"
     first = next(iter(records.values()))
     hardware = sorted({record[what]["hardware"] for record in records.values() for what in ("made", "evaluated")})
     versions = ", ".join(f"{name} {release}" for name, release in first["versions"].items())
-    claim = "bit-identical there in the locked environment" if experiment.exact else "a recording of that machine"
+    claims = [f"Hardware: {'; '.join(hardware)}", reproduced]
+    if not experiment.exact:
+        claims[-1] = "a recording of that machine"
     said = [*metrics.captions, *_facts(metrics, records.get(experiment.dense.row))]
     leaks = f"**{LEAKS}** (as the original does). " if experiment.data.calibration_split == "test" else ""
     return (
         f"*{'; '.join([lead(experiment, metrics), *said])}. {leaks}"
-        f"Hardware: {'; '.join(hardware)}: {claim}. {versions}.{f' {cost}' if cost else ''}*\n"
+        f"{': '.join(filter(None, claims))}. {versions}.{f' {cost}' if cost else ''}*\n"
     )
 
 

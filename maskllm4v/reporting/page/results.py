@@ -15,6 +15,7 @@ from maskllm4v.metrics import METRICS, TaskMetrics
 from maskllm4v.reporting.aggregate import aggregate, current_records
 from maskllm4v.reporting.costs import cost_caption, row_costs
 from maskllm4v.reporting.figures.labels import row_labels
+from maskllm4v.reporting.receipts import claim
 from maskllm4v.reporting.tables import caption
 
 KINDS = {
@@ -73,7 +74,7 @@ class Results:
     def caption(self) -> str:
         """The table's, without the marks of Markdown."""
         cost = cost_caption(self.experiment.table, self.reports)
-        text = caption(self.experiment, self.metrics, self.records, cost)
+        text = caption(self.experiment, self.metrics, self.records, cost, claim(self.experiment, self.reports))
         return text.strip().strip("*").replace("**", "").replace("`", "")
 
     def kind(self, row: str) -> str:

@@ -1,0 +1,395 @@
+"""Receipts of a checkout: which rows came out as committed, what of the others did not, and what is said of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_records import DIGITS, make_records
+from receipt_project import (
+    EPYC,
+    WANDA,
+    change_metric,
+    change_record,
+    commit,
+    git,
+    make_checkout,
+    run_stages,
+    snapshot,
+    write_lock,
+)
+
+from maskllm4v.config import Experiment, load_experiment
+from maskllm4v.errors import UserError
+from maskllm4v.layout import curve_file, layers_file, record_file, run_folder
+from maskllm4v.receipts import CPU, Receipt, Row, build_receipt
+from maskllm4v.receipts.rows import results_digest, results_here, row_digest, table_files
+from maskllm4v.receipts.text import duration, verdict
+from maskllm4v.records import run_digest
+
+LOOSE = DIGITS.model_copy(update={"exact": False})
+RESULTS = Path("reports/digits/runs")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkout(tmp_path_factory.mktemp("base") / "checkout")
+
+
+@pytest.fixture
+def here(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("MKL_CBWR", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    return shutil.copytree(base, tmp_path / "checkout")
+
+
+def receipt(folder: Path, experiment: Experiment = DIGITS, **known: Any) -> Receipt:
+    return build_receipt(folder, experiment, **{"cpu": EPYC, **known})
+
+
+def said(found: Receipt, width: int = 80) -> str:
+    return "\n".join(verdict(found, width))
+
+
+def first_line(found: Receipt) -> str:
+    return said(found, 1000).splitlines()[0]
+
+
+# Rows
+
+
+def test_equal_rows(here: Path) -> None:
+    found = receipt(here)
+    assert found.agrees
+    assert found.complete
+    assert list(found.rows) == list(DIGITS.rows)
+    row = found.rows[WANDA]
+    assert row.here == row.committed == run_digest(here / RESULTS / WANDA)
+    assert row.artifacts == {f"artifacts/{WANDA}": f"{WANDA}.dir"}
+    assert (row.ran, row.differences, row.differing) == (["prior", "evaluate"], [], [])
+    assert row.metrics["1"]["top1"] == 83.5
+    assert first_line(found) == "✔ digits: all 25 rows are equal to the committed ones, to the last bit"
+
+
+def test_digests_are_those_of_records(here: Path) -> None:
+    """What git gives and what lies in folders has one digest, and what is rendered from it has no part in it."""
+    files = table_files(here, DIGITS)
+    folder = f"{RESULTS.as_posix()}/{WANDA}/"
+    own = {name.removeprefix(folder): content for name, content in files.items() if name.startswith(folder)}
+    assert row_digest(own) == run_digest(here / RESULTS / WANDA)
+    assert row_digest({}) is None
+    before = results_digest(DIGITS, files)
+    assert before == results_here(DIGITS, here / "reports") == receipt(here).results
+    (here / "reports" / "digits" / "table.md").write_text("rendered")
+    (here / "README.md").write_text("rendered")
+    assert results_here(DIGITS, here / "reports") == before
+    change_metric(here, top1=1.0)
+    assert results_here(DIGITS, here / "reports") != before
+    assert receipt(here).results == before  # the commit's
+    shutil.rmtree(here / RESULTS)
+    assert results_here(DIGITS, here / "reports") is None
+
+
+def test_metrics_that_differ(here: Path) -> None:
+    change_metric(here, seed=0, top1=82.0004)
+    change_metric(here, seed=2, nll=0.5211)
+    found = receipt(here)
+    row = found.rows[WANDA]
+    assert (row.verdict, found.named("differs")) == ("differs", [WANDA])
+    told = [(d.metric, d.seed, d.committed, d.here, d.digit) for d in row.differences]
+    assert told == [("top1", 0, 82.0, 82.0004, 6), ("nll", 2, 0.52, 0.5211, 3)]
+    assert row.differing == []  # the record, apart from its metrics
+    assert first_line(found).startswith(
+        "✘ digits: 1 of 25 rows differs from the committed one; 24 of 25 rows are equal"
+    )
+    lines = said(found).splitlines()
+    assert lines[3].split() == ["row", "from", "digit", "metric", "committed", "here"]
+    assert lines[4].split() == [WANDA, "3rd", "nll/seed2", "0.52", "0.5211", "and", "1", "more"]
+    assert lines[-3].startswith("next: receipt-digits.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "differing"),
+    [
+        ("curves", "curves/seed1.csv"),
+        ("layers", "layers.csv"),
+        ("extra", "picture.png"),
+        ("lost", "layers.csv"),
+        ("weights", "weights or masks"),
+        ("exports", "exported files"),
+        ("versions", "record.json (versions)"),
+        ("inputs", "record.json (inputs)"),
+    ],
+)
+def test_rows_with_equal_metrics_name_what_differs(here: Path, damage: str, differing: str) -> None:
+    row, reports = "digits-maskllm-long-magnitude", here / "reports"
+    match damage:
+        case "curves":
+            curve_file("digits", row, 1, reports).write_text("step,loss\n0,1\n")
+        case "layers":
+            layers_file("digits", row, reports).write_text("seed,layer\n0,head\n")
+        case "extra":
+            (record_file("digits", row, reports).parent / "picture.png").write_bytes(b"x")
+        case "lost":
+            layers_file("digits", row, reports).unlink()
+        case "weights":
+            write_lock(here, DIGITS, digits_maskllm_long_magnitude="other.dir")
+        case "exports":
+            lock = (here / "dvc.lock").read_text()
+            (here / "dvc.lock").write_text(lock.replace("0e0e.dir", "0f0f.dir"))
+        case "versions":
+            change_record(here, row, lambda record: record["versions"].update(torch="2.0"))
+        case "inputs":
+            change_record(here, row, lambda record: record["inputs"].update(manifest="other"))
+    found = receipt(here)
+    assert found.named("differs") == [row]
+    assert f"  {row}  metrics equal; not equal: {differing}\n" in said(found)
+
+
+def test_long_lists_are_cut(here: Path) -> None:
+    for row in DIGITS.rows:
+        change_metric(here, row, top1=1.0)
+    lines = said(receipt(here)).splitlines()
+    assert lines[0] == "✘ digits: 25 of 25 rows differ from the committed ones"
+    assert "  and 13 more rows" in lines
+    for name in ("a.csv", "b.csv", "c|<d>.csv"):
+        (here / RESULTS / WANDA / name).write_text("x")
+    change_metric(here, top1=83.5)
+    found = receipt(here)
+    assert found.rows[WANDA].differing == ["a.csv", "b.csv", "c??d?.csv"]
+    assert "not equal: a.csv, b.csv and 1 more" in said(found)
+
+
+def test_rows_that_are_not_made(here: Path) -> None:
+    shutil.rmtree(here / RESULTS / WANDA)
+    found = receipt(here)
+    assert (found.rows[WANDA].verdict, found.rows[WANDA].here) == ("not made", None)
+    assert found.rows[WANDA].committed is not None
+    assert first_line(found) == "– digits: 1 of 25 rows is not made yet; 24 of 25 rows are equal"
+    assert f"  {WANDA}  not made" in said(found)
+    shutil.rmtree(here / RESULTS)
+    found = receipt(here)
+    assert first_line(found) == "– digits: no row is made yet"
+    assert said(found).splitlines()[-1] == "next: make repro  make the table"
+    assert WANDA not in said(found)
+
+
+def test_record_of_other_settings_is_not_made_or_says_so(here: Path) -> None:
+    raw = DIGITS.model_dump()
+    raw["priors"][WANDA]["propagate"] = "pruned"
+    changed = Experiment.model_validate(raw)
+    assert receipt(here, changed).named("not made") == [WANDA]  # what lies here is of the settings before
+    make_records(changed, here / "reports")
+    found = receipt(here, changed)
+    assert found.named("other settings") == [WANDA]
+    assert found.rows[WANDA].differences == []
+    assert first_line(found).startswith("– digits: 1 of 25 rows has other settings than the committed one; 24 of")
+
+
+def test_table_and_rows_that_are_not_committed(here: Path) -> None:
+    pets = Experiment.model_validate({**DIGITS.model_dump(), "table": "pets"})
+    make_records(pets, here / "reports")
+    found = receipt(here, pets)
+    assert set(found.named("not committed")) == set(pets.rows)
+    assert (found.results, found.agrees) == (None, False)
+    assert first_line(found) == "– pets: 25 of 25 rows are made; this table is in no commit yet"
+    git(here, "rm", "-rq", "--cached", f"{RESULTS}/{WANDA}")
+    git(here, "commit", "-qm", "one row less")
+    found = receipt(here)
+    assert first_line(found) == "– digits: 1 of 25 rows is in no commit yet; 24 of 25 rows are equal"
+
+
+def test_recordings_may_differ(tmp_path: Path) -> None:
+    here = make_checkout(tmp_path / "loose", LOOSE)
+    assert first_line(receipt(here, LOOSE)).startswith("✔ digits: all 25 rows are equal")
+    change_metric(here, top1=83.4)
+    line = first_line(receipt(here, LOOSE))
+    assert line.startswith(
+        "≈ digits: 1 of 25 rows differs from the committed one, as is expected of a recording (exact:"
+    )
+    assert "compare within error bars" in line
+
+
+@pytest.mark.parametrize("path", ["record", "lock", "metrics"])
+def test_damaged_results_are_named(here: Path, path: str) -> None:
+    record = record_file("digits", WANDA, here / "reports")
+    if path == "lock":
+        (here / "dvc.lock").write_text("stages: [<<<<<<< HEAD")
+    elif path == "record":
+        record.write_text('{"half":')
+    else:
+        change_metric(here, top1="many")  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match="dvc.lock is damaged" if path == "lock" else rf"{WANDA}.*record.json is damaged"
+    ):
+        receipt(here)
+
+
+def test_damage_in_the_commit_is_a_difference(here: Path) -> None:
+    record = record_file("digits", WANDA, here / "reports")
+    whole = record.read_bytes()
+    record.write_text("{")
+    commit(here)
+    record.write_bytes(whole)
+    assert receipt(here).rows[WANDA].differing == ["evaluation/record.json: missing in the commit"]
+
+
+# What ran
+
+
+def test_rows_that_did_not_run_are_not_said_to_be_reproduced(here: Path) -> None:
+    shutil.rmtree(here / ".cache")
+    found = receipt(here)
+    assert (found.agrees, found.complete) == (True, False)
+    assert first_line(found) == "– digits: all 25 rows are as committed, but none was computed on this machine"
+    run_stages(here, DIGITS, "evaluate", "update")
+    text = said(receipt(here), 1000)
+    assert text.startswith("✔ digits: all 25 rows are equal")
+    updated = len(DIGITS.updated)
+    assert f"note: {updated} of 25 rows were not computed on this machine: DVC found them made" in text
+    assert f"note: {25 - updated} of 25 rows came out equal and so were not measured again" in text
+
+
+def test_seconds_and_stages(here: Path) -> None:
+    begin = time.time() - 612
+    found = receipt(here, begin=begin)
+    stages = sum(1 for _ in (here / ".cache/timings").iterdir())
+    assert found.seconds == pytest.approx(612, abs=60)
+    assert found.stages == stages
+    assert f", in 10 min {(found.seconds or 0) - 600:.0f} s ({stages} stages run)" in said(found, 1000)
+    for path in (here / ".cache/timings").iterdir():
+        os.utime(path, (begin - 1, begin - 1))
+    assert "(nothing had to run: DVC found everything made)" in said(receipt(here, begin=begin), 1000)
+    os.utime(here / f".cache/timings/prior@{WANDA}.json")
+    assert "(1 stage run)" in said(receipt(here, begin=begin), 1000)
+    assert receipt(here, begin=time.time() + 99).seconds == 0  # a clock that was set back
+    assert " in " not in said(receipt(here)).splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (612, "10 min 12 s"), (3599.7, "1 h 0 min"), (7380, "2 h 3 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+# Where there is nothing to compare with
+
+
+@pytest.mark.parametrize(
+    ("without", "why"),
+    [
+        ("git", "git is not installed"),
+        ("checkout", "this is no git checkout"),
+        ("commit", "this checkout has no commit yet"),
+        ("folder", "this folder is in no commit"),
+    ],
+)
+def test_without_a_commit(here: Path, without: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if without == "git":
+        monkeypatch.setenv("PATH", str(here / "bin"))
+    else:
+        shutil.rmtree(here / ".git")
+    if without == "commit":
+        git(here, "init", "-q")
+    if without == "folder":  # inside somebody's own repository
+        git(here.parent, "init", "-q")
+        git(here.parent, "commit", "-qm", "nothing", "--allow-empty")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(here.parent.parent))
+    found = receipt(here)
+    assert (found.commit, found.clean, found.results) == (None, None, None)
+    assert found.named("not committed") == list(DIGITS.rows)
+    assert found.warnings == [f"no commit to compare with: {why}"]
+    assert first_line(found) == "– digits: 25 of 25 rows are made; there is nothing to compare with"
+
+
+def test_checkout_inside_a_larger_one(base: Path, tmp_path: Path) -> None:
+    inner = shutil.copytree(base, tmp_path / "all" / "of" / "it", ignore=shutil.ignore_patterns(".git"))
+    git(tmp_path / "all", "init", "-q")
+    commit(tmp_path / "all")
+    (tmp_path / "all" / "else.py").write_text("changed beside it")
+    found = receipt(inner)
+    assert found.agrees
+    assert found.clean
+    (inner / "maskllm4v" / "code.py").write_text("two\n")
+    assert not receipt(inner).clean
+
+
+# Whether code and settings are the commit's
+
+
+@pytest.mark.parametrize(
+    ("path", "clean"),
+    [
+        ("reports/digits/runs/x.json", True),
+        ("README.md", True),
+        ("dvc.lock", True),
+        ("notes.txt", True),
+        ("maskllm4v/new.py", False),
+        ("maskllm4v/code.py", False),
+        ("experiments/digits.yaml", False),
+        ("requirements.lock", False),
+    ],
+)
+def test_clean_tree(here: Path, path: str, clean: bool) -> None:
+    assert receipt(here).clean
+    with (here / path).open("a") as stream:
+        stream.write("# changed\n")
+    assert receipt(here).clean is clean
+
+
+def test_deleted_and_renamed_code_is_a_change(here: Path) -> None:
+    git(here, "mv", "maskllm4v/code.py", "maskllm4v/other.py")
+    assert not receipt(here).clean
+
+
+def test_params_may_hold_any_committed_experiment(here: Path) -> None:
+    other = (here / "experiments" / "dit_digits.yaml").read_text()
+    (here / "params.yaml").write_text(other.replace("seed_processes: 0", "seed_processes: 1"))  # changes no result
+    assert other.replace("seed_processes: 0", "seed_processes: 1") != other
+    experiment = load_experiment(here / "params.yaml")
+    assert receipt(here, experiment).clean
+    (here / "params.yaml").write_text(other.replace("seeds: [0, 1, 2]", "seeds: [0, 1]"))
+    assert not receipt(here, load_experiment(here / "params.yaml")).clean
+
+
+# The rest
+
+
+def test_a_receipt_changes_nothing(here: Path) -> None:
+    before = snapshot(here)
+    index = (here / ".git" / "index").read_bytes()
+    receipt(here)
+    assert snapshot(here) == before
+    assert (here / ".git" / "index").read_bytes() == index
+
+
+def test_shortened_chains_give_their_own_rows(here: Path) -> None:
+    haswell = CPU(name="Haswell", architecture="x86_64", family=6, model=60, avx2=True)
+    rows = {"train@digits-x": Row.compared("a" * 64, "a" * 64), "dense@digits-dense": Row.compared("b" * 64, "b" * 64)}
+    found = receipt(here, cpu=haswell, emulator="QEMU 7.2", chain="shortened", rows=rows)
+    assert (found.agrees, found.complete, found.cores) == (True, True, None)
+    assert found.results == results_here(DIGITS, here / "reports")
+    assert verdict(found) == [
+        "✔ digits: all 2 rows are equal to those on a real CPU, to the last bit",
+        "  on Haswell (family 6, model 60), emulated by QEMU 7.2",
+    ]
+    rows["dense@digits-dense"] = Row.compared("b" * 64, "c" * 64)
+    found = receipt(here, cpu=haswell, emulator="QEMU 7.2", chain="shortened", rows=rows)
+    assert found.named("differs") == ["dense@digits-dense"]
+    assert "dense@digits-dense  other results" in said(found)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_prose_fits_the_terminal(here: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MKL_CBWR", "AVX2")
+    shutil.rmtree(here / RESULTS / WANDA)
+    lines = verdict(receipt(here, begin=0.0), width)
+    prose = [line for line in lines if not line.startswith(("next:", "      "))]
+    assert max(map(len, prose)) <= width
+    assert run_folder("digits", WANDA).as_posix() == f"{RESULTS}/{WANDA}"
