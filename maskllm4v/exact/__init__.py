@@ -3,7 +3,7 @@
 Libraries choose their kernels by the CPU they find, and sums in another order give other bits. The pin
 holds them all to one choice. It has to be set before numpy or torch is imported, which is why stages
 enter this module first; it imports neither. Receipts (reports/receipts/) say on which CPUs that was tried.
-Matrix products cost about 3x under it.
+What differs even so, and MKL's slow products, :mod:`~maskllm4v.exact.portable` replaces.
 """
 
 from __future__ import annotations
