@@ -60,15 +60,15 @@ def plan(clone: Path, named: Sequence[str] = (), *, stale: bool = False) -> dict
 
 
 def prove(
-    clone: Path, tables: Collection[str], records: Path | None, commands: Mapping[str, Sequence[str]] = COMMANDS
+    clone: Path, tables: Collection[str], commands: Mapping[str, Sequence[str]], records: Path | None
 ) -> list[str]:
     """Prove tables, one after the other; returns what failed, each with the table's name.
 
     Args:
         clone: a clone of the repository, without results that are not committed.
         tables: to run again; other exact ones are only rendered again.
-        records: the repository to write records of reproduced tables into; None renews none.
         commands: :data:`COMMANDS`, or others in a test.
+        records: the repository to write records of reproduced tables into; None renews none.
     """
     failed = []
     active = load_experiment(clone / PARAMS).table
@@ -80,8 +80,9 @@ def prove(
         if not all((succeeds(clone, commands[kind], what), unchanged(clone, what, is_active=table == active))):
             failed.append(what)
             continue
-        print(f"{what}: every committed byte was reproduced, in {time.monotonic() - begin:.0f} s")
-        if records is not None and kind == "proof":
+        if kind == "proof":
+            print(f"{what}: every committed byte was reproduced, in {time.monotonic() - begin:.0f} s")
+        if kind == "proof" and records is not None:
             print(f"renewed {write_record(records, table, current_state(clone, file))}; commit it")
     print("\ncheck of README, tables and pages")
     if not succeeds(clone, commands["check"], "check"):
@@ -146,7 +147,7 @@ def main() -> None:
                 print(f"  {table}: {tables.get(table, 'not run again, only rendered')}")
             if git(Path(), "status", "--porcelain"):
                 print("uncommitted changes are not part of it")
-            failed = prove(clone, tables, None if arguments.stale else Path())
+            failed = prove(clone, tables, COMMANDS, None if arguments.stale else Path())
     except UserError as error:
         sys.exit(f"proof: {error}")
     if failed:
