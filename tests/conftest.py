@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 import warm_python
+from shared import once
+from small_pipeline import make_small
 from timm.models import VisionTransformer
 from torch import nn
 
@@ -77,3 +79,15 @@ def warm_processes() -> Iterator[None]:
     """Ends the server of warm processes, if a test has started it."""
     yield
     warm_python.session.close()
+
+
+@pytest.fixture(scope="session")
+def small_repro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small digits experiment made by DVC (:func:`small_pipeline.make_small`). One test may go on in ``repro``."""
+    return once(tmp_path_factory, "small", make_small)
+
+
+@pytest.fixture(scope="session")
+def small_project(small_repro: Path) -> Path:
+    """All results of the small digits experiment, to look at, and to copy where they may be changed."""
+    return small_repro / "project"

@@ -14,7 +14,7 @@ import pytest
 from import_graph import ROOT
 from PIL import Image
 from small_diffusion import JUDGE, raw
-from test_pipeline import ENVIRONMENT, digests, write_params
+from small_pipeline import ENVIRONMENT, digests, write_params
 
 from maskllm4v.checkpoints import load_masks
 from maskllm4v.config import load_experiment
