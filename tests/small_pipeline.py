@@ -18,8 +18,7 @@ from maskllm4v.files import file_digest
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "DVC_NO_ANALYTICS": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
+    **warm_python.QUIET,
     "GIT_CONFIG_GLOBAL": "/dev/null",
 }
 Params = dict[str, Any]
@@ -58,7 +57,7 @@ def new_project(folder: Path, params: Params) -> Path:
     (folder / "README.md").write_text("<!-- small -->\n<!-- /small -->\n")
     write_params(folder, params)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True, env=ENVIRONMENT)
-    subprocess.run(["dvc", "init", "-q"], cwd=folder, check=True, env=ENVIRONMENT)
+    run(folder, "dvc", "init", "-q").check_returncode()
     return folder
 
 
@@ -69,7 +68,7 @@ def write_params(folder: Path, params: Params) -> None:
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """A command; the ``python`` that it or DVC calls is a warm one."""
+    """A command; ``dvc`` and the ``python`` that it calls are warm ones."""
     environment = {**ENVIRONMENT, "PATH": f"{warm_python.python().parent}:{ENVIRONMENT['PATH']}"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 

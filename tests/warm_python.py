@@ -30,8 +30,11 @@ FORK = multiprocessing.get_context("fork")
 
 IMPORTED = (
     *("torch", "torchvision", "timm", "timm.data", "timm.optim", "accelerate", "safetensors.torch", "sklearn.datasets"),
-    *("PIL.Image", "pandas", "pydantic", "yaml"),
+    *("PIL.Image", "pandas", "pydantic", "yaml", "jinja2", "matplotlib.figure", "mlflow"),
+    *("mlflow.store.tracking.sqlalchemy_store", "dvc.cli", "dvc.repo.reproduce"),
+    *("onnxscript.function_libs.torch_lib.ops", "torch.onnx._internal.exporter._core"),
 )
+QUIET = {"DVC_NO_ANALYTICS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 CLIENT = """\
 #!{python} -IS
 import json, os, socket, sys
@@ -53,16 +56,19 @@ session = ExitStack()  # closed after the last test: ends the server
 
 @cache
 def python() -> Path:
-    """An executable ``python``, alone in its folder; its server starts with the first call."""
+    """An executable ``python``, in a folder with ``dvc``; its server starts with the first call."""
     from maskllm4v import exact
 
     folder = Path(session.enter_context(TemporaryDirectory(prefix="warm-")))
     program, address = folder / "bin/python", folder / "socket"
     program.parent.mkdir()
     program.write_text(CLIENT.format(python=sys.executable, address=str(address)))
-    program.chmod(0o755)
+    program.with_name("dvc").write_text(f'#!/bin/sh\nexec {program} -m dvc "$@"\n')
+    for path in program.parent.iterdir():
+        path.chmod(0o755)
     command = [sys.executable, __file__, str(address), json.dumps(exact.ENVIRONMENT)]
-    server = session.enter_context(subprocess.Popen(command, env={**os.environ, **exact.ENVIRONMENT}))
+    environment = {**os.environ, **QUIET, **exact.ENVIRONMENT}
+    server = session.enter_context(subprocess.Popen(command, env=environment))
     session.callback(server.terminate)
     while not address.exists():
         assert server.poll() is None, "the server of warm processes did not start"
