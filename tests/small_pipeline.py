@@ -67,14 +67,17 @@ def write_params(folder: Path, params: Params) -> None:
     (folder / "experiments" / "small.yaml").write_text(text)
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command; ``dvc`` and the ``python`` that it calls are warm ones."""
-    environment = {**ENVIRONMENT, "PATH": f"{warm_python.python().parent}:{ENVIRONMENT['PATH']}"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    programs = f"{warm_python.python().parent}:{ENVIRONMENT['PATH']}"
+    env = {**ENVIRONMENT, "PATH": programs, **environment}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
-def stage(folder: Path, name: str, *arguments: str, python: str = "python") -> subprocess.CompletedProcess[str]:
-    return run(folder, python, "-m", f"stages.{name}", *arguments)
+def stage(
+    folder: Path, name: str, *arguments: str, python: str = "python", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return run(folder, python, "-m", f"stages.{name}", *arguments, **environment)
 
 
 def chain(folder: Path) -> None:
