@@ -43,8 +43,6 @@ ALL: list[Step] = [
     ("export", "small-data"),
     ("report",),
 ]
-
-
 # In one interpreter, and not a warm one; each command as its own would run it, but for the imports.
 AFRESH = """
 import json, runpy, sys
