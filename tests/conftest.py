@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import timm
 import torch
+import warm_python
+from shared import once
+from small_pipeline import make_small
 from timm.models import VisionTransformer
 from torch import nn
 
@@ -68,3 +72,22 @@ def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     shutil.copytree(project, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_processes() -> Iterator[None]:
+    """Ends the server of warm processes, if a test has started it."""
+    yield
+    warm_python.session.close()
+
+
+@pytest.fixture(scope="session")
+def small_repro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small digits experiment made by DVC (:func:`small_pipeline.make_small`). One test may go on in ``repro``."""
+    return once(tmp_path_factory, "small", make_small)
+
+
+@pytest.fixture(scope="session")
+def small_project(small_repro: Path) -> Path:
+    """All results of the small digits experiment, to look at, and to copy where they may be changed."""
+    return small_repro / "project"

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from small_pipeline import ENVIRONMENT
 from small_project import until
-from test_pipeline import ENVIRONMENT
 
 
 @dataclass

@@ -26,7 +26,7 @@ import psutil
 import torch
 import yaml
 from import_graph import ROOT
-from test_pipeline import ENVIRONMENT
+from small_pipeline import ENVIRONMENT
 
 from maskllm4v import distributed
 from maskllm4v.files import file_digest

@@ -14,7 +14,8 @@ import pytest
 from import_graph import ROOT
 from PIL import Image
 from small_diffusion import JUDGE, raw
-from test_pipeline import ENVIRONMENT, digests, write_params
+from small_pipeline import digests, stage, write_params
+from small_pipeline import run as command
 
 from maskllm4v.checkpoints import load_masks
 from maskllm4v.config import load_experiment
@@ -42,8 +43,8 @@ ALL: list[Step] = [
     ("export", "small-data"),
     ("report",),
 ]
-# Each command as its own interpreter would run it, but for the imports: they take longer than the work.
-RUNNER = """
+# In one interpreter, and not a warm one; each command as its own would run it, but for the imports.
+AFRESH = """
 import json, runpy, sys
 for stage, *arguments in json.loads(sys.argv[1]):
     sys.argv = [stage, *arguments]
@@ -83,9 +84,12 @@ def project(folder: Path, settings: Params) -> Path:
 
 
 def run(folder: Path, *steps: Step) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", RUNNER, json.dumps(steps)]
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    """Stages one after the other, up to the first that fails; returns the last one."""
+    for name, *arguments in steps:
+        done = stage(folder, name, *arguments, PYTHONPATH=str(ROOT))
+        if done.returncode:
+            break
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,7 @@ def record(folder: Path, row: str) -> dict[str, Any]:
 
 def test_the_same_bytes_again(made: Path, tmp_path: Path) -> None:
     again = project(tmp_path / "elsewhere", params())
-    done = run(again, *ALL)
+    done = command(again, sys.executable, "-c", AFRESH, json.dumps(ALL), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     found = digests(made)
     assert digests(again) == found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pipeline import Params, chain, digests, new_project, run, small_params, stage, write_params
+from small_pipeline import copied, digests, run, small_params, stage, write_params
 
 from maskllm4v.checkpoints import load_dense, load_masks
 from maskllm4v.config import Experiment, load_experiment
@@ -32,23 +32,14 @@ FILES = {
 }
 
 
-def params() -> Params:
-    found = small_params()
-    found |= {"seeds": [3, 5], "finetuned": {}, "exports": {**found["exports"], "small-dense": {"formats": ["dense"]}}}
-    del found["rows"]["small-finetuned"]
-    return found
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    project = new_project(tmp_path_factory.mktemp("made"), params())
-    chain(project)
-    return project
+@pytest.fixture
+def made(small_project: Path) -> Path:
+    return small_project
 
 
 @pytest.fixture
 def here(made: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(made, tmp_path / "elsewhere", ignore=shutil.ignore_patterns(".git", ".dvc"))
+    return copied(made, tmp_path / "elsewhere")
 
 
 @pytest.fixture
@@ -129,7 +120,7 @@ def test_the_same_bytes_elsewhere(made: Path, here: Path) -> None:
     (here / "artifacts/exports" / ROW).mkdir(parents=True)
     (here / "artifacts/exports" / ROW / "of-an-earlier-run.onnx").write_bytes(b"old")
     for row in (ROW, "small-dense"):
-        done = stage(here, "export", row)
+        done = stage(here, "export", row, python=sys.executable)
         assert done.returncode == 0, done.stderr
     assert digests(here) == digests(made)
 
@@ -140,7 +131,7 @@ def test_wrong_rows(here: Path) -> None:
     assert done.stderr == (
         "export small-magnitude: exports names no row 'small-magnitude'; it has small-maskllm, small-dense\n"
     )
-    settings = params()
+    settings = small_params()
     settings["exports"] = {"small-sparsegpt-update": {"formats": ["mask"]}}
     write_params(here, settings)
     done = stage(here, "export", "small-sparsegpt-update")
@@ -155,7 +146,7 @@ def test_wrong_rows(here: Path) -> None:
 
 
 def test_command_takes_rows_of_any_seed(here: Path) -> None:
-    command = (sys.executable, "-m", "maskllm4v", "export", ROW, "--format", "packed")
+    command = ("python", "-m", "maskllm4v", "export", ROW, "--format", "packed")
     for seed, name in ((3, "three"), (5, "five")):
         done = run(here, *command, "--seed-of-row", str(seed), "-o", f"{name}.safetensors")
         assert done.returncode == 0, done.stderr

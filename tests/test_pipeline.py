@@ -2,109 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from import_graph import ROOT
 from PIL import Image
+from small_pipeline import Params, chain, copied, digests, new_project, run, small_params, stage, write_params
 
-from maskllm4v.files import file_digest, read_json
+from maskllm4v.files import read_json
 
 pytestmark = pytest.mark.slow
 
-ENVIRONMENT = {
-    **os.environ,
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "DVC_NO_ANALYTICS": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "GIT_CONFIG_GLOBAL": "/dev/null",
-}
-Params = dict[str, Any]
 
-
-def small_params() -> Params:
-    params: Params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params |= {"table": "small", "seeds": [0, 1]}
-    params["data"]["calibration"] = 16
-    params["dense"] |= {"row": "small-dense", "steps": 12}
-    params["learning"] |= {"log_every": 5}
-    params["priors"] = {
-        "small-magnitude": {"method": "magnitude"},
-        "small-sparsegpt-update": {"method": "sparsegpt", "update_weights": True},
-    }
-    params["learned"] = {"small-maskllm": {"prior": "small-magnitude", "steps": 8}}
-    params["updated"] = {}
-    params["finetuned"] = {"small-finetuned": {"start": "small-magnitude", "steps": 6, "lr": 0.001}}
-    rows = ["small-dense", *params["priors"], *params["learned"], *params["finetuned"]]
-    params["rows"] = {row: row for row in rows}
-    params["exports"] = {"small-maskllm": {"formats": ["packed", "mask", "dense", "onnx"]}}
-    return params
-
-
-def new_project(folder: Path, params: Params) -> Path:
-    """The code, without results, in a git repository of its own."""
-    for name in ("maskllm4v", "stages"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
-        shutil.copy(ROOT / name, folder / name)
-    (folder / "experiments").mkdir()
-    for name in ("benchmarks", "receipts"):  # none ran
-        (folder / "reports" / name).mkdir(parents=True)
-    (folder / "README.md").write_text("<!-- small -->\n<!-- /small -->\n")
-    write_params(folder, params)
-    subprocess.run(["git", "init", "-q"], cwd=folder, check=True, env=ENVIRONMENT)
-    subprocess.run(["dvc", "init", "-q"], cwd=folder, check=True, env=ENVIRONMENT)
-    return folder
-
-
-def write_params(folder: Path, params: Params) -> None:
-    text = yaml.safe_dump(params, sort_keys=False)
-    (folder / "params.yaml").write_text(text)
-    (folder / "experiments" / "small.yaml").write_text(text)
-
-
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-
-
-def stage(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run(folder, sys.executable, "-m", f"stages.{name}", *arguments)
-
-
-def chain(folder: Path) -> None:
-    """All stages but ``track``, in order, without DVC."""
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    steps = [("prepare", params["data"]["name"]), ("dense", params["dense"]["row"])]
-    steps += [("prior", row) for row in params["priors"]] + [("train", row) for row in params["learned"]]
-    steps += [("finetune", row) for row in params["finetuned"]]
-    steps += [("evaluate", row) for row in params["rows"]] + [("export", row) for row in params["exports"]]
-    for name, argument in steps:
-        done = stage(folder, name, argument)
-        assert done.returncode == 0, done.stderr
-    done = stage(folder, "report")
-    assert done.returncode == 0, done.stderr
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Every result, tensors included."""
-    files = [*(folder / "artifacts").rglob("*"), *(folder / "reports").rglob("*"), folder / "README.md"]
-    return {str(path.relative_to(folder)): file_digest(path) for path in files if path.is_file()}
-
-
-def test_dvc_chain(tmp_path: Path) -> None:
+def test_dvc_chain(small_repro: Path) -> None:
     """All runs once, then nothing; one changed setting re-runs its row and what follows, nothing else."""
-    project, params = new_project(tmp_path, small_params()), small_params()
-    first = run(project, "dvc", "repro")
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.count("Running stage '") == 14
+    project, params = small_repro / "repro", small_params()
+    assert (small_repro / "said").read_text().count("Running stage '") == 15
     readme = (project / "README.md").read_text()
     assert readme.count("±") > 10
     assert len(read_json(project / "mlruns/published/small.json")) == 5
@@ -132,34 +48,31 @@ def test_dvc_chain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("runtime", [{"loader_workers": 2}, {"seed_processes": 1}], ids=["workers", "one process"])
-def test_runtime_changes_no_byte(tmp_path: Path, small_results: dict[str, str], runtime: dict[str, int]) -> None:
+def test_runtime_changes_no_byte(tmp_path: Path, small_project: Path, runtime: dict[str, int]) -> None:
     params = small_params()
     params["runtime"] |= runtime
     project = new_project(tmp_path, params)
     chain(project)
-    assert digests(project) == small_results
-
-
-@pytest.fixture(scope="module")
-def small_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    project = new_project(tmp_path_factory.mktemp("small"), small_params())
-    chain(project)
-    return project
-
-
-def test_an_evaluation_leaves_nothing_of_the_one_before(small_project: Path, tmp_path: Path) -> None:
-    project = tmp_path / "project"
-    shutil.copytree(small_project, project, ignore=shutil.ignore_patterns(".git", ".dvc"))
-    folder = project / "reports/small/runs/small-magnitude/evaluation"
-    (folder / "samples.png").write_bytes(b"of an earlier run")
-    assert stage(project, "evaluate", "small-magnitude").returncode == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["layers.csv", "masks.csv", "record.json", "tile.json"]
     assert digests(project) == digests(small_project)
 
 
-@pytest.fixture(scope="module")
-def small_results(small_project: Path) -> dict[str, str]:
-    return digests(small_project)
+def test_fresh_interpreters_change_no_byte(tmp_path: Path, small_project: Path) -> None:
+    """The stages that train, which are forked from a warm process elsewhere in these tests."""
+    project = copied(small_project, tmp_path / "project")
+    for name, row in (("dense", "small-dense"), ("train", "small-maskllm"), ("finetune", "small-finetuned")):
+        shutil.rmtree(project / "artifacts" / row)
+        done = stage(project, name, row, python=sys.executable)
+        assert done.returncode == 0, done.stderr
+    assert digests(project) == digests(small_project)
+
+
+def test_an_evaluation_leaves_nothing_of_the_one_before(small_project: Path, tmp_path: Path) -> None:
+    project = copied(small_project, tmp_path / "project")
+    folder = project / "reports/small/runs/small-magnitude/evaluation"
+    (folder / "samples.png").write_bytes(b"of an earlier run")
+    assert stage(project, "evaluate", "small-magnitude", python=sys.executable).returncode == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["layers.csv", "masks.csv", "record.json", "tile.json"]
+    assert digests(project) == digests(small_project)
 
 
 def test_image_folders_and_a_timm_model(tmp_path: Path) -> None:
@@ -186,7 +99,7 @@ def test_image_folders_and_a_timm_model(tmp_path: Path) -> None:
     project = new_project(tmp_path, params)
     chain(project)
     record = read_json(project / "reports/small/runs/small-maskllm/evaluation/record.json")
-    assert set(record["metrics"]["0"]) == {"top1", "top5", "nll", "ece", "agreement"}
+    assert set(record["metrics"]["3"]) == {"top1", "top5", "nll", "ece", "agreement"}
     assert record["parameters"]["logits"] == 6 * (record["parameters"]["dense"] - record["parameters"]["kept"]) // 2
 
 
@@ -221,11 +134,11 @@ def flip_last_byte(path: str) -> Callable[[Path], None]:
 
 def another_dense(project: Path) -> None:
     shutil.copy(
-        project / "artifacts/small-dense/seed0.safetensors", project / "artifacts/small-dense/seed1.safetensors"
+        project / "artifacts/small-dense/seed3.safetensors", project / "artifacts/small-dense/seed5.safetensors"
     )
 
 
-MAGNITUDE = "artifacts/small-magnitude/seed0.safetensors"
+MAGNITUDE = "artifacts/small-magnitude/seed3.safetensors"
 TRAIN = ("train", "small-maskllm")
 BAD_INPUT = {
     "unknown key": (edit(lambda p: p.update(tabel="x")), TRAIN, "unknown key 'tabel'; did you mean 'table'?"),
@@ -276,8 +189,7 @@ BAD_INPUT = {
 def test_bad_input(kind: str, small_project: Path, tmp_path: Path) -> None:
     """A clear error of a line or two, an exit status, and nothing half-written."""
     damage, arguments, message = BAD_INPUT[kind]
-    project = tmp_path / "project"
-    shutil.copytree(small_project, project, ignore=shutil.ignore_patterns(".git", ".dvc"))
+    project = copied(small_project, tmp_path / "project")
     damage(project)
     before = digests(project)
     done = stage(project, *arguments)

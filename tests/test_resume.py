@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_pipeline import new_project
 from small_project import (
     EVERY,
     LONG,
@@ -38,7 +39,6 @@ from small_project import (
     until,
     write_params,
 )
-from test_pipeline import new_project
 
 from maskllm4v.config import parse_experiment
 from maskllm4v.errors import CheckpointError

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from mlflow_server import runs, server, their_warnings
+from small_pipeline import ENVIRONMENT
 from small_project import copied, ready_project, run_stage, said, tiny_params
-from test_pipeline import ENVIRONMENT
 
 from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.export.writing import folded_row

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from mlflow_server import runs, their_warnings
-from test_pipeline import ENVIRONMENT, Params, new_project, run, small_params
+from small_pipeline import ENVIRONMENT, Params, new_project, run, small_params
 
 from maskllm4v.workspace import has_store, is_copy, main_root
 

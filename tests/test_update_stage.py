@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_pipeline import Params, digests, new_project, run, small_params, stage, write_params
+from small_pipeline import Params, copied, digests, new_project, run, small_params, stage, write_params
 
 from maskllm4v.checkpoints import MaskCheckpoint, load_masks
 from maskllm4v.config import load_experiment
@@ -51,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return project
 
 
-def masks_of(project: Path, row: str, seed: int = 1) -> MaskCheckpoint:
+def masks_of(project: Path, row: str, seed: int = 5) -> MaskCheckpoint:
     return load_masks(project / "artifacts" / f"small-{row}" / f"seed{seed}.safetensors")
 
 
@@ -117,10 +118,10 @@ def test_one_setting_makes_its_row_and_what_follows_again(made: Path, tmp_path: 
 
 
 def test_the_same_bytes_again(made: Path, tmp_path: Path) -> None:
-    project = shutil.copytree(made, tmp_path / "project", ignore=shutil.ignore_patterns(".git", ".dvc"))
+    project = copied(made, tmp_path / "project")
     for row in ("squares", "again"):
         shutil.rmtree(project / "artifacts" / f"small-{row}")
-        done = stage(project, "update", f"small-{row}")
+        done = stage(project, "update", f"small-{row}", python=sys.executable)
         assert done.returncode == 0, done.stderr
     assert digests(project) == digests(made)
 
@@ -148,7 +149,7 @@ BAD_INPUT = {
 @pytest.mark.parametrize("kind", BAD_INPUT)
 def test_bad_input(kind: str, made: Path, tmp_path: Path) -> None:
     row, change, message = BAD_INPUT[kind]
-    project = shutil.copytree(made, tmp_path / "project", ignore=shutil.ignore_patterns(".git", ".dvc"))
+    project = copied(made, tmp_path / "project")
     changed = params()
     change(changed)
     write_params(project, changed)
