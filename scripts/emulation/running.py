@@ -1,0 +1,189 @@
+"""Exact tables cut short, natively and on emulated CPUs: one call of each kind, whose files are compared."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskllm4v.config import Experiment
+from maskllm4v.errors import UserError
+from maskllm4v.files import write_json
+from scripts.emulation.comparing import Difference, differences, digest
+from scripts.emulation.kinds import needed, representatives
+from scripts.emulation.pipeline import Call, calls
+from scripts.emulation.processes import NATIVE, Answer, Worker, last_lines
+from scripts.emulation.worker import LOG
+
+MADE, PROJECT = "made", "project"  # all native artifacts of a table; the folder that a call runs in
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One call on one emulated CPU.
+
+    Attributes:
+        call: what was run.
+        cpu: where.
+        seconds: of CPU that it took there.
+        digest: of all files that the call left, those it read included.
+        differences: from the files that it left natively.
+        fault: why it gave no result, and the last lines that it printed; empty if it did.
+    """
+
+    call: Call
+    cpu: str
+    seconds: float
+    digest: str
+    differences: tuple[Difference, ...] = ()
+    fault: str = ""
+
+    @property
+    def equal(self) -> bool:
+        return not self.fault and not self.differences
+
+    def __str__(self) -> str:
+        verdict = "equal" if self.equal else "FAILED" if self.fault else "DIFFERS"
+        lines = self.fault.splitlines() or map(str, self.differences)
+        return "\n    ".join((f"{verdict:8}{self.cpu:10}{self.seconds:7.1f} s  {self.call}", *lines))
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that was compared.
+
+    Attributes:
+        outcomes: of each call that was run on an emulated CPU.
+        stands_for: for each call of all tables, the one of its kind that was run.
+        kernels: which instructions torch's and NumPy's kernels are of, by CPU, ``"native"`` included.
+        seconds: of CPU in all, by CPU.
+    """
+
+    outcomes: list[Outcome]
+    stands_for: dict[Call, Call]
+    kernels: dict[str, dict[str, str]]
+    seconds: dict[str, float]
+
+    @property
+    def equal(self) -> bool:
+        return all(outcome.equal for outcome in self.outcomes)
+
+    def rows(self, table: str, cpu: str) -> dict[str, list[Outcome]]:
+        """For each row of a table (and its data), the outcomes that speak for its stages on a CPU."""
+        by_call = {outcome.call: outcome for outcome in self.outcomes if outcome.cpu == cpu}
+        found: dict[str, list[Outcome]] = {}
+        for call, run in self.stands_for.items():
+            if call.table == table:
+                found.setdefault(call.key, []).append(by_call[run])
+        return found
+
+
+def emulate(
+    experiments: Mapping[str, Experiment],
+    cpus: Sequence[str],
+    folder: Path,
+    *,
+    root: Path,
+    show: Callable[[str], None] = print,
+) -> Result:
+    """Run one call of each kind natively, then on each CPU from the same inputs, side by side.
+
+    Args:
+        experiments: by table, see :func:`scripts.emulation.shortened.shortened`.
+        cpus: models that QEMU knows, such as ``"Haswell"``.
+        folder: where all runs, one project for each call and CPU; what is in there already may be replaced.
+        root: of the repository.
+        show: is told how each call went.
+
+    Raises:
+        UserError: a stage failed natively, or a process could not be started or was killed.
+    """
+    listed = [call for experiment in experiments.values() for call in calls(experiment, root)]
+    stands_for = representatives(experiments, listed)
+    compared = set(stands_for.values())
+    natively = needed(compared, listed)
+    made: dict[Call, Future[Answer]] = {call: Future() for call in natively}
+    outcomes: list[Outcome] = []
+
+    def on_this_cpu(worker: Worker) -> None:
+        try:
+            worker.wait()
+            for call in natively:
+                project = _project(folder, worker.cpu, call, experiments[call.table])
+                answer = worker.run(project, call)
+                if answer.status:
+                    raise UserError(f"{call}: failed natively\n{_said(project, answer)}")
+                _keep(project, folder, call)
+                made[call].set_result(answer)
+        except BaseException as error:
+            for future in made.values():
+                if not future.done():
+                    future.set_exception(error)
+            raise
+
+    def on_another(worker: Worker) -> None:
+        worker.wait()
+        for call in (call for call in natively if call in compared):
+            modules = made[call].result().modules
+            project = _project(folder, worker.cpu, call, experiments[call.table])
+            answer = worker.run(project, call, modules)
+            found = _outcome(worker.cpu, call, answer, project, _place(folder, NATIVE, call) / PROJECT)
+            outcomes.append(found)
+            show(str(found))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(cpu, root, folder / f"{cpu}.txt")) for cpu in (NATIVE, *cpus)]
+        with ThreadPoolExecutor(len(workers)) as pool:
+            done = [pool.submit(on_this_cpu if worker.cpu == NATIVE else on_another, worker) for worker in workers]
+            for future in done:
+                future.result()
+    return Result(
+        outcomes,
+        stands_for,
+        {worker.cpu: worker.kernels for worker in workers},
+        {worker.cpu: worker.seconds for worker in workers},
+    )
+
+
+def _place(folder: Path, cpu: str, call: Call) -> Path:
+    return folder / cpu / call.table / f"{call.stage}-{call.key}"
+
+
+def _project(folder: Path, cpu: str, call: Call, experiment: Experiment) -> Path:
+    """A new project that holds the parameters and the native artifacts that a call reads, and nothing else."""
+    place = _place(folder, cpu, call)
+    shutil.rmtree(place, ignore_errors=True)
+    project = place / PROJECT
+    write_json(project / "params.yaml", experiment.model_dump(mode="json"))  # JSON is YAML
+    for path in call.inputs:
+        _copy(folder / NATIVE / call.table / MADE / path, project / path)
+    return project
+
+
+def _keep(project: Path, folder: Path, call: Call) -> None:
+    """Keep what a call made, as others' input."""
+    for path in call.outputs:
+        _copy(project / path, folder / NATIVE / call.table / MADE / path)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        shutil.copy(source, target)
+
+
+def _outcome(cpu: str, call: Call, answer: Answer, project: Path, native: Path) -> Outcome:
+    if answer.status:
+        return Outcome(call, cpu, answer.seconds, "", fault=_said(project, answer))
+    return Outcome(call, cpu, answer.seconds, digest(project), tuple(differences(native, project)))
+
+
+def _said(project: Path, answer: Answer) -> str:
+    ended = f"status {answer.status}" if answer.status > 0 else f"signal {-answer.status}"
+    return "\n".join((f"ended with {ended}", *last_lines(project.parent / LOG)))

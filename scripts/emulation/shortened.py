@@ -1,0 +1,71 @@
+"""The exact tables of ``experiments/``, cut to a few steps and samples: all else stays as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from maskllm4v.config import Experiment, load_experiment
+from maskllm4v.config.diffusion import DiffusionSettings
+from maskllm4v.config.reading import parse_experiment
+
+# The most that a setting of this name may be, wherever it stands. Amounts only: what is computed stays the same.
+CAPS = {
+    "steps": 3,  # of trainings and of sampling; the last learning rate and temperature are reached all the same
+    "batch_size": 8,
+    "eval_batch_size": 64,
+    "log_every": 2,
+    "calibration": 12,
+    "conditioning_samples": 12,
+    "samples": 12,
+    "timesteps": 2,
+    "images": 12,
+    "holdout": 12,
+}
+TEST_FRACTION = 0.02  # of the digits, stratified: 36 images
+PICTURES = 4
+# What no emulated CPU writes. ONNX: tracing a graph takes as long as ten trainings, and its weights are those of the other
+# files (when tried, its bytes were equal). fp16: QEMU 7.2 flushes subnormal results of conversions to float16 where
+# others are flushed, as in exact runs; CPUs never do (VCVTPS2PH ignores MXCSR.FTZ).
+UNWRITTEN = ("onnx", "fp16")
+
+
+def exact_tables(root: Path) -> dict[str, Experiment]:
+    """All experiments with ``exact: true``, by their tables' names."""
+    found = [load_experiment(path) for path in sorted((root / "experiments").glob("*.yaml"))]
+    return {experiment.table: experiment for experiment in found if experiment.exact}
+
+
+def shortened(experiment: Experiment) -> Experiment:
+    """The same experiment with one seed and small amounts, see :data:`CAPS`."""
+    whole: dict[str, Any] = experiment.model_dump(mode="json")
+    raw: dict[str, Any] = _capped(whole)
+    raw["seeds"] = raw["seeds"][:1]
+    raw["data"]["test_fraction"] = min(raw["data"]["test_fraction"], TEST_FRACTION)
+    if not isinstance(experiment.task, DiffusionSettings):
+        raw["evaluation"] = whole["evaluation"]  # for diffusion only: an error elsewhere unless it is left alone
+    elif grid := raw["evaluation"]["grid"]:
+        raw["evaluation"]["grid"] = grid[:PICTURES]
+    for export in raw["exports"].values():
+        export["formats"] = [name for name in export["formats"] if name not in UNWRITTEN] or export["formats"]
+        export["dtypes"] = [name for name in export["dtypes"] if name not in UNWRITTEN] or ["fp32"]
+    raw["runtime"] |= {
+        "device": "cpu",
+        "seed_processes": 1,
+        "loader_workers": 0,
+        "checkpoint_minutes": 0,
+        "live": False,
+    }
+    return parse_experiment(raw, f"{experiment.table}, cut short")
+
+
+def _capped(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        if value.get("update") == "none":  # takes no amounts
+            return value
+        if value.get("epochs") is not None:
+            value = {**value, "epochs": None, "steps": CAPS["steps"]}
+        return {name: _capped(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_capped(inner) for inner in value]
+    return min(value, CAPS[key]) if key in CAPS and type(value) is int else value
