@@ -1,6 +1,6 @@
 """Run exact tables again in an empty folder: is every committed byte of them reproduced?
 
-    python -m scripts.prove                all exact tables; renews the records of those that are
+    python -m scripts.prove                all exact tables; renews the records of those that are, and leaves receipts
     python -m scripts.prove dit_digits     some of them
     python -m scripts.prove --stale        the active table, and those whose record does not match; renews nothing
 
@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 
 from maskllm4v.config import PARAMS, load_experiment
 from maskllm4v.errors import UserError
+from maskllm4v.receipts import receipt_file
 from scripts.proof_records import (
     RENDERING,
     current_state,
@@ -32,6 +33,7 @@ from scripts.proof_records import (
 
 COMMANDS: Mapping[str, Sequence[str]] = {  # in the clone, params.yaml naming the table
     "proof": (sys.executable, "-m", "dvc", "repro", "-f"),
+    "receipt": (sys.executable, "-m", "maskllm4v", "receipt", "--since"),  # and when the proof began
     "rendering": (sys.executable, "-m", "stages.report"),
     "check": (sys.executable, "-m", "maskllm4v", "report", "--check"),
 }
@@ -68,7 +70,7 @@ def prove(
         clone: a clone of the repository, without results that are not committed.
         tables: to run again; other exact ones are only rendered again.
         commands: :data:`COMMANDS`, or others in a test.
-        records: the repository to write records of reproduced tables into; None renews none.
+        records: the repository to write records of reproduced tables into, and receipts; None writes none.
     """
     failed = []
     active = load_experiment(clone / PARAMS).table
@@ -77,7 +79,10 @@ def prove(
         what = f"{kind} of {table}"
         print(f"\n{what}")
         shutil.copyfile(file, clone / PARAMS)
-        if not all((succeeds(clone, commands[kind], what), unchanged(clone, what, is_active=table == active))):
+        done, since = succeeds(clone, commands[kind], what), str(time.time() - (time.monotonic() - begin))
+        if kind == "proof" and records is not None and succeeds(clone, (*commands["receipt"], since), "receipt"):
+            shutil.copy(receipt_file(clone, table), receipt_file(records, table))  # what came out, equal or not
+        if not all((done, unchanged(clone, what, is_active=table == active))):
             failed.append(what)
             continue
         if kind == "proof":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,14 @@ stages:
     deps:
     - path: reports/digits/runs
 """
-NOTHING = {"proof": ("true",), "rendering": ("true",), "check": ("true",)}
+ACTIVE = "set -- $(sed -n 's/^table: //p' params.yaml); "
+RECEIPT = ("sh", "-ec", f'since="$0"; {ACTIVE} echo "$since" > "receipt-$1.json"')  # when the proof began is added
+NOTHING = {"proof": ("true",), "receipt": RECEIPT, "rendering": ("true",), "check": ("true",)}
 
 
 def in_shell(**commands: str) -> dict[str, tuple[str, ...]]:
     """Commands in place of DVC and of rendering; ``$1`` in them is the active table."""
-    active = "set -- $(sed -n 's/^table: //p' params.yaml); "
-    return {**NOTHING, **{kind: ("sh", "-ec", active + text) for kind, text in commands.items()}}
+    return {**NOTHING, **{kind: ("sh", "-ec", ACTIVE + text) for kind, text in commands.items()}}
 
 
 def commit(folder: Path) -> None:
@@ -98,6 +100,17 @@ def test_ci_proves_the_active_table_and_the_stale_ones(root: Path) -> None:
 
 
 # Proofs
+
+
+def test_receipts_are_left_of_what_was_proved_equal_or_not(root: Path, clone: Path) -> None:
+    begin = time.time()
+    changed = in_shell(proof='echo 2 > "reports/$1/runs/row/record.json"')
+    assert prove.prove(clone, ["dit_digits"], changed, root)
+    assert [path.name for path in root.glob("receipt-*.json")] == ["receipt-dit_digits.json"]
+    assert begin - 1 < float((root / "receipt-dit_digits.json").read_text()) < time.time() + 1
+    (root / "receipt-dit_digits.json").unlink()
+    prove.prove(clone, ["dit_digits"], NOTHING, None)
+    assert not list(root.glob("receipt-*.json"))
 
 
 def test_reproduced_tables_get_records_of_the_commit(root: Path, clone: Path) -> None:

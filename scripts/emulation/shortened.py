@@ -24,9 +24,9 @@ CAPS = {
 }
 TEST_FRACTION = 0.02  # of the digits, stratified: 36 images
 PICTURES = 4
-# What no emulated CPU writes. ONNX: tracing a graph takes as long as ten trainings, and its weights are those of the other
-# files (when tried, its bytes were equal). fp16: QEMU 7.2 flushes subnormal results of conversions to float16 where
-# others are flushed, as in exact runs; CPUs never do (VCVTPS2PH ignores MXCSR.FTZ).
+# What no emulated CPU writes. ONNX: tracing a graph takes as long as ten trainings, and its weights are those of the
+# other files (when tried, its bytes were equal). fp16: QEMU 7.2 flushes subnormal results of conversions to float16
+# where others are flushed, as in exact runs; CPUs never do (VCVTPS2PH ignores MXCSR.FTZ).
 UNWRITTEN = ("onnx", "fp16")
 
 

@@ -42,7 +42,9 @@ def main() -> None:
         asked = json.loads(line)
         preload(asked.pop("modules"))
         if started := threads() - before:
-            raise RuntimeError(f"threads {sorted(started)} before {asked}: forked processes lack them, and crash in QEMU")
+            raise RuntimeError(
+                f"threads {sorted(started)} before {asked}: forked processes lack them, and crash in QEMU"
+            )
         print(json.dumps(answer(**asked)), file=answers, flush=True)
 
 
