@@ -288,11 +288,16 @@ def test_durations(seconds: float, text: str) -> None:
         ("checkout", "this is no git checkout"),
         ("commit", "this checkout has no commit yet"),
         ("folder", "this folder is in no commit"),
+        ("tree", "git cannot read the commit"),
+        ("file", "git cannot read the commit"),
     ],
 )
 def test_without_a_commit(here: Path, without: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if without == "git":
         monkeypatch.setenv("PATH", str(here / "bin"))
+    elif without in ("tree", "file"):  # a damaged repository
+        lost = git(here, "rev-parse", "HEAD^{tree}" if without == "tree" else "HEAD:dvc.lock").strip()
+        (here / ".git" / "objects" / lost[:2] / lost[2:]).unlink()
     else:
         shutil.rmtree(here / ".git")
     if without == "commit":

@@ -303,7 +303,7 @@ def test_report_writes_the_committed_bytes(tmp_path: Path) -> None:
     for name in ("params.yaml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
-    for runs in [*REPORTS.glob("*/runs"), REPORTS / "benchmarks"]:  # the README shows all tables
+    for runs in [*REPORTS.glob("*/runs"), REPORTS / "benchmarks", REPORTS / "receipts"]:  # the README shows all tables
         shutil.copytree(runs, tmp_path / runs.relative_to(ROOT))
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-m", "stages.report"], cwd=tmp_path, check=True, env=environment)

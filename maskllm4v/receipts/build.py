@@ -48,10 +48,8 @@ def build_receipt(
         UserError: a record or ``dvc.lock`` is damaged.
     """
     cpu = cpu or read_cpu()
-    commit, why = _commit(root)
-    committed = None if commit is None else commit.files(LOCK, f"{REPORTS}/{experiment.table}/runs")
+    commit, committed, clean, why = _committed(root, experiment)
     packages, settings = unlocked(root), exported(os.environ)
-    clean = None if commit is None else not _changed(root, experiment, commit)
     versions = package_versions(experiment.task.name)
     return Receipt(
         table=experiment.table,
@@ -105,12 +103,14 @@ def published_experiments(root: Path) -> list[Experiment]:
     return [load_experiment(path) for path in sorted((root / "experiments").glob("*.yaml"))]
 
 
-def _commit(root: Path) -> tuple[Commit | None, str]:
-    """The commit, or why there is none."""
+def _committed(root: Path, experiment: Experiment) -> tuple[Commit | None, dict[str, bytes] | None, bool | None, str]:
+    """The commit, its files of a table, whether code and settings are its; or None each, and why."""
     try:
-        return find_commit(root), ""
+        commit = find_commit(root)
+        files = commit.files(LOCK, f"{REPORTS}/{experiment.table}/runs")
+        return commit, files, not _changed(root, experiment, commit), ""
     except NoCommitError as error:
-        return None, str(error)
+        return None, None, None, str(error)
 
 
 def _changed(root: Path, experiment: Experiment, commit: Commit) -> list[str]:

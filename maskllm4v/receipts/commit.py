@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 WRITTEN = ("reports/", "dvc.lock", "README.md", "docs/findings.md")  # by the pipeline: these may differ
+UNREADABLE = "git cannot read the commit"
 CODE = ("maskllm4v/", "stages/", "experiments/")  # where a file that git does not know could matter, too
 
 
@@ -39,6 +39,8 @@ class Commit:
         place = 0
         for name in names:  # "<id> blob <size>\n<content>\n", one after the other
             end = contents.index(b"\n", place)
+            if contents[place:end].endswith(b" missing"):
+                raise NoCommitError(UNREADABLE)
             size = int(contents[place:end].rsplit(b" ", 1)[1])
             found[name] = contents[end + 1 : end + 1 + size]
             place = end + size + 2
@@ -63,29 +65,32 @@ def find_commit(root: Path) -> Commit:
     Raises:
         NoCommitError: git is not installed, this is no checkout, or nothing in this folder was committed.
     """
-    try:
-        git(root, "rev-parse", "--is-inside-work-tree")
-    except FileNotFoundError as error:
-        raise NoCommitError("git is not installed") from error
-    except subprocess.CalledProcessError as error:
-        refused = b"dubious ownership" in error.stderr
-        raise NoCommitError("git refuses to read it" if refused else "this is no git checkout") from error
-    try:
-        sha = git(root, "rev-parse", "--verify", "--quiet", "HEAD").decode().strip()
-    except subprocess.CalledProcessError as error:
-        raise NoCommitError("this checkout has no commit yet") from error
+    git(root, "rev-parse", "--is-inside-work-tree", failed="this is no git checkout")
+    sha = git(root, "rev-parse", "--verify", "--quiet", "HEAD", failed="this checkout has no commit yet")
     if not git(root, "ls-tree", "--name-only", "HEAD", "./"):
         raise NoCommitError("this folder is in no commit")
-    return Commit(sha, root)
+    return Commit(sha.decode().strip(), root)
 
 
-def git(root: Path, *arguments: str, send: bytes = b"") -> bytes:
+def git(root: Path, *arguments: str, send: bytes = b"", failed: str = UNREADABLE) -> bytes:
     """What a git command says.
 
+    Args:
+        root: where it runs.
+        arguments: of the command.
+        send: what it reads.
+        failed: what it means if it fails.
+
     Raises:
-        FileNotFoundError: there is no git.
-        subprocess.CalledProcessError: it fails.
+        NoCommitError: it fails, or there is no git.
     """
-    command: Sequence[str] = ["git", "--no-optional-locks", *arguments]
+    command = ["git", "--no-optional-locks", *arguments]
     environment = {**os.environ, "LC_ALL": "C"}
-    return subprocess.run(command, cwd=root, env=environment, input=send, capture_output=True, check=True).stdout
+    try:
+        done = subprocess.run(command, cwd=root, env=environment, input=send, capture_output=True, check=True)
+    except OSError as error:
+        raise NoCommitError("git is not installed") from error
+    except subprocess.CalledProcessError as error:
+        foreign = b"dubious ownership" in error.stderr  # the checkout is another user's
+        raise NoCommitError("git takes this checkout for unsafe" if foreign else failed) from error
+    return done.stdout
