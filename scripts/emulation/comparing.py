@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,12 @@ def written(folder: Path) -> dict[str, Path]:
     return {name.as_posix(): path for name, path in found.items() if name.parts[0] != ASIDE}
 
 
-def digest(folder: Path) -> str:
-    """SHA-256, in hex, of all files with their names."""
-    return value_digest({name: file_digest(path) for name, path in written(folder).items()})
+def digest(folder: Path, paths: Iterable[str]) -> str:
+    """SHA-256, in hex, of some files and folders in a folder, names and content."""
+    found = {name: file_digest(path) for name, path in written(folder).items()}
+    return value_digest(
+        {name: value for name, value in found.items() if any(Path(name).is_relative_to(p) for p in paths)}
+    )
 
 
 def differences(native: Path, other: Path) -> list[Difference]:

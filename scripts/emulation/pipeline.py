@@ -35,8 +35,13 @@ class Call:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        """As DVC has it: ``train@digits-maskllm-short-magnitude``."""
+        return f"{self.stage}@{self.key}"
+
     def __str__(self) -> str:
-        return f"{self.table}: {self.stage} {self.key}"
+        return f"{self.table} {self.name}"
 
 
 def calls(experiment: Experiment, root: Path) -> list[Call]:

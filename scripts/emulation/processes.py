@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,14 @@ class WorkerError(UserError):
 def emulator() -> str | None:
     """QEMU's program for x86-64, if it is installed."""
     return next((path for name in EMULATORS if (path := shutil.which(name))), None)
+
+
+def emulator_version() -> str:
+    """``"QEMU 7.2"``; empty if it is not installed."""
+    if (path := emulator()) is None:
+        return ""
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    return f"QEMU {found[1]}" if (found := re.search(r"version (\d+\.\d+)", said)) else "QEMU"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from maskllm4v.files import write_json
 from scripts.emulation.comparing import Difference, differences, digest
 from scripts.emulation.kinds import needed, representatives
 from scripts.emulation.pipeline import Call, calls
-from scripts.emulation.processes import NATIVE, Answer, Worker, last_lines
+from scripts.emulation.processes import NATIVE, Answer, Worker, emulator_version, last_lines
 from scripts.emulation.worker import LOG
 
 MADE, PROJECT = "made", "project"  # all native artifacts of a table; the folder that a call runs in
@@ -29,7 +29,7 @@ class Outcome:
         call: what was run.
         cpu: where.
         seconds: of CPU that it took there.
-        digest: of all files that the call left, those it read included.
+        native, digest: SHA-256 of all that it wrote, natively and there; empty if it failed.
         differences: from the files that it left natively.
         fault: why it gave no result, and the last lines that it printed; empty if it did.
     """
@@ -37,6 +37,7 @@ class Outcome:
     call: Call
     cpu: str
     seconds: float
+    native: str
     digest: str
     differences: tuple[Difference, ...] = ()
     fault: str = ""
@@ -58,12 +59,14 @@ class Result:
     Attributes:
         outcomes: of each call that was run on an emulated CPU.
         stands_for: for each call of all tables, the one of its kind that was run.
+        emulator: its name and version, such as ``"QEMU 7.2"``.
         kernels: which instructions torch's and NumPy's kernels are of, by CPU, ``"native"`` included.
         seconds: of CPU in all, by CPU.
     """
 
     outcomes: list[Outcome]
     stands_for: dict[Call, Call]
+    emulator: str
     kernels: dict[str, dict[str, str]]
     seconds: dict[str, float]
 
@@ -71,14 +74,10 @@ class Result:
     def equal(self) -> bool:
         return all(outcome.equal for outcome in self.outcomes)
 
-    def rows(self, table: str, cpu: str) -> dict[str, list[Outcome]]:
-        """For each row of a table (and its data), the outcomes that speak for its stages on a CPU."""
-        by_call = {outcome.call: outcome for outcome in self.outcomes if outcome.cpu == cpu}
-        found: dict[str, list[Outcome]] = {}
-        for call, run in self.stands_for.items():
-            if call.table == table:
-                found.setdefault(call.key, []).append(by_call[run])
-        return found
+    def of_table(self, table: str, cpu: str) -> dict[str, Outcome]:
+        """For each call of a table, by name, what the one of its kind came out as on a CPU."""
+        run = {outcome.call: outcome for outcome in self.outcomes if outcome.cpu == cpu}
+        return {call.name: run[other] for call, other in self.stands_for.items() if call.table == table}
 
 
 def emulate(
@@ -111,9 +110,11 @@ def emulate(
     def on_this_cpu(worker: Worker) -> None:
         try:
             worker.wait()
+            imported: list[str] = []
             for call in natively:
                 project = _project(folder, worker.cpu, call, experiments[call.table])
-                answer = worker.run(project, call)
+                answer = worker.run(project, call, imported)
+                imported = answer.modules
                 if answer.status:
                     raise UserError(f"{call}: failed natively\n{_said(project, answer)}")
                 _keep(project, folder, call)
@@ -126,24 +127,28 @@ def emulate(
 
     def on_another(worker: Worker) -> None:
         worker.wait()
-        for call in (call for call in natively if call in compared):
-            modules = made[call].result().modules
-            project = _project(folder, worker.cpu, call, experiments[call.table])
-            answer = worker.run(project, call, modules)
-            found = _outcome(worker.cpu, call, answer, project, _place(folder, NATIVE, call) / PROJECT)
-            outcomes.append(found)
-            show(str(found))
+        imported: list[str] = []
+        for call in natively:
+            imported += made[call].result().modules
+            if call in compared:
+                project = _project(folder, worker.cpu, call, experiments[call.table])
+                answer = worker.run(project, call, imported)
+                imported = answer.modules
+                found = _outcome(worker.cpu, call, answer, project, _place(folder, NATIVE, call) / PROJECT)
+                outcomes.append(found)
+                show(str(found))
 
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1 + len(cpus)))  # its threads end once the workers have
         workers = [stack.enter_context(Worker(cpu, root, folder / f"{cpu}.txt")) for cpu in (NATIVE, *cpus)]
-        with ThreadPoolExecutor(len(workers)) as pool:
-            done = [pool.submit(on_this_cpu if worker.cpu == NATIVE else on_another, worker) for worker in workers]
-            for future in done:
-                future.result()
+        done = [pool.submit(on_this_cpu if worker.cpu == NATIVE else on_another, worker) for worker in workers]
+        for future in as_completed(done):
+            future.result()
     return Result(
         outcomes,
         stands_for,
+        emulator_version(),
         {worker.cpu: worker.kernels for worker in workers},
         {worker.cpu: worker.seconds for worker in workers},
     )
@@ -179,9 +184,11 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _outcome(cpu: str, call: Call, answer: Answer, project: Path, native: Path) -> Outcome:
+    before = digest(native, call.outputs)
     if answer.status:
-        return Outcome(call, cpu, answer.seconds, "", fault=_said(project, answer))
-    return Outcome(call, cpu, answer.seconds, digest(project), tuple(differences(native, project)))
+        return Outcome(call, cpu, answer.seconds, before, "", fault=_said(project, answer))
+    after = digest(project, call.outputs)
+    return Outcome(call, cpu, answer.seconds, before, after, tuple(differences(native, project)))
 
 
 def _said(project: Path, answer: Answer) -> str:

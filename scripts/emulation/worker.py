@@ -45,7 +45,7 @@ def main() -> None:
             raise RuntimeError(
                 f"threads {sorted(started)} before {asked}: forked processes lack them, and crash in QEMU"
             )
-        print(json.dumps(answer(**asked)), file=answers, flush=True)
+        print(json.dumps(answer(**asked, unused=answers.fileno())), file=answers, flush=True)
 
 
 def _kernels() -> dict[str, str]:
@@ -69,13 +69,14 @@ def preload(modules: Iterable[str]) -> None:
             importlib.import_module(name)
 
 
-def answer(folder: str, stage: str, key: str) -> dict[str, Any]:
+def answer(folder: str, stage: str, key: str, unused: int) -> dict[str, Any]:
     """Run a call in a forked process.
 
     Args:
         folder: of the project that it runs in.
         stage: its name.
         key: its argument.
+        unused: file descriptor that the forked process closes: whoever reads there waits for this process only.
 
     Returns:
         ``status``: exit status, negative for a signal; ``seconds``: of CPU, user and system; ``modules``: what it had
@@ -84,6 +85,7 @@ def answer(folder: str, stage: str, key: str) -> dict[str, Any]:
     sys.stdout.flush()
     process = os.fork()
     if process == 0:
+        os.close(unused)
         _run(Path(folder), stage, key)
     _, status, usage = os.wait4(process, 0)
     imported = Path(folder).parent / IMPORTED
