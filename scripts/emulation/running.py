@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -102,77 +102,88 @@ def emulate(
     """
     listed = [call for experiment in experiments.values() for call in calls(experiment, root)]
     stands_for = representatives(experiments, listed)
-    compared = set(stands_for.values())
-    natively = needed(compared, listed)
-    made: dict[Call, Future[Answer]] = {call: Future() for call in natively}
-    outcomes: list[Outcome] = []
-
-    def on_this_cpu(worker: Worker) -> None:
-        try:
-            worker.wait()
-            imported: list[str] = []
-            for call in natively:
-                project = _project(folder, worker.cpu, call, experiments[call.table])
-                answer = worker.run(project, call, imported)
-                imported = answer.modules
-                if answer.status:
-                    raise UserError(f"{call}: failed natively\n{_said(project, answer)}")
-                _keep(project, folder, call)
-                made[call].set_result(answer)
-        except BaseException as error:
-            for future in made.values():
-                if not future.done():
-                    future.set_exception(error)
-            raise
-
-    def on_another(worker: Worker) -> None:
-        worker.wait()
-        imported: list[str] = []
-        for call in natively:
-            imported += made[call].result().modules
-            if call in compared:
-                project = _project(folder, worker.cpu, call, experiments[call.table])
-                answer = worker.run(project, call, imported)
-                imported = answer.modules
-                found = _outcome(worker.cpu, call, answer, project, _place(folder, NATIVE, call) / PROJECT)
-                outcomes.append(found)
-                show(str(found))
-
+    runs = _Runs(experiments, folder, show, set(stands_for.values()), needed(set(stands_for.values()), listed))
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1 + len(cpus)))  # its threads end once the workers have
-        workers = [stack.enter_context(Worker(cpu, root, folder / f"{cpu}.txt")) for cpu in (NATIVE, *cpus)]
-        done = [pool.submit(on_this_cpu if worker.cpu == NATIVE else on_another, worker) for worker in workers]
-        for future in as_completed(done):
-            future.result()
+        native, *others = (stack.enter_context(Worker(cpu, root, folder / f"{cpu}.txt")) for cpu in (NATIVE, *cpus))
+        for done in as_completed([pool.submit(runs.make, native), *(pool.submit(runs.compare, w) for w in others)]):
+            done.result()
     return Result(
-        outcomes,
+        runs.outcomes,
         stands_for,
         emulator_version(),
-        {worker.cpu: worker.kernels for worker in workers},
-        {worker.cpu: worker.seconds for worker in workers},
+        {worker.cpu: worker.kernels for worker in (native, *others)},
+        {worker.cpu: worker.seconds for worker in (native, *others)},
     )
+
+
+class _Runs:
+    """What workers do, each in a thread: one makes all artifacts, the others follow it."""
+
+    def __init__(
+        self,
+        experiments: Mapping[str, Experiment],
+        folder: Path,
+        show: Callable[[str], None],
+        compared: Collection[Call],
+        needed: Sequence[Call],
+    ) -> None:
+        self._experiments, self._folder, self._show = experiments, folder, show
+        self._compared = compared
+        self._made: dict[Call, Future[Answer]] = {call: Future() for call in needed}  # in their order
+        self.outcomes: list[Outcome] = []
+
+    def make(self, worker: Worker) -> None:
+        """Run all calls, natively; each is one that others may wait for."""
+        imported: list[str] = []
+        try:
+            worker.wait()
+            for call, made in self._made.items():
+                project = self._project(worker.cpu, call)
+                answer = worker.run(project, call, imported)
+                if answer.status:
+                    raise UserError(f"{call}: failed natively\n{_said(project, answer)}")
+                imported = answer.modules
+                for path in call.outputs:
+                    _copy(project / path, self._artifacts(call) / path)
+                made.set_result(answer)
+        except BaseException as error:
+            for made in self._made.values():
+                if not made.done():
+                    made.set_exception(error)
+            raise
+
+    def compare(self, worker: Worker) -> None:
+        """Run one call of each kind once it was made natively, and compare."""
+        imported: list[str] = []
+        worker.wait()
+        for call, made in self._made.items():
+            imported += made.result().modules
+            if call in self._compared:
+                project = self._project(worker.cpu, call)
+                answer = worker.run(project, call, imported)
+                imported = answer.modules
+                found = _outcome(worker.cpu, call, answer, project, _place(self._folder, NATIVE, call) / PROJECT)
+                self.outcomes.append(found)
+                self._show(str(found))
+
+    def _project(self, cpu: str, call: Call) -> Path:
+        """A new project that holds the parameters and the native artifacts that a call reads, and nothing else."""
+        place = _place(self._folder, cpu, call)
+        shutil.rmtree(place, ignore_errors=True)
+        write_json(place / PROJECT / "params.yaml", self._experiments[call.table].model_dump(mode="json"))  # it is YAML
+        for path in call.inputs:
+            _copy(self._artifacts(call) / path, place / PROJECT / path)
+        return place / PROJECT
+
+    def _artifacts(self, call: Call) -> Path:
+        """Where all artifacts of a call's table are kept, as they were made natively."""
+        return self._folder / NATIVE / call.table / MADE
 
 
 def _place(folder: Path, cpu: str, call: Call) -> Path:
     return folder / cpu / call.table / f"{call.stage}-{call.key}"
-
-
-def _project(folder: Path, cpu: str, call: Call, experiment: Experiment) -> Path:
-    """A new project that holds the parameters and the native artifacts that a call reads, and nothing else."""
-    place = _place(folder, cpu, call)
-    shutil.rmtree(place, ignore_errors=True)
-    project = place / PROJECT
-    write_json(project / "params.yaml", experiment.model_dump(mode="json"))  # JSON is YAML
-    for path in call.inputs:
-        _copy(folder / NATIVE / call.table / MADE / path, project / path)
-    return project
-
-
-def _keep(project: Path, folder: Path, call: Call) -> None:
-    """Keep what a call made, as others' input."""
-    for path in call.outputs:
-        _copy(project / path, folder / NATIVE / call.table / MADE / path)
 
 
 def _copy(source: Path, target: Path) -> None:

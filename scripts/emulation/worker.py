@@ -31,6 +31,7 @@ LOG, IMPORTED = "log.txt", "imported.json"  # beside a call's project: what it p
 
 def main() -> None:
     """Answers go where the standard output went; what else is printed goes to the standard error."""
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     before = threads()  # an emulator has some of its own
