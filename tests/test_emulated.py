@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 
 import pytest
 from import_graph import ROOT
 
-from scripts.emulate import CPUS, run
+from maskllm4v.receipts.store import read_receipt
+from scripts.emulate import CPUS, run, write_receipts
 from scripts.emulation.processes import NATIVE, emulator
 from scripts.emulation.running import Result
 from scripts.emulation.shortened import exact_tables
@@ -59,6 +61,15 @@ def test_kernels_are_the_pinned_ones_everywhere(result: Result) -> None:
     assert {tuple(sorted(found.items())) for found in result.kernels.values()} == {
         (("numpy", "X86_V3"), ("torch", "AVX2"))  # x86-64-v3 is what AVX2 belongs to
     }
+
+
+@pytest.mark.slow
+def test_receipts_say_what_was_compared(result: Result, tmp_path: Path) -> None:
+    found = {path.name: read_receipt(path) for path in write_receipts(result, tmp_path)}
+    assert found.keys() == {f"receipt-{table}-{cpu}.json" for table in TABLES for cpu in CPUS}
+    for receipt in found.values():
+        assert (receipt.chain, receipt.emulator, receipt.agrees) == ("shortened", result.emulator, result.equal)
+        assert receipt.rows.keys() == result.of_table(receipt.table, receipt.cpu.name).keys()
 
 
 # The rule itself
