@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from maskllm4v.layout import layers_file
@@ -60,17 +61,19 @@ def layer_table(results: Results, frame: pd.DataFrame, metric: str, *, whole: bo
     lines = {}
     for row in dict.fromkeys(known["row"]):
         of_row = known[known["row"] == row]
-        by_layer = {layer: of_row[of_row["layer"] == layer].set_index("seed")[metric] for layer in layers}
-        over_layers = of_row.groupby("seed")[metric].mean()
+        by_layer: dict[str, list[float]] = {layer: [] for layer in layers}
+        for layer, value in zip(of_row["layer"], of_row[metric], strict=True):  # a frame per cell would take seconds
+            by_layer[layer].append(value)
+        over_layers = of_row.groupby("seed")[metric].mean().to_list()
         lines[row] = [_cell(layer, values, scale) for layer, values in {**by_layer, ALL: over_layers}.items()]
     blocks = [(block, [rest for _, rest in names]) for block, names in groupby(map(_split, layers), lambda n: n[0])]
     return LayerTable(metric, scale, blocks, lines)
 
 
-def _cell(layer: str, by_seed: pd.Series[float], scale: Scale) -> Cell:
-    if by_seed.empty:
+def _cell(layer: str, by_seed: list[float], scale: Scale) -> Cell:
+    if not by_seed:
         return Cell(layer, "", "", 0)
-    mean = float(by_seed.mean())
+    mean = float(np.mean(by_seed))
     seeds = ", ".join(f"{value:.4f}" for value in by_seed)
     name = "mean over all layers" if layer == ALL else layer
     about = f"{name}: {mean:.4f}" + (f" (seeds: {seeds})" if len(by_seed) > 1 else "")
