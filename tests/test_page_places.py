@@ -21,7 +21,7 @@ from maskllm4v.reporting.page import index_page, table_page
 from maskllm4v.reporting.report import experiments
 
 EXPERIMENTS = experiments(ROOT)
-TABLE, DENSE, LEARNED = "digits", "digits-dense", "digits-maskllm-short-sparsegpt"
+TABLE, DENSE, LEARNED = "digits", "digits-dense", "digits-maskllm-distilled-prior"
 ONE_SHOT, BEST_ONE_SHOT = "digits-wanda", "digits-sparsegpt-update"
 
 

@@ -59,7 +59,7 @@ def test_narrow_ones_say_what_is_left_out() -> None:
 
 
 def test_headline_and_difference_stay_however_narrow() -> None:
-    assert "-11.53 ± 0.95" in table_text(DIGITS, REPORTS, 10)
+    assert "-8.60 ± 0.61" in table_text(DIGITS, REPORTS, 10)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_packages_are_there_already(tmp_path: Path) -> None:
 def test_the_exact_pin_holds_whatever_the_environment(tmp_path: Path) -> None:
     code = "import json, os, maskllm4v.exact as e; e.pin(); print({**os.environ, **e.ENVIRONMENT} == dict(os.environ))"
     (tmp_path / "program.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(Path(exact.__file__).parent.parent), "MKL_CBWR": "AVX2"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(exact.__file__).parents[2]), "MKL_CBWR": "AVX2"}
     command = [warm_python.python(), "-m", "program"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
