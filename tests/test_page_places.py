@@ -133,7 +133,7 @@ def test_agreement_of_seeds_in_one_layer(before: Page, reports: Path) -> None:
 
 def test_share_of_a_candidate_mask(before: Page, reports: Path) -> None:
     path = mask_statistics_file(TABLE, LEARNED, reports)
-    cell_changed(path, "1100", 0.05, lambda line: line["seed"] == "1")
+    cell_changed(path, "1100", -0.03, lambda line: line["seed"] == "1")
     found = changes(before, page(reports))
     assert {element.shows for element in found} == {(LEARNED, "candidates", None)}
     assert {element.marks["data-candidate"] for element in found} == {"1100"}
