@@ -67,7 +67,7 @@ class JoinedDraw:
 
     def _drawn(self, dtype: torch.dtype) -> dict[LearnableMaskedLinear, Tensor]:
         first, m = self.layers[0], self.layers[0].pattern.m
-        if len({(layer.tau, layer.scaling) for layer in self.layers}) > 1:
+        if len({(float(layer._tau.numpy()), float(layer._scaling.numpy())) for layer in self.layers}) > 1:
             raise ValueError("layers that are drawn together have one tau and one scaling")
         sizes = [layer.logits.shape[1] for layer in self.layers]
         masked, self.energy = masked_weight(

@@ -128,7 +128,7 @@ def test_compare_names_what_else_differs(here: Path) -> None:
     [
         (("--compare", "missing.json"), "receipt: cannot read missing.json: No such file or directory"),
         (("--compare", "a", "b", "c"), "receipt: --compare takes one file or two, not 3"),
-        (("--compare", "half.json"), "receipt: half.json is no receipt: it is no JSON"),
+        (("--compare", "half.json"), "receipt: half.json is not a receipt: it is not JSON"),
         (("--add", "missing.json"), "receipt: cannot read missing.json"),
         (("--add",), f"receipt: cannot read {OWN}: No such file or directory"),
         (("--compare", "pets.json"), "receipt: no receipt-pets.json here to compare with; make it with `make use"),

@@ -183,7 +183,7 @@ def test_missing_factors_are_told() -> None:
 
 
 REFUSED = [
-    *((name, dtype) for name in ("acos", "asin", "atan", "tan", "log10") for dtype in (torch.float32, torch.float64)),
+    *itertools.product(("acos", "asin", "atan", "tan", "log2", "log10"), (torch.float32, torch.float64)),
     ("log", torch.float64),
 ]
 

@@ -96,17 +96,17 @@ def test_git_ignores_this_machines_receipt() -> None:
     ("content", "why"),
     [
         (None, r"cannot read .*: No such file"),
-        (b"", "is no receipt: it is no JSON"),
-        (b"\xff\xfe", "is no receipt: it is no JSON"),
-        (b'{"format": 1', "is no receipt: it is no JSON"),
-        (b"[" * 100_000, "is no receipt: it is no JSON"),
-        (b"[1]", "is no receipt: key 'format' is missing"),
-        (b'{"rows": {}}', "is no receipt: key 'format' is missing"),
+        (b"", "is not a receipt: it is not JSON"),
+        (b"\xff\xfe", "is not a receipt: it is not JSON"),
+        (b'{"format": 1', "is not a receipt: it is not JSON"),
+        (b"[" * 100_000, "is not a receipt: it is not JSON"),
+        (b"[1]", "is not a receipt: key 'format' is missing"),
+        (b'{"rows": {}}', "is not a receipt: key 'format' is missing"),
         (b'{"format": 2}', "has format 2; this version reads 1"),
         (b'{"format": "1"}', "has format '1'; this version reads 1"),
         (b'{"format": NaN}', "has format nan; this version reads 1"),
-        (b'{"format": 1}', "is no receipt: table: Field required"),
-        (b" " * (LARGEST + 1), "is no receipt: it has more than 4 MiB"),
+        (b'{"format": 1}', "is not a receipt: table: Field required"),
+        (b" " * (LARGEST + 1), "is not a receipt: it has more than 4 MiB"),
     ],
 )
 def test_damaged_files(tmp_path: Path, content: bytes | None, why: str) -> None:
@@ -244,8 +244,8 @@ def test_emulated_receipts_stand_beside_real_ones(here: Path) -> None:
 Change = dict[str, Any]
 REFUSED: dict[str, tuple[Change, str]] = {
     "unclean": ({"clean": False}, r"proves nothing: the tree differed from commit [0-9a-f]{12} in code or settings"),
-    "no commit": ({"commit": None, "clean": None}, "proves nothing: its results were compared with no commit"),
-    "no results": ({"results": None}, "proves nothing: its results were compared with no commit"),
+    "no commit": ({"commit": None, "clean": None}, "proves nothing: its results were not compared with a commit"),
+    "no results": ({"results": None}, "proves nothing: its results were not compared with a commit"),
     "unlocked": (
         {"locked": False, "unlocked": {"torch": ("2.0", "2.1")}},
         r"proves nothing: it is not from the locked environment \(torch 2.0\)",

@@ -184,7 +184,7 @@ def test_rendering_does_not_change_what_is_rendered(here: Path) -> None:
 def test_damaged_receipts_are_named(here: Path) -> None:
     keep(here, "a")
     (here / "reports/receipts/theirs.json").write_text("{")
-    with pytest.raises(UserError, match=r"receipts/theirs\.json is no receipt"):
+    with pytest.raises(UserError, match=r"receipts/theirs\.json is not a receipt"):
         receipts_markdown(KNOWN, here / "reports")
 
 

@@ -196,11 +196,11 @@ def test_table_and_rows_that_are_not_committed(here: Path) -> None:
     found = receipt(here, pets)
     assert set(found.named("not committed")) == set(pets.rows)
     assert (found.results, found.agrees) == (None, False)
-    assert first_line(found) == "– pets: 25 of 25 rows are made; this table is in no commit yet"
+    assert first_line(found) == "– pets: 25 of 25 rows are made; this table is not committed yet"
     git(here, "rm", "-rq", "--cached", f"{RESULTS}/{WANDA}")
     git(here, "commit", "-qm", "one row less")
     found = receipt(here)
-    assert first_line(found) == "– digits: 1 of 25 rows is in no commit yet; 24 of 25 rows are equal"
+    assert first_line(found) == "– digits: 1 of 25 rows is not committed yet; 24 of 25 rows are equal"
 
 
 def test_recordings_may_differ(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_durations(seconds: float, text: str) -> None:
         ("git", "git is not installed"),
         ("checkout", "this is no git checkout"),
         ("commit", "this checkout has no commit yet"),
-        ("folder", "this folder is in no commit"),
+        ("folder", "this folder was never committed"),
         ("tree", "git cannot read the commit"),
         ("file", "git cannot read the commit"),
     ],
@@ -309,7 +309,7 @@ def test_without_a_commit(here: Path, without: str, why: str, monkeypatch: pytes
     found = receipt(here)
     assert (found.commit, found.clean, found.results) == (None, None, None)
     assert found.named("not committed") == list(DIGITS.rows)
-    assert found.warnings == [f"no commit to compare with: {why}"]
+    assert found.warnings == [f"nothing to compare with: {why}"]
     assert first_line(found) == "– digits: 25 of 25 rows are made; there is nothing to compare with"
 
 

@@ -33,8 +33,9 @@ REFUSED: dict[str, tuple[tuple[torch.dtype, ...], str]] = {
     "asin": ((_FLOAT, _DOUBLE), "use atan2"),
     "atan": ((_FLOAT, _DOUBLE), "use atan2"),
     "tan": ((_FLOAT, _DOUBLE), "use sin and cos"),
-    "log": ((_DOUBLE,), "use float32, log1p or log2"),
-    "log10": ((_FLOAT, _DOUBLE), "use log2"),
+    "log": ((_DOUBLE,), "use float32 or log1p"),
+    "log10": ((_FLOAT, _DOUBLE), "use log in float32"),
+    "log2": ((_FLOAT, _DOUBLE), "use log in float32"),
 }
 
 _library: torch.library.Library | None = None  # of this process; registrations end with it

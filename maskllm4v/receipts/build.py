@@ -35,7 +35,7 @@ def build_receipt(
     Nothing is private in it: no paths, no names of users or machines, and of the environment only what chooses kernels.
 
     Args:
-        root: of the checkout. It may be no checkout at all; then nothing is compared.
+        root: of the checkout. Where it is not a checkout, nothing is compared.
         experiment: whose table it is.
         begin: when the run began that made it, in seconds since 1970; None: not known.
         cpu: the CPU that results were made on; None: this one.
@@ -141,5 +141,5 @@ def _warnings(
         found.append(lock_warning(packages))
     found += [setting_warning(name, value, experiment.exact) for name, value in settings.items()]
     if no_commit:
-        found.append(f"no commit to compare with: {no_commit}")
+        found.append(f"nothing to compare with: {no_commit}")
     return found

@@ -63,12 +63,12 @@ def find_commit(root: Path) -> Commit:
     """HEAD of the checkout that ``root`` is in.
 
     Raises:
-        NoCommitError: git is not installed, this is no checkout, or nothing in this folder was committed.
+        NoCommitError: git is not installed, this is not a checkout, or nothing in this folder was committed.
     """
     git(root, "rev-parse", "--is-inside-work-tree", failed="this is no git checkout")
     sha = git(root, "rev-parse", "--verify", "--quiet", "HEAD", failed="this checkout has no commit yet")
     if not git(root, "ls-tree", "--name-only", "HEAD", "./"):
-        raise NoCommitError("this folder is in no commit")
+        raise NoCommitError("this folder was never committed")
     return Commit(sha.decode().strip(), root)
 
 

@@ -24,7 +24,7 @@ def read_receipt(path: Path) -> Receipt:
     """A receipt from a file.
 
     Raises:
-        UserError: it is missing, too large, no JSON, of another format, or no receipt; one line, which names the file.
+        UserError: it is missing, too large, not JSON, of another format, or not a receipt. One line that names it.
     """
     try:
         with path.open("rb") as stream:
@@ -32,13 +32,13 @@ def read_receipt(path: Path) -> Receipt:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     if len(content) > LARGEST:
-        raise UserError(f"{path} is no receipt: it has more than {LARGEST // 2**20} MiB")
+        raise UserError(f"{path} is not a receipt: it has more than {LARGEST // 2**20} MiB")
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no receipt: it is no JSON ({_printable(str(error))})") from error
+        raise UserError(f"{path} is not a receipt: it is not JSON ({_printable(str(error))})") from error
     if not isinstance(found, dict) or "format" not in found:
-        raise UserError(f"{path} is no receipt: key 'format' is missing")
+        raise UserError(f"{path} is not a receipt: key 'format' is missing")
     if found["format"] != FORMAT:
         raise UserError(f"{path} has format {_printable(repr(found['format']))}; this version reads {FORMAT}")
     try:
@@ -46,7 +46,7 @@ def read_receipt(path: Path) -> Receipt:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in fault["loc"])
-        raise UserError(f"{path} is no receipt: {_printable(place)}: {_printable(fault['msg'])}") from error
+        raise UserError(f"{path} is not a receipt: {_printable(place)}: {_printable(fault['msg'])}") from error
 
 
 def read_receipts(reports: Path) -> dict[str, Receipt]:
@@ -107,7 +107,7 @@ def _unfit(receipt: Receipt, experiment: Experiment) -> str | None:
     if not experiment.exact or not receipt.exact:
         return f"table {receipt.table!r} is a recording (exact: false), which other machines do not reproduce"
     if receipt.commit is None or receipt.results is None:
-        return "its results were compared with no commit"
+        return "its results were not compared with a commit"
     if not receipt.clean:
         return f"the tree differed from commit {receipt.commit[:12]} in code or settings"
     if not receipt.locked:

@@ -41,7 +41,7 @@ def summary(receipt: Receipt) -> tuple[str, str]:
         return OPEN, "no row is made yet"
     if counts["not committed"] == made:
         found = f"{made} of {total} rows {'is' if made == 1 else 'are'} made"
-        known = "this table is in no commit yet" if receipt.commit else "there is nothing to compare with"
+        known = "this table is not committed yet" if receipt.commit else "there is nothing to compare with"
         return OPEN, f"{found}; {known}"
     if receipt.agrees:
         if receipt.chain == "full" and not any(row.computed for row in receipt.rows.values()):
@@ -53,7 +53,7 @@ def summary(receipt: Receipt) -> tuple[str, str]:
         "differs": (f"differs from the committed one{recording}", f"differ from the committed ones{recording}"),
         "other settings": ("has other settings than the committed one", "have other settings than the committed ones"),
         "not made": ("is not made yet", "are not made yet"),
-        "not committed": ("is in no commit yet", "are in no commit yet"),
+        "not committed": ("is not committed yet", "are not committed yet"),
         "equal": ("is equal", "are equal"),
     }
     parts = [
