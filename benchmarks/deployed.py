@@ -20,8 +20,8 @@ from benchmarks.measure import Timing, interleaved, synchronize
 from benchmarks.results import Row
 from maskllm4v.export.semi_structured import Conversion, to_semi_structured_
 from maskllm4v.export.sparse_speed import captured
-from maskllm4v.patterns import NMPattern
-from maskllm4v.surgery import prunable_linears
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import prunable_linears
 
 HEAD = "head"  # stays dense
 PATTERN = NMPattern(2, 4)
@@ -187,7 +187,7 @@ def sessions(model: Model, log: Log) -> dict[str, Any]:
     cell = {"model": model.name, "mode": RUNTIME}
     for name, module, masks in ((DENSE, model.dense, {}), (ZEROS, model.zeros, model.masks)):
         with log.attempt(cell, candidate=name), tempfile.TemporaryDirectory() as folder:
-            export, tasks = import_module("maskllm4v.export.onnx"), import_module("maskllm4v.tasks")
+            export, tasks = import_module("maskllm4v.export.onnx"), import_module("maskllm4v.tasks.base")
             runtime, path = import_module("onnxruntime"), Path(folder) / "model.onnx"
             deployable = tasks.Deployable(module, {"images": model.images(2)}, "logits")
             export.export_onnx(path, deployable, masks=masks, pattern=PATTERN if masks else None)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from maskllm4v import exact
 from maskllm4v.config import load_experiment
+from maskllm4v.utils import determinism
 
 CANDIDATES = {  # products by NumPy, masks joined
     "before": (False, False),
@@ -36,10 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two repetitions of a step: does it run at all?")
     parser.add_argument("--out", type=Path, help="JSON file")
     given = parser.parse_args(arguments)
-    exact.pin()
+    determinism.pin()
     import torch
 
-    exact.pin_torch()
+    determinism.pin_torch()
     from benchmarks.results import save
 
     rows = [row for kind in ("dense", "ours", "ours_distilled") for row in measured(kind, given.repeats, given.quick)]
@@ -53,7 +53,7 @@ def measured(kind: str, repeats: int, quick: bool) -> list[dict[str, Any]]:
     from benchmarks.measure import interleaved, ratio
     from benchmarks.train_step import make
     from benchmarks.workloads import Workload
-    from maskllm4v.exact import portable
+    from maskllm4v.utils.determinism import portable
 
     experiment = load_experiment(Path("experiments/digits.yaml"))
     learning = experiment.learned["digits-maskllm-short-magnitude"]

@@ -18,11 +18,11 @@ from torch import nn
 
 from benchmarks.measure import Timing, interleaved, peak_bytes, ratio
 from benchmarks.results import Row, save
-from maskllm4v.devices import pick_device
-from maskllm4v.gates import GATES
-from maskllm4v.layers import Draw
-from maskllm4v.patterns import MAX_CANDIDATES, NMPattern
-from maskllm4v.surgery import make_learnable, set_draw
+from maskllm4v.sparsity.masks import Draw
+from maskllm4v.sparsity.parameterization import GATES
+from maskllm4v.sparsity.patterns import MAX_CANDIDATES, NMPattern
+from maskllm4v.sparsity.surgery import make_learnable, set_draw
+from maskllm4v.utils.devices import pick_device
 
 PATTERNS = ("2:4", "4:8", "8:16")
 TOKENS = 197

@@ -22,10 +22,10 @@ from benchmarks import roofline
 from benchmarks.baselines import textbook
 from benchmarks.measure import Timing, interleaved, peak_bytes, ratio, saved_bytes, threads
 from benchmarks.results import Row, save
-from maskllm4v.devices import pick_device
-from maskllm4v.gumbel import masked_weight
-from maskllm4v.patterns import NMPattern
-from maskllm4v.randomness import philox_key
+from maskllm4v.sparsity.gumbel import masked_weight
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.devices import pick_device
+from maskllm4v.utils.rng import philox_key
 
 TEXTBOOK = "textbook"
 BACKENDS = {"cpu": ("chunked", "compiled"), "cuda": ("triton", "chunked", "compiled")}

@@ -28,14 +28,14 @@ from benchmarks import roofline
 from benchmarks.baselines import columns
 from benchmarks.measure import Timing, ceilings, interleaved, ratio, synchronize
 from benchmarks.results import Row, save
-from maskllm4v.devices import pick_device
-from maskllm4v.patterns import NMPattern
-from maskllm4v.pruners import Pruned
-from maskllm4v.pruners.magnitude import prune_magnitude
-from maskllm4v.pruners.sparsegpt import prune_columns, prune_sparsegpt
-from maskllm4v.pruners.wanda import prune_wanda
-from maskllm4v.statistics import Hessian, InputNorm
-from maskllm4v.surgery import prunable_linears
+from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
+from maskllm4v.oneshot.methods.magnitude import prune_magnitude
+from maskllm4v.oneshot.methods.sparsegpt import prune_columns, prune_sparsegpt
+from maskllm4v.oneshot.methods.wanda import prune_wanda
+from maskllm4v.oneshot.prune import Pruned
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.utils.devices import pick_device
 
 TEXTBOOK, OURS = CANDIDATES = ("textbook", "ours")
 METHODS = (("magnitude", False), ("wanda", False), ("sparsegpt", False), ("sparsegpt", True))  # with update?

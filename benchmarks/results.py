@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from maskllm4v.devices import hardware, pick_device
-from maskllm4v.files import write_json
-from maskllm4v.layout import REPORTS
-from maskllm4v.records import versions
+from maskllm4v.runs.paths import REPORTS
+from maskllm4v.runs.records import versions
+from maskllm4v.utils.devices import hardware, pick_device
+from maskllm4v.utils.io import write_json
 
 FOLDER = REPORTS / "benchmarks"
 DIGITS = 4  # significant ones that are written
@@ -36,7 +36,7 @@ def save(
             says by how many repetitions in ``n``.
         notes: what one has to know to read the numbers; printed below the tables.
         out: the file; by default ``reports/benchmarks/<name>.json``, or ``<name>_cuda.json``.
-        device: where it ran; by default as :func:`maskllm4v.devices.pick_device` chooses by itself.
+        device: where it ran; by default as :func:`maskllm4v.utils.devices.pick_device` chooses by itself.
 
     Returns:
         The file written.

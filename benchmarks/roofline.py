@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Ceilings, Timing, ceilings
 from benchmarks.results import Row
-from maskllm4v.patterns import NMPattern
+from maskllm4v.sparsity.patterns import NMPattern
 
 GROUP = NMPattern("2:4").m
 

@@ -14,13 +14,13 @@ from torch import nn
 from benchmarks.measure import Timing, interleaved, synchronize
 from benchmarks.workloads import RandomNoise, random_task
 from maskllm4v.config import Experiment, FinetunedSettings, LearnedSettings
-from maskllm4v.loop import Learner, run
-from maskllm4v.permutation import permute_channels_
-from maskllm4v.pruners import calibrates, prune
-from maskllm4v.surgery import make_learnable
-from maskllm4v.training import MaskLearner
-from maskllm4v.updates import update_weights_
-from maskllm4v.weights import WeightLearner
+from maskllm4v.oneshot.permute import permute_channels_
+from maskllm4v.oneshot.prune import calibrates, prune
+from maskllm4v.oneshot.weight_update import update_weights_
+from maskllm4v.sparsity.surgery import make_learnable
+from maskllm4v.training.finetuning import WeightLearner
+from maskllm4v.training.mask_learning import MaskLearner
+from maskllm4v.training.trainer import Learner, run
 
 # Nothing of it changes how long a step takes, so rows that differ in nothing else are measured once.
 TIMELESS = {"steps", "epochs", "prior", "init", "prior_strength", "gate_std", "lr", "min_lr", "start"}

@@ -19,10 +19,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from maskllm4v import exact
 from maskllm4v.config import Experiment, load_experiment
-from maskllm4v.files import read_json, write_json
-from maskllm4v.layout import REPORTS
+from maskllm4v.runs.paths import REPORTS
+from maskllm4v.utils import determinism
+from maskllm4v.utils.io import read_json, write_json
 
 TABLES = ("digits", "digits_patterns", "cifar10", "dit_digits")
 DEFAULT = REPORTS / "benchmarks" / "table_cost.json"
@@ -70,17 +70,17 @@ def measure(table: str, out: Path, repeats: int, *, quick: bool) -> None:
     """Measure all rows of a table in this process, which has not imported torch yet."""
     experiment = load_experiment(Path("experiments") / f"{table}.yaml")
     if experiment.exact:
-        exact.pin()
+        determinism.pin()
     import torch
 
     from benchmarks.results import rounded_row
     from benchmarks.row_cost import Rows
-    from maskllm4v.devices import hardware, pick_device
-    from maskllm4v.records import versions
+    from maskllm4v.runs.records import versions
+    from maskllm4v.utils.devices import hardware, pick_device
 
     device = pick_device(experiment.runtime.device)
     if experiment.exact:
-        exact.pin_torch()
+        determinism.pin_torch()
     elif device.type == "cpu":
         torch.set_num_threads(stage_threads(experiment))
     rows, costs = Rows(experiment, device, repeats=repeats, quick=quick), dict[str, Any]()
@@ -93,8 +93,8 @@ def measure(table: str, out: Path, repeats: int, *, quick: bool) -> None:
 
 
 def stage_threads(experiment: Experiment) -> int:
-    """CPU threads of one seed where seeds run side by side; see :func:`maskllm4v.parallel.map_seeds`."""
-    from maskllm4v.parallel import seed_processes
+    """CPU threads of one seed where seeds run side by side; see :func:`maskllm4v.runs.seeds.map_seeds`."""
+    from maskllm4v.runs.seeds import seed_processes
 
     processes = min(len(experiment.seeds), seed_processes(experiment))
     cores = os.cpu_count() or 1

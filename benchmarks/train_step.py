@@ -23,11 +23,11 @@ from benchmarks.measure import Timing, ceilings, interleaved, peak_bytes, ratio,
 from benchmarks.results import Row, save
 from benchmarks.workloads import RandomImages, Workload, workloads
 from maskllm4v.config import LearnedSettings
-from maskllm4v.devices import pick_device
-from maskllm4v.layers import Draw
-from maskllm4v.loop import Learner
-from maskllm4v.surgery import make_learnable, prunable_linears
-from maskllm4v.training import MaskLearner
+from maskllm4v.sparsity.masks import Draw
+from maskllm4v.sparsity.surgery import make_learnable, prunable_linears
+from maskllm4v.training.mask_learning import MaskLearner
+from maskllm4v.training.trainer import Learner
+from maskllm4v.utils.devices import pick_device
 
 VARIANTS = {
     "dense": "dense weights, fused AdamW",

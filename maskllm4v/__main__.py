@@ -10,9 +10,9 @@ from pathlib import Path
 
 from maskllm4v.cli import export, options, prune, receipt, sample, shrink, train, update, validate, verify
 from maskllm4v.config import PARAMS, Experiment, load_experiment
-from maskllm4v.errors import ConfigError, UserError
-from maskllm4v.files import write_text
-from maskllm4v.layout import REPORTS
+from maskllm4v.runs.paths import REPORTS
+from maskllm4v.utils.errors import ConfigError, UserError
+from maskllm4v.utils.io import write_text
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from maskllm4v.errors import UserError
 from maskllm4v.receipts import CPU, Row, build_receipt, write_receipt
+from maskllm4v.utils.errors import UserError
 from scripts.emulation.processes import NATIVE
 from scripts.emulation.running import Result, emulate
 from scripts.emulation.shortened import exact_tables, shortened

@@ -22,9 +22,9 @@ from typing import Any
 import yaml
 
 from maskllm4v.config import PARAMS, Experiment, load_experiment
-from maskllm4v.errors import UserError
-from maskllm4v.files import file_digest, read_json, value_digest, write_json
-from maskllm4v.layout import REPORTS
+from maskllm4v.runs.paths import REPORTS
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import file_digest, read_json, value_digest, write_json
 
 PROOFS = REPORTS / "proofs"
 PARTS = ("code", "settings", "packages", "outputs")

@@ -20,8 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from maskllm4v.config import PARAMS, load_experiment
-from maskllm4v.errors import UserError
 from maskllm4v.receipts import receipt_file
+from maskllm4v.utils.errors import UserError
 from scripts.proof_records import (
     RENDERING,
     current_state,

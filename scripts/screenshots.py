@@ -29,9 +29,9 @@ from pathlib import Path
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, TimeoutError, sync_playwright
 
 from maskllm4v.config import Experiment
-from maskllm4v.metrics import METRICS
-from maskllm4v.records import read_records
+from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.report import experiments
+from maskllm4v.runs.records import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

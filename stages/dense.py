@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, data_folder, judge_file
+from maskllm4v.runs.paths import checkpoint, data_folder, judge_file
+from maskllm4v.utils.errors import ConfigError
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
-    from maskllm4v.checkpoints import save_dense
-    from maskllm4v.dense import obtain_dense
-    from maskllm4v.origin import write_origin
-    from maskllm4v.parallel import map_seeds
-    from maskllm4v.processes import is_main
-    from maskllm4v.resume import forget, resume_of
-    from maskllm4v.tasks import open_task
+    from maskllm4v.checkpoints.masks import save_dense
+    from maskllm4v.runs.provenance import write_origin
+    from maskllm4v.runs.seeds import map_seeds
+    from maskllm4v.tasks.base import open_task
+    from maskllm4v.training.dense import obtain_dense
+    from maskllm4v.training.resume import forget, resume_of
+    from maskllm4v.utils.processes import is_main
 
     if experiment.kind(row) != "dense":
         raise ConfigError(f"{row!r} is no dense row; allowed: {experiment.dense.row}")

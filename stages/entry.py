@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 
-from maskllm4v import distributed, exact
 from maskllm4v.config import Experiment, load_experiment
-from maskllm4v.errors import UserError
-from maskllm4v.files import write_json
-from maskllm4v.layout import TIMINGS
-from maskllm4v.processes import is_main, share_cores
+from maskllm4v.runs.paths import TIMINGS
+from maskllm4v.utils import determinism, distributed
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import write_json
+from maskllm4v.utils.processes import is_main, share_cores
 
 LAUNCHER = "MASKLLM4V_LAUNCHER"  # e.g. "srun torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d ..."
 
@@ -41,9 +41,9 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
         if "LOCAL_WORLD_SIZE" in os.environ:  # started by somebody else's launcher
             share_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
         if experiment.exact:
-            exact.pin()
+            determinism.pin()
             if torch:
-                exact.pin_torch()
+                determinism.pin_torch()
         main(experiment, key)
         distributed.leave()
         if is_main():

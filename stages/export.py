@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import ConfigError
-from maskllm4v.layout import data_folder, export_file, export_folder
+from maskllm4v.runs.paths import data_folder, export_file, export_folder
+from maskllm4v.utils.errors import ConfigError
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.export.writing import write_row
-    from maskllm4v.files import empty_folder, write_json
-    from maskllm4v.origin import read_origin
-    from maskllm4v.processes import is_main
-    from maskllm4v.tasks import open_task
+    from maskllm4v.runs.provenance import read_origin
+    from maskllm4v.tasks.base import open_task
+    from maskllm4v.utils.io import empty_folder, write_json
+    from maskllm4v.utils.processes import is_main
 
     if row not in experiment.exports:
         raise ConfigError(f"exports names no row {row!r}; it has {', '.join(experiment.exports) or 'none'}")

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, cost_file, curve_file, data_folder, live_file
+from maskllm4v.runs.paths import checkpoint, cost_file, curve_file, data_folder, live_file
+from maskllm4v.utils.errors import ConfigError
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
     from dataclasses import asdict, replace
 
-    from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_masks
-    from maskllm4v.curves import GrowingCurve, write_curve
-    from maskllm4v.evaluation import install
-    from maskllm4v.files import write_json
-    from maskllm4v.live import watched
-    from maskllm4v.origin import write_origin
-    from maskllm4v.parallel import map_seeds
-    from maskllm4v.processes import is_main
-    from maskllm4v.resume import forget, resume_of
-    from maskllm4v.tasks import open_task
-    from maskllm4v.weights import CURVE_COLUMNS, finetune
+    from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, load_masks, save_masks
+    from maskllm4v.evaluation.evaluate import install
+    from maskllm4v.runs.curves import GrowingCurve, write_curve
+    from maskllm4v.runs.live import watched
+    from maskllm4v.runs.provenance import write_origin
+    from maskllm4v.runs.seeds import map_seeds
+    from maskllm4v.tasks.base import open_task
+    from maskllm4v.training.finetuning import CURVE_COLUMNS, finetune
+    from maskllm4v.training.resume import forget, resume_of
+    from maskllm4v.utils.io import write_json
+    from maskllm4v.utils.processes import is_main
 
     if experiment.kind(row) != "finetuned":
         raise ConfigError(f"{row!r} is no fine-tuned row; allowed: {', '.join(experiment.finetuned) or '(none)'}")

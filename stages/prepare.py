@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import ConfigError
-from maskllm4v.layout import data_folder
+from maskllm4v.runs.paths import data_folder
+from maskllm4v.utils.errors import ConfigError
 from stages.entry import run
 
 

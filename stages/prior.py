@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, data_folder
+from maskllm4v.runs.paths import checkpoint, data_folder
+from maskllm4v.utils.errors import ConfigError
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
-    from maskllm4v.checkpoints import MaskCheckpoint, load_dense, save_masks
-    from maskllm4v.origin import write_origin
-    from maskllm4v.parallel import map_seeds
-    from maskllm4v.patterns import NMPattern
-    from maskllm4v.permutation import permute_channels_
-    from maskllm4v.processes import is_main
-    from maskllm4v.pruners import calibrates, prune
-    from maskllm4v.surgery import linear
-    from maskllm4v.tasks import open_task
+    from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, save_masks
+    from maskllm4v.oneshot.permute import permute_channels_
+    from maskllm4v.oneshot.prune import calibrates, prune
+    from maskllm4v.runs.provenance import write_origin
+    from maskllm4v.runs.seeds import map_seeds
+    from maskllm4v.sparsity.patterns import NMPattern
+    from maskllm4v.sparsity.surgery import linear
+    from maskllm4v.tasks.base import open_task
+    from maskllm4v.utils.processes import is_main
 
     if experiment.kind(row) != "oneshot":
         raise ConfigError(f"{row!r} is no one-shot row; allowed: {', '.join(experiment.priors)}")

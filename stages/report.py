@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from maskllm4v.config import Experiment
-from maskllm4v.layout import REPORTS
+from maskllm4v.runs.paths import REPORTS
 from stages.entry import run
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from maskllm4v.config import Experiment
-from maskllm4v.files import write_json
+from maskllm4v.utils.io import write_json
 from stages.entry import run
 
 

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, cost_file, curve_file, data_folder, live_file
+from maskllm4v.runs.paths import checkpoint, cost_file, curve_file, data_folder, live_file
+from maskllm4v.utils.errors import ConfigError
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
     from dataclasses import asdict, replace
 
-    from maskllm4v.channels import apply_permutations_
-    from maskllm4v.checkpoints import load_dense, load_masks, save_masks
-    from maskllm4v.curves import GrowingCurve, write_curve
-    from maskllm4v.files import write_json
-    from maskllm4v.hybrid import kept_weights, start_from_updated_
-    from maskllm4v.live import watched
-    from maskllm4v.origin import write_origin
-    from maskllm4v.parallel import map_seeds
-    from maskllm4v.processes import is_main
-    from maskllm4v.resume import forget, resume_of
-    from maskllm4v.surgery import make_learnable
-    from maskllm4v.tasks import open_task
-    from maskllm4v.training import CURVE_COLUMNS, learn_masks
+    from maskllm4v.checkpoints.masks import load_dense, load_masks, save_masks
+    from maskllm4v.runs.curves import GrowingCurve, write_curve
+    from maskllm4v.runs.live import watched
+    from maskllm4v.runs.provenance import write_origin
+    from maskllm4v.runs.seeds import map_seeds
+    from maskllm4v.sparsity.permutation import apply_permutations_
+    from maskllm4v.sparsity.surgery import make_learnable
+    from maskllm4v.tasks.base import open_task
+    from maskllm4v.training.hybrid import kept_weights, start_from_updated_
+    from maskllm4v.training.mask_learning import CURVE_COLUMNS, learn_masks
+    from maskllm4v.training.resume import forget, resume_of
+    from maskllm4v.utils.io import write_json
+    from maskllm4v.utils.processes import is_main
 
     if experiment.kind(row) != "learned":
         raise ConfigError(f"{row!r} is no learned row; allowed: {', '.join(experiment.learned)}")

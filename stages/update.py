@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import ConfigError
-from maskllm4v.layout import checkpoint, data_folder
+from maskllm4v.runs.paths import checkpoint, data_folder
+from maskllm4v.utils.errors import ConfigError
 from stages.entry import run
 
 
 def main(experiment: Experiment, row: str) -> None:
     from dataclasses import replace
 
-    from maskllm4v.channels import apply_permutations_
-    from maskllm4v.checkpoints import load_dense, load_masks, save_masks
-    from maskllm4v.origin import write_origin
-    from maskllm4v.parallel import map_seeds
-    from maskllm4v.processes import is_main
-    from maskllm4v.surgery import apply_masks_, linear
-    from maskllm4v.tasks import open_task
-    from maskllm4v.updates import update_weights_
+    from maskllm4v.checkpoints.masks import load_dense, load_masks, save_masks
+    from maskllm4v.oneshot.weight_update import update_weights_
+    from maskllm4v.runs.provenance import write_origin
+    from maskllm4v.runs.seeds import map_seeds
+    from maskllm4v.sparsity.permutation import apply_permutations_
+    from maskllm4v.sparsity.surgery import apply_masks_, linear
+    from maskllm4v.tasks.base import open_task
+    from maskllm4v.utils.processes import is_main
 
     if experiment.kind(row) != "updated":
         raise ConfigError(f"{row!r} is no updated row; allowed: {', '.join(experiment.updated) or '(none)'}")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskllm4v.errors import CheckpointError
+from maskllm4v.utils.errors import CheckpointError
 
 pytest.importorskip("diffusers")
 

@@ -14,8 +14,8 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 import maskllm4v
-from maskllm4v.patterns import NMPattern
-from maskllm4v.tasks import Deployable
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.tasks.base import Deployable
 
 Case = tuple[Deployable, dict[str, Tensor]]
 

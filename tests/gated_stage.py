@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from maskllm4v.training import MaskLearner
-from maskllm4v.weights import WeightLearner
+from maskllm4v.training.finetuning import WeightLearner
+from maskllm4v.training.mask_learning import MaskLearner
 from stages import entry
 
 

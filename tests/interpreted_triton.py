@@ -9,7 +9,7 @@ import pytest
 import torch
 
 tl = pytest.importorskip("triton.language")
-fused = pytest.importorskip("maskllm4v.gumbel.fused")
+fused = pytest.importorskip("maskllm4v.sparsity.gumbel.triton_op")
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

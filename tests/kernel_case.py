@@ -8,10 +8,10 @@ import torch
 from mask_oracle import Case, table
 from torch import Tensor
 
-from maskllm4v.gumbel.sampling import Sampling
-from maskllm4v.randomness import philox_key
+from maskllm4v.sparsity.gumbel.sampling import Sampling
+from maskllm4v.utils.rng import philox_key
 
-fused = pytest.importorskip("maskllm4v.gumbel.fused")
+fused = pytest.importorskip("maskllm4v.sparsity.gumbel.triton_op")
 
 CANDIDATES = table(2, 4)
 KEY = tuple(map(int, philox_key(0, "case")))  # draws a case's uniforms

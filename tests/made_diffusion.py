@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from maskllm4v.config import Experiment, parse_experiment
-from maskllm4v.curves import write_curve
-from maskllm4v.files import write_csv
-from maskllm4v.layout import curve_file, layers_file, picture_file, record_file
-from maskllm4v.pictures import write_picture
-from maskllm4v.records import build_record, write_record
+from maskllm4v.runs.curves import write_curve
+from maskllm4v.runs.paths import curve_file, layers_file, picture_file, record_file
+from maskllm4v.runs.records import build_record, write_record
+from maskllm4v.utils.images import write_picture
+from maskllm4v.utils.io import write_csv
 
 HERE = {"hardware": "a machine", "world_size": 1}
 TIMESTEPS = (50, 250, 950)

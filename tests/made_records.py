@@ -7,12 +7,12 @@ from pathlib import Path
 
 from import_graph import ROOT
 
-from maskllm4v import training, weights
 from maskllm4v.config import Experiment, load_experiment
-from maskllm4v.curves import write_curve
-from maskllm4v.files import write_csv
-from maskllm4v.layout import curve_file, layers_file, record_file
-from maskllm4v.records import build_record, write_record
+from maskllm4v.runs.curves import write_curve
+from maskllm4v.runs.paths import curve_file, layers_file, record_file
+from maskllm4v.runs.records import build_record, write_record
+from maskllm4v.training import finetuning, mask_learning
+from maskllm4v.utils.io import write_csv
 
 DIGITS = load_experiment(ROOT / "params.yaml")
 HERE = {"hardware": "a machine", "world_size": 1}
@@ -58,7 +58,7 @@ def make_records(experiment: Experiment, reports: Path, rows: Iterable[str] | No
         write_record(record_file(experiment.table, row, reports), record)
         write_csv(layers_file(experiment.table, row, reports), ("seed", "layer"), [])
         if kind in ("learned", "finetuned"):
-            columns = training.CURVE_COLUMNS if kind == "learned" else weights.CURVE_COLUMNS
+            columns = mask_learning.CURVE_COLUMNS if kind == "learned" else finetuning.CURVE_COLUMNS
             steps = (experiment.learned if kind == "learned" else experiment.finetuned)[row].steps or 0
             for seed in seeds:
                 points = [

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints import MaskCheckpoint
-from maskllm4v.patterns import NMPattern
+from maskllm4v.checkpoints.masks import MaskCheckpoint
+from maskllm4v.sparsity.patterns import NMPattern
 
 BASE = "ab" * 32
 

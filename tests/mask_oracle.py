@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskllm4v.gumbel import masked_weight
-from maskllm4v.randomness import CHUNK, philox_key, uniforms
+from maskllm4v.sparsity.gumbel import masked_weight
+from maskllm4v.utils.rng import CHUNK, philox_key, uniforms
 
 ANNEALED = [(4.0, 10.0), (1.0, 100.0), (0.05, 100.0)]  # (τ, s): first and last of the recipe, and the short one
 # The same with bounds on the errors of float32: of values by the largest weight, of gradients by their norm.

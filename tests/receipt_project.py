@@ -14,10 +14,10 @@ from import_graph import ROOT
 from made_records import DIGITS, make_records
 
 from maskllm4v.config import Experiment
-from maskllm4v.files import file_digest, read_json, write_json
-from maskllm4v.layout import record_file
 from maskllm4v.receipts import CPU
 from maskllm4v.receipts.rows import stages_of
+from maskllm4v.runs.paths import record_file
+from maskllm4v.utils.io import file_digest, read_json, write_json
 
 EPYC = CPU(name="AMD EPYC", architecture="x86_64", vendor="AuthenticAMD", family=25, model=17, stepping=1, avx2=True)
 WANDA = "digits-wanda"

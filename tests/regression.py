@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v.calibration import Calibration
+from maskllm4v.checkpoints.third_party import dense_state
 from maskllm4v.config import LearningSettings
-from maskllm4v.original import dense_state
-from maskllm4v.share import WHOLE, Share
-from maskllm4v.surgery import learnable_layers, make_learnable
-from maskllm4v.training import CURVE_COLUMNS, Learned, learn_masks
+from maskllm4v.sparsity.calibration import Calibration
+from maskllm4v.sparsity.surgery import learnable_layers, make_learnable
+from maskllm4v.training.mask_learning import CURVE_COLUMNS, Learned, learn_masks
+from maskllm4v.utils.sharding import WHOLE, Share
 
 NAMES = ("0", "2")  # of the model's linear layers
 STEPS_PER_EPOCH = 8

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints import MaskCheckpoint
+from maskllm4v.checkpoints.masks import MaskCheckpoint
 from maskllm4v.config import Experiment, parse_experiment
-from maskllm4v.models import PLAIN_VIT
-from maskllm4v.patterns import NMPattern
-from maskllm4v.surgery import prunable_linears
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import prunable_linears
 from maskllm4v.tasks.classification import Classification
+from maskllm4v.tasks.models import PLAIN_VIT
 
 ARGS = {
     "img_size": 8,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.statistics import Hessian
+from maskllm4v.oneshot.activations.statistics import Hessian
 
 LAYERS = [(64, 256, "2:4"), (96, 64, "1:4"), (48, 320, "4:8"), (48, 200, "2:8"), (48, 300, "3:6"), (32, 12, "3:6")]
 every_layer = pytest.mark.parametrize(("out", "width", "pattern"), LAYERS)

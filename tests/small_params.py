@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from maskllm4v.config import parse_experiment
-from maskllm4v.errors import ConfigError
+from maskllm4v.utils.errors import ConfigError
 
 TRAINING = [
     *("steps", "epochs", "batch_size", "accumulate", "optimizer", "optimizer_args", "lr", "min_lr", "warmup", "betas"),

@@ -13,7 +13,7 @@ import warm_python
 import yaml
 from import_graph import ROOT
 
-from maskllm4v.files import file_digest
+from maskllm4v.utils.io import file_digest
 
 ENVIRONMENT = {
     **os.environ,

@@ -28,10 +28,10 @@ import yaml
 from import_graph import ROOT
 from small_pipeline import ENVIRONMENT
 
-from maskllm4v import distributed
-from maskllm4v.files import file_digest
-from maskllm4v.training import MaskLearner
-from maskllm4v.weights import WeightLearner
+from maskllm4v.training.finetuning import WeightLearner
+from maskllm4v.training.mask_learning import MaskLearner
+from maskllm4v.utils import distributed
+from maskllm4v.utils.io import file_digest
 from stages import entry
 
 Params = dict[str, Any]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.calibration import default_forward, stream_statistics
-from maskllm4v.statistics import Hessian, InputNorm
-from maskllm4v.surgery import prunable_linears
+from maskllm4v.oneshot.activations.sequential import stream_statistics
+from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
+from maskllm4v.sparsity.calibration import default_forward
+from maskllm4v.sparsity.surgery import prunable_linears
 
 both_ways = pytest.mark.parametrize("propagate", ["dense", "pruned"])
 Inputs = dict[str, Tensor]

@@ -16,8 +16,8 @@ from maskllm4v.config import TaskSettings
 from maskllm4v.data import ImageData, Manifest, prepare
 from maskllm4v.data.arrays import ArrayImages
 from maskllm4v.data.manifest import Entry
-from maskllm4v.errors import ConfigError
-from maskllm4v.randomness import generator
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.rng import generator
 
 COUNT = 40
 MEAN, STD = (0.5, 0.25, 0.125), (0.5, 0.25, 2.0)

@@ -7,8 +7,8 @@ import torch
 from regression import Regression, learnable, logits, settings, trained
 from torch import Tensor
 
-from maskllm4v.averaging import Average
-from maskllm4v.training import learn_masks
+from maskllm4v.training.averaging import Average
+from maskllm4v.training.mask_learning import learn_masks
 
 
 def walk(steps: int) -> list[list[Tensor]]:

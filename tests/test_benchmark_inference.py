@@ -14,7 +14,7 @@ from benchmarks import deployed, inference
 from benchmarks.deployed import DENSE, FASTER, OURS, TORCH, ZEROS, Log
 from benchmarks.measure import Timing
 from maskllm4v.export.semi_structured import Conversion, SemiStructuredLinear
-from maskllm4v.files import read_json
+from maskllm4v.utils.io import read_json
 
 CPU = torch.device("cpu")
 TINY = inference.TINY

@@ -22,9 +22,9 @@ from benchmarks.roofline import least_seconds
 from benchmarks.row_cost import Rows
 from benchmarks.workloads import RandomImages, workloads
 from maskllm4v.config import Experiment, load_experiment
-from maskllm4v.files import read_json, write_json
-from maskllm4v.gumbel import masked_weight
-from maskllm4v.weights import WeightLearner
+from maskllm4v.sparsity.gumbel import masked_weight
+from maskllm4v.training.finetuning import WeightLearner
+from maskllm4v.utils.io import read_json, write_json
 
 CPU = torch.device("cpu")
 HERE = {"hardware": "a machine", "threads": 2, "versions": {"torch": "9.9"}}

@@ -13,10 +13,11 @@ from awkward_models import AWKWARD, BetweenBlocks, Block, Plain
 from streaming import both_ways, check, check_stream, images, whole_model_inputs
 from torch import Tensor, nn
 
-from maskllm4v.calibration import default_forward, stream_statistics
-from maskllm4v.errors import DataError
-from maskllm4v.statistics import Hessian, InputNorm
-from maskllm4v.surgery import prunable_linears
+from maskllm4v.oneshot.activations.sequential import stream_statistics
+from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
+from maskllm4v.sparsity.calibration import default_forward
+from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.utils.errors import DataError
 
 # What the caller can count on
 

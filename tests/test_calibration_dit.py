@@ -15,10 +15,11 @@ pytest.importorskip("diffusers")
 from diffusers import DiTTransformer2DModel
 
 from maskllm4v import prune
-from maskllm4v.calibration import Calibration, names_by_part, part_statistics, stream_statistics
-from maskllm4v.chains import find_units
-from maskllm4v.statistics import Hessian, InputNorm
-from maskllm4v.surgery import prunable_linears
+from maskllm4v.oneshot.activations.blocks import find_units
+from maskllm4v.oneshot.activations.sequential import part_statistics, stream_statistics
+from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
+from maskllm4v.sparsity.calibration import Calibration, names_by_part
+from maskllm4v.sparsity.surgery import prunable_linears
 
 DENSE = ["transformer_blocks.*.norm1.emb", "proj_out_1", "proj_out_2"]
 BODY = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"]  # as they are run

@@ -14,13 +14,14 @@ from streaming import both_ways, check, shrink, whole_model_inputs
 from torch import Tensor, nn
 
 from maskllm4v import MaskedLinear, prune
-from maskllm4v.calibration import Calibration, default_forward, names_by_part, part_statistics
-from maskllm4v.checkpoints import MaskCheckpoint
-from maskllm4v.diagnostics import layer_diagnostics
-from maskllm4v.errors import ConfigError, DataError
-from maskllm4v.patterns import NMPattern
-from maskllm4v.statistics import Hessian, InputNorm
-from maskllm4v.surgery import prunable_linears
+from maskllm4v.checkpoints.masks import MaskCheckpoint
+from maskllm4v.evaluation.layer_errors import layer_diagnostics
+from maskllm4v.oneshot.activations.sequential import part_statistics
+from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
+from maskllm4v.sparsity.calibration import Calibration, default_forward, names_by_part
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.utils.errors import ConfigError, DataError
 
 Batch = tuple[Tensor, Tensor]  # tokens [B, T, 8], conditions [B, 8]
 

@@ -14,10 +14,11 @@ from streaming import both_ways, check, check_stream, images, shrink, whole_mode
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from maskllm4v.calibration import default_forward, stream_statistics
-from maskllm4v.chains import find_units
-from maskllm4v.statistics import Hessian, InputNorm
-from maskllm4v.surgery import prunable_linears
+from maskllm4v.oneshot.activations.blocks import find_units
+from maskllm4v.oneshot.activations.sequential import stream_statistics
+from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
+from maskllm4v.sparsity.calibration import default_forward
+from maskllm4v.sparsity.surgery import prunable_linears
 
 # Models that are chains of blocks, and such that are not
 

@@ -13,7 +13,8 @@ from mask_files import BASE, checkpoint, model, random_mask, same
 from safetensors.torch import save_file
 from torch import nn
 
-from maskllm4v.checkpoints import (
+from maskllm4v.checkpoints.format import load_sealed, tensors_digest
+from maskllm4v.checkpoints.masks import (
     MaskCheckpoint,
     load_dense,
     load_masks,
@@ -22,9 +23,8 @@ from maskllm4v.checkpoints import (
     save_dense,
     save_masks,
 )
-from maskllm4v.errors import CheckpointError
-from maskllm4v.patterns import NMPattern
-from maskllm4v.sealed import load_sealed, tensors_digest
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import CheckpointError
 
 # Round trips
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maskllm4v.patterns import NMPattern
+from maskllm4v.sparsity.patterns import NMPattern
 
 pytest.importorskip("diffusers")
 

@@ -11,10 +11,10 @@ from small_digits import ARGS, experiment, metrics_by_hand
 from torch import Tensor, nn
 
 from maskllm4v.data import prepare
-from maskllm4v.errors import ConfigError
 from maskllm4v.reporting.published import ROWS
-from maskllm4v.share import Share
 from maskllm4v.tasks.classification import Classification
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.sharding import Share
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,11 @@ from import_graph import ROOT
 from PIL import Image
 from torch import Tensor
 
-from maskllm4v.checkpoints import MaskCheckpoint, load_masks
+from maskllm4v.checkpoints.masks import MaskCheckpoint, load_masks
 from maskllm4v.config import Experiment, parse_experiment
-from maskllm4v.files import read_json
-from maskllm4v.layout import checkpoint, curve_file, record_file
-from maskllm4v.training import MaskLearner
+from maskllm4v.runs.paths import checkpoint, curve_file, record_file
+from maskllm4v.training.mask_learning import MaskLearner
+from maskllm4v.utils.io import read_json
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},

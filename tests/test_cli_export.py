@@ -11,10 +11,10 @@ from commands import DENSE, MODEL, make_project, measured, run, well
 from safetensors.torch import load_file
 
 import maskllm4v
-from maskllm4v.checkpoints import load_masks
+from maskllm4v.checkpoints.format import kind_of
+from maskllm4v.checkpoints.masks import load_masks
+from maskllm4v.checkpoints.packed import load_packed_file
 from maskllm4v.export.onnx import about_graph
-from maskllm4v.packed import load_packed_file
-from maskllm4v.sealed import kind_of
 
 ARCHITECTURE = MODEL[:6]  # no data, no workers
 OF_MASKS = ("--checkpoint", "prior.safetensors", *ARCHITECTURE, *DENSE)

@@ -11,8 +11,8 @@ import torch
 from commands import DENSE, MODEL, TRAIN, make_project, measured, run, well
 
 import maskllm4v
-from maskllm4v.checkpoints import load_masks
-from maskllm4v.packed import load_packed_file
+from maskllm4v.checkpoints.masks import load_masks
+from maskllm4v.checkpoints.packed import load_packed_file
 
 ARCHITECTURE = MODEL[:6]  # no data, no workers
 GREEDY = (*MODEL, *DENSE, "-b", "3", "--nsamples", "3", "--permutation", "greedy")

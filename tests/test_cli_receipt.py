@@ -16,8 +16,8 @@ from import_graph import ROOT
 from made_records import DIGITS
 from receipt_project import EPYC, WANDA, change_metric, commit, make_checkout
 
-from maskllm4v.files import read_json, write_json
 from maskllm4v.receipts import build_receipt, write_receipt
+from maskllm4v.utils.io import read_json, write_json
 
 OWN = "receipt-digits.json"
 

@@ -18,15 +18,15 @@ pytest.importorskip("diffusers")
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from small_diffusion import dit, make_autoencoder, raw
 
-from maskllm4v.checkpoints import MaskCheckpoint, load_dense, save_dense, save_masks
+from maskllm4v.checkpoints.format import tensors_digest
+from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, save_dense, save_masks
 from maskllm4v.config import Experiment, load_experiment
-from maskllm4v.layout import checkpoint, data_folder
-from maskllm4v.patterns import NMPattern
-from maskllm4v.pictures import read_picture
-from maskllm4v.sealed import tensors_digest
-from maskllm4v.surgery import prunable_linears
+from maskllm4v.runs.paths import checkpoint, data_folder
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import prunable_linears
 from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.classic import to_classic
+from maskllm4v.utils.images import read_picture
 
 FAST = ("--steps", "4", "--sampler", "ddim", "--device", "cpu")
 PATTERN = NMPattern("2:4")

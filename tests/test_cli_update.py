@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from maskllm4v import apply_masks_, apply_permutations_, update_weights_
-from maskllm4v.checkpoints import MaskCheckpoint, load_masks, save_masks
-from maskllm4v.packed import load_packed_file
+from maskllm4v.checkpoints.masks import MaskCheckpoint, load_masks, save_masks
+from maskllm4v.checkpoints.packed import load_packed_file
 
 ARCHITECTURE = MODEL[:6]  # no data, no workers
 IMAGES = 9  # all of the training split

@@ -19,10 +19,10 @@ from original_files import gated, gates_of, pruned, timm_file, winners
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints import save_dense, save_masks
+from maskllm4v.checkpoints.format import save_sealed
+from maskllm4v.checkpoints.masks import save_dense, save_masks
 from maskllm4v.export.files import Folded, write_folded, write_packed
-from maskllm4v.patterns import NMPattern
-from maskllm4v.sealed import save_sealed
+from maskllm4v.sparsity.patterns import NMPattern
 
 P24 = NMPattern(2, 4)
 
@@ -222,7 +222,7 @@ def test_our_graphs() -> None:
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library)
     from maskllm4v.export.onnx import export_onnx
-    from maskllm4v.tasks import Deployable
+    from maskllm4v.tasks.base import Deployable
 
     ours = folded()
     deployable = Deployable(ours.model.eval(), {"images": torch.rand(2, 16)}, "logits")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from small_params import SECTIONS, at, changed, fault, params
 
 from maskllm4v.config import Experiment, load_experiment, parse_experiment
-from maskllm4v.errors import ConfigError
+from maskllm4v.utils.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 

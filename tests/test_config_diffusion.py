@@ -15,9 +15,9 @@ from small_params import SECTIONS, TRAINING, at, fault
 from small_params import params as classification
 
 from maskllm4v.config import DataSettings, DiffusionSettings, load_experiment, parse_experiment
-from maskllm4v.files import read_json, value_digest
-from maskllm4v.layout import record_file
 from maskllm4v.reporting.aggregate import current_records
+from maskllm4v.runs.paths import record_file
+from maskllm4v.utils.io import read_json, value_digest
 
 ROOT = Path(__file__).parent.parent
 SAMPLING = ["sampler", "steps", "guidance", "guided_channels", "clip"]

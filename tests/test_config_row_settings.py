@@ -9,7 +9,7 @@ import pytest
 from small_params import FINETUNING, LEARNING, SECTIONS, changed, fault, params
 
 from maskllm4v.config import parse_experiment
-from maskllm4v.errors import ConfigError
+from maskllm4v.utils.errors import ConfigError
 
 
 def test_kind_of_every_row() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from small_params import at, changed, fault, params
 
-from maskllm4v import patterns
 from maskllm4v.config import TrainingSettings, parse_experiment, starts
-from maskllm4v.errors import ConfigError
+from maskllm4v.sparsity import patterns
+from maskllm4v.utils.errors import ConfigError
 
 # Trained rows
 

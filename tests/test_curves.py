@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from made_records import DIGITS, make_records, with_controls
 
-from maskllm4v.layout import curve_file
 from maskllm4v.reporting.curves import COLUMNS, curves_csv
 from maskllm4v.reporting.names import short_names
+from maskllm4v.runs.paths import curve_file
 
 
 def read(text: str) -> pd.DataFrame:

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskllm4v.checkpoints import load_dense, load_masks, save_dense, save_masks
-from maskllm4v.errors import CheckpointError, UserError
-from maskllm4v.sealed import tensors_digest
+from maskllm4v.checkpoints.format import tensors_digest
+from maskllm4v.checkpoints.masks import load_dense, load_masks, save_dense, save_masks
+from maskllm4v.utils.errors import CheckpointError, UserError
 
 
 def flip(path: Path, position: int) -> None:
@@ -246,7 +246,7 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         name.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("maskllm4v.sealed.save_file", half)
+    monkeypatch.setattr("maskllm4v.checkpoints.format.save_file", half)
     with pytest.raises(ValueError, match=r"cannot write .*a: No space left on device"):
         save_dense(path, model(), "mlp")
     assert path.read_bytes() == before

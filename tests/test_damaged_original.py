@@ -26,9 +26,9 @@ from original_files import (
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskllm4v.errors import CheckpointError
-from maskllm4v.original import load_any
-from maskllm4v.patterns import NMPattern
+from maskllm4v.checkpoints.third_party import load_any
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import CheckpointError
 
 
 class Malicious:

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from maskllm4v.config import TaskSettings
 from maskllm4v.data import ImageData, Manifest, open_data, prepare, read_manifest
 from maskllm4v.data.manifest import Entry, hold_out
-from maskllm4v.errors import DataError
+from maskllm4v.utils.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from maskllm4v.data import ImageData, prepare
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
-from maskllm4v.errors import ConfigError, DataError
-from maskllm4v.share import WHOLE, Share
+from maskllm4v.utils.errors import ConfigError, DataError
+from maskllm4v.utils.sharding import WHOLE, Share
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from maskllm4v.files import write_json
-from maskllm4v.reporting.deployment import deployment_markdown, exports_markdown
+from maskllm4v.reporting.benchmarks.deployment import deployment_markdown, exports_markdown
 from maskllm4v.reporting.tables import MISSING
+from maskllm4v.utils.io import write_json
 
 BASE, HUGE = "vit_base_patch16_224", "vit_huge_patch14_224"
 MIB = 2**20

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskllm4v.devices import hardware, pick_device
-from maskllm4v.errors import ConfigError
+from maskllm4v.utils.devices import hardware, pick_device
+from maskllm4v.utils.errors import ConfigError
 
 
 def find_cuda(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -88,7 +88,7 @@ import sys
 import torch
 
 if sys.argv[1] == "picked":
-    from maskllm4v.devices import pick_device
+    from maskllm4v.utils.devices import pick_device
 
     pick_device("cpu")
 torch.set_num_threads(3)

@@ -18,13 +18,13 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from small_diffusion import ARGS, awake, dit
 
-from maskllm4v.checkpoints import load_state, save_dense
+from maskllm4v.checkpoints.masks import load_state, save_dense
 from maskllm4v.config import DiTSettings
-from maskllm4v.errors import CheckpointError, ConfigError
-from maskllm4v.randomness import torch_seed
-from maskllm4v.surgery import prunable_linears
+from maskllm4v.sparsity.surgery import prunable_linears
 from maskllm4v.tasks.diffusion.classic import to_classic
 from maskllm4v.tasks.diffusion.dit import blocks, build_dit, condition, read_config, read_weights
+from maskllm4v.utils.errors import CheckpointError, ConfigError
+from maskllm4v.utils.rng import torch_seed
 
 
 def settings(**values: Any) -> DiTSettings:

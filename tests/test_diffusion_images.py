@@ -18,8 +18,8 @@ pytest.importorskip("diffusers")
 from diffusers import AutoencoderKL
 from small_diffusion import make_autoencoder
 
-from maskllm4v.errors import CheckpointError
 from maskllm4v.tasks.diffusion.images import CHUNK, Bank, Latents, Space, picture
+from maskllm4v.utils.errors import CheckpointError
 
 CPU = torch.device("cpu")
 SCALE = 0.4

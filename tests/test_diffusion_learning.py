@@ -16,10 +16,10 @@ from small_diffusion import dit, experiment, open_small
 
 from maskllm4v.config import LearningSettings
 from maskllm4v.data import prepare
-from maskllm4v.layers import Draw
-from maskllm4v.surgery import fold_, learnable_layers, make_learnable, set_draw
+from maskllm4v.sparsity.masks import Draw
+from maskllm4v.sparsity.surgery import fold_, learnable_layers, make_learnable, set_draw
 from maskllm4v.tasks.diffusion import Diffusion
-from maskllm4v.training import CURVE_COLUMNS, Learned, learn_masks
+from maskllm4v.training.mask_learning import CURVE_COLUMNS, Learned, learn_masks
 
 DATA = {"name": "digits", "source": "digits", "calibration": 30, "holdout": 40}
 

@@ -16,16 +16,16 @@ pytest.importorskip("torchmetrics")
 
 from small_diffusion import JUDGE, alphas, dit, experiment, open_small, with_outputs
 
-from maskllm4v.checkpoints import save_dense
+from maskllm4v.checkpoints.masks import save_dense
 from maskllm4v.config import Experiment
 from maskllm4v.data import prepare
-from maskllm4v.dense import obtain_dense
-from maskllm4v.errors import CheckpointError
-from maskllm4v.layout import judge_file
-from maskllm4v.randomness import generator
-from maskllm4v.tasks import open_task
+from maskllm4v.runs.paths import judge_file
+from maskllm4v.tasks.base import open_task
 from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.judge import Judge, distances
+from maskllm4v.training.dense import obtain_dense
+from maskllm4v.utils.errors import CheckpointError
+from maskllm4v.utils.rng import generator
 
 SMALL = {"test_fraction": 0.05, "name": "digits", "source": "digits", "calibration": 30}  # 90 images to test on
 

@@ -18,14 +18,14 @@ pytest.importorskip("torchmetrics")
 from small_diffusion import JUDGE, dit, experiment, open_small
 from small_project import said, together
 
-from maskllm4v.checkpoints import save_dense
+from maskllm4v.checkpoints.masks import save_dense
 from maskllm4v.data import prepare
-from maskllm4v.distributed import rows_of_all
-from maskllm4v.errors import ConfigError
-from maskllm4v.layout import judge_file
-from maskllm4v.processes import rank, world_size
-from maskllm4v.tasks import open_task
+from maskllm4v.runs.paths import judge_file
+from maskllm4v.tasks.base import open_task
 from maskllm4v.tasks.diffusion import Diffusion
+from maskllm4v.utils.distributed import rows_of_all
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.processes import rank, world_size
 
 SAMPLES = 31  # not the same number for two processes
 

@@ -25,14 +25,14 @@ from small_diffusion import (
 )
 
 from maskllm4v import prune
-from maskllm4v.calibration import names_by_part
 from maskllm4v.data import prepare
-from maskllm4v.errors import ConfigError
-from maskllm4v.share import Share
-from maskllm4v.surgery import prunable_linears
-from maskllm4v.tasks import open_task, train_mode
+from maskllm4v.sparsity.calibration import names_by_part
+from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.tasks.base import open_task, train_mode
 from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.sharding import Share
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from regression import Noisy, Regression, column, learnable, settings, trained
 
-from maskllm4v.training import learn_masks
+from maskllm4v.training.mask_learning import learn_masks
 
 
 def test_full_distillation_asks_the_dense_model_and_no_label() -> None:

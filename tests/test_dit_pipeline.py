@@ -17,9 +17,9 @@ from small_diffusion import JUDGE, raw
 from small_pipeline import digests, stage, write_params
 from small_pipeline import run as command
 
-from maskllm4v.checkpoints import load_masks
+from maskllm4v.checkpoints.masks import load_masks
 from maskllm4v.config import load_experiment
-from maskllm4v.files import read_json
+from maskllm4v.utils.io import read_json
 
 pytest.importorskip("diffusers")
 pytest.importorskip("torchmetrics")

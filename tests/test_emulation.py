@@ -12,7 +12,7 @@ from import_graph import ROOT
 from small_digits import experiment as small_experiment
 
 from maskllm4v.config import Experiment, parse_experiment
-from maskllm4v.errors import UserError
+from maskllm4v.utils.errors import UserError
 from scripts import emulate as command
 from scripts.emulation import running
 from scripts.emulation.processes import NATIVE, WorkerError, emulator, emulator_version

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from maskllm4v import exact
 from maskllm4v.config import Experiment, load_experiment
-from maskllm4v.errors import ConfigError, PatternError, UserError
-from maskllm4v.parallel import map_seeds, seed_processes
+from maskllm4v.runs.seeds import map_seeds, seed_processes
+from maskllm4v.utils import determinism
+from maskllm4v.utils.errors import ConfigError, PatternError, UserError
 
 ROOT = Path(__file__).parent.parent
 # Written down a second time: another value would give other bits.
@@ -59,9 +59,9 @@ def answer(code: str, **environment: str) -> Any:
 def test_pin_sets_every_variable_and_imports_neither() -> None:
     found = answer(
         "import json, os, sys\n"
-        "from maskllm4v import exact\n"
+        "from maskllm4v.utils import determinism\n"
         "before = dict(os.environ)\n"
-        "exact.pin()\n"
+        "determinism.pin()\n"
         "changed = {k: v for k, v in os.environ.items() if before.get(k) != v}\n"
         "print(json.dumps([changed, [m for m in ('numpy', 'torch') if m in sys.modules]]))"
     )
@@ -69,7 +69,7 @@ def test_pin_sets_every_variable_and_imports_neither() -> None:
 
 
 def test_pin_overrides_what_is_set() -> None:
-    code = "import json, os\nfrom maskllm4v import exact\nexact.pin()\nprint(json.dumps(dict(os.environ)))"
+    code = "import json, os\nfrom maskllm4v.utils import determinism\nexact.pin()\nprint(json.dumps(dict(os.environ)))"
     found = answer(code, OMP_NUM_THREADS="8", MKL_CBWR="AVX2")
     assert {key: found[key] for key in PIN} == PIN
 
@@ -77,18 +77,18 @@ def test_pin_overrides_what_is_set() -> None:
 def test_pin_reaches_numpy_and_torch() -> None:
     found = answer(
         "import json\n"
-        "from maskllm4v import exact\n"
-        "exact.pin()\n"
+        "from maskllm4v.utils import determinism\n"
+        "determinism.pin()\n"
         "import torch\n"
         "try:\n"
         "    from numpy._core._multiarray_umath import __cpu_features__ as features\n"
         "except ImportError:\n"  # numpy 1
         "    from numpy.core._multiarray_umath import __cpu_features__ as features\n"
         "threads = torch.get_num_threads()\n"
-        "exact.pin_torch()\n"
+        "determinism.pin_torch()\n"
         "print(json.dumps([torch.backends.cpu.get_cpu_capability(), threads, features.get('X86_V4', False)]))"
     )
-    if exact.promised():
+    if determinism.promised():
         assert found[0] == "AVX2"
     assert found[1:] == [1, False]
 
@@ -101,7 +101,7 @@ def test_late_pin_is_an_error_and_sets_nothing(name: str, monkeypatch: pytest.Mo
         monkeypatch.delitem(sys.modules, other, raising=False)
     monkeypatch.setitem(sys.modules, name, object())
     with pytest.raises(RuntimeError, match=rf"exact\.pin\(\) has to come before the import of {name}$"):
-        exact.pin()
+        determinism.pin()
     assert not set(PIN) & set(os.environ)
 
 
@@ -109,28 +109,28 @@ def test_late_pin_is_an_error_and_sets_nothing(name: str, monkeypatch: pytest.Mo
 def test_every_variable_counts_once_torch_is_there(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in PIN.items():
         monkeypatch.setenv(name, value)
-    exact.pin()  # torch is there, but everything was set
+    determinism.pin()  # torch is there, but everything was set
     monkeypatch.setenv(key, "other")
     with pytest.raises(RuntimeError, match="numpy and torch"):
-        exact.pin()
+        determinism.pin()
     assert os.environ[key] == "other"
     monkeypatch.delenv(key)
     with pytest.raises(RuntimeError, match="numpy and torch"):
-        exact.pin()
+        determinism.pin()
 
 
 def test_late_pin_in_a_fresh_interpreter() -> None:
-    done = python("import torch\nfrom maskllm4v import exact\nexact.pin()")
+    done = python("import torch\nfrom maskllm4v.utils import determinism\nexact.pin()")
     assert done.returncode == 1
-    assert "RuntimeError: exact.pin() has to come before the import of" in done.stderr
+    assert "RuntimeError: determinism.pin() has to come before the import of" in done.stderr
 
 
 def test_pin_torch_sets_one_thread_and_determinism() -> None:
     found = answer(
         "import json, torch\n"
-        "from maskllm4v import exact\n"
+        "from maskllm4v.utils import determinism\n"
         "torch.set_num_threads(2)\n"
-        "exact.pin_torch()\n"
+        "determinism.pin_torch()\n"
         "tiny = (torch.tensor([1e-40]) * 1).item()\n"
         "deterministic = torch.are_deterministic_algorithms_enabled()\n"
         "warn = torch.is_deterministic_algorithms_warn_only_enabled()\n"
@@ -147,8 +147,8 @@ def test_other_machines_get_a_warning_and_no_promise(
     for name, value in PIN.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    assert not exact.promised()
-    exact.pin()
+    assert not determinism.promised()
+    determinism.pin()
     streams = capsys.readouterr()
     assert "not on this machine" in streams.err
     assert not streams.out
@@ -163,20 +163,20 @@ def test_promise_needs_avx2(
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(Path, "exists", lambda _: True)
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags\t\t: fpu {flags} erms\n")
-    assert exact.promised() is promised
-    exact.pin()
+    assert determinism.promised() is promised
+    determinism.pin()
     assert bool(capsys.readouterr().err) is not promised
 
 
 LIGHT = [
     "maskllm4v",
-    "maskllm4v.exact",
+    "maskllm4v.utils.determinism",
     "maskllm4v.config",
-    "maskllm4v.distributed",
-    "maskllm4v.errors",
-    "maskllm4v.files",
-    "maskllm4v.layout",
-    "maskllm4v.processes",
+    "maskllm4v.utils.distributed",
+    "maskllm4v.utils.errors",
+    "maskllm4v.utils.io",
+    "maskllm4v.runs.paths",
+    "maskllm4v.utils.processes",
     "stages.entry",
     *sorted(f"stages.{path.stem}" for path in (ROOT / "stages").glob("*.py") if path.stem not in ("__init__", "entry")),
 ]
@@ -295,7 +295,7 @@ def test_one_of_several_processes_forks_no_others(monkeypatch: pytest.MonkeyPatc
 
 
 def test_seeds_side_by_side_are_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskllm4v.parallel.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("maskllm4v.runs.seeds.pick_device", lambda _: torch.device("cuda"))
     with pytest.raises(ConfigError, match=r"runtime\.seed_processes is for CPUs"):
         seed_processes(experiment([1, 2], processes=2, exact=False))
 

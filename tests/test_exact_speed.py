@@ -11,8 +11,8 @@ from import_graph import ROOT
 
 from benchmarks import commits
 from maskllm4v.config import load_experiment
-from maskllm4v.files import read_json, write_json
-from maskllm4v.reporting.performance import performance_markdown
+from maskllm4v.reporting.benchmarks.performance import performance_markdown
+from maskllm4v.utils.io import read_json, write_json
 
 
 def test_exact_step_runs(tmp_path: Path) -> None:

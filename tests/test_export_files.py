@@ -15,13 +15,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import maskllm4v
-from maskllm4v.checkpoints import load_masks, load_plain_state
-from maskllm4v.errors import CheckpointError, PatternError
+from maskllm4v.checkpoints.format import save_sealed
+from maskllm4v.checkpoints.masks import load_masks, load_plain_state
+from maskllm4v.checkpoints.packed import load_packed, load_packed_file
+from maskllm4v.checkpoints.third_party import State, load_any
 from maskllm4v.export.files import DTYPES, Folded, write_folded, write_masks, write_packed
-from maskllm4v.original import State, load_any
-from maskllm4v.packed import load_packed, load_packed_file
-from maskllm4v.patterns import NMPattern
-from maskllm4v.sealed import save_sealed
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import CheckpointError, PatternError
 
 Change = Callable[[bytes], bytes]
 

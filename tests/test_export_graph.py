@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from maskllm4v.errors import CheckpointError
 from maskllm4v.export.graph import about_graph, graph_weights
 from maskllm4v.export.onnx import export_onnx
-from maskllm4v.patterns import NMPattern
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import CheckpointError
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -18,10 +18,10 @@ from torch import nn
 
 import maskllm4v
 import maskllm4v.export.onnx as exporter
-from maskllm4v.errors import CheckpointError, ConfigError, PatternError, UserError
 from maskllm4v.export.onnx import about_graph, export_onnx, graph_weights
-from maskllm4v.patterns import NMPattern
-from maskllm4v.tasks import Deployable
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.tasks.base import Deployable
+from maskllm4v.utils.errors import CheckpointError, ConfigError, PatternError, UserError
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -118,7 +118,7 @@ def test_same_bytes_wherever_exported(tmp_path: Path) -> None:
         (clone / name).symlink_to(ROOT / name)
     code = (
         "import deployed; from pathlib import Path; from maskllm4v.export.onnx import export_onnx\n"
-        "from maskllm4v.patterns import NMPattern\n"
+        "from maskllm4v.sparsity.patterns import NMPattern\n"
         "for name, half in (('digits', False), ('toy', True)):\n"
         "    deployable, masks = getattr(deployed, name)()\n"
         "    export_onnx(Path(f'{name}.onnx'), deployable, half=half, masks=masks, pattern=NMPattern('2:4'))"

@@ -12,7 +12,6 @@ from folded_vit import linears, pruned, small_vit
 from torch import Tensor, nn
 
 import maskllm4v
-from maskllm4v.errors import ConfigError
 from maskllm4v.export import semi_structured, sparse_fit
 from maskllm4v.export.semi_structured import (
     Conversion,
@@ -22,6 +21,7 @@ from maskllm4v.export.semi_structured import (
 )
 from maskllm4v.export.sparse_fit import fault, misfit, pick_backend
 from maskllm4v.export.sparse_speed import tokens_by_layer
+from maskllm4v.utils.errors import ConfigError
 
 # --- what fits ---------------------------------------------------------------------------------------------------
 

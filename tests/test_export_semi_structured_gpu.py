@@ -10,9 +10,9 @@ import torch
 from folded_vit import linears, pruned, small_vit
 from torch import Tensor, nn
 
-from maskllm4v.errors import ConfigError
 from maskllm4v.export.semi_structured import SemiStructuredLinear, conversion_table, to_semi_structured_
 from maskllm4v.export.sparse_fit import capability
+from maskllm4v.utils.errors import ConfigError
 
 pytestmark = [
     pytest.mark.gpu,

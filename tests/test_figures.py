@@ -13,14 +13,14 @@ from made_records import DIGITS, make_records
 from matplotlib.figure import Figure
 
 from maskllm4v.config import Experiment
-from maskllm4v.files import read_json, write_json
-from maskllm4v.layout import picture_file, record_file
-from maskllm4v.pictures import read_picture, write_picture
 from maskllm4v.reporting.aggregate import aggregate, current_records
 from maskllm4v.reporting.figures import draw_figures
 from maskllm4v.reporting.figures.bars import bars
 from maskllm4v.reporting.figures.lines import timesteps
 from maskllm4v.reporting.figures.samples import GAP, IN_LINE, SIDE, fitted, samples
+from maskllm4v.runs.paths import picture_file, record_file
+from maskllm4v.utils.images import read_picture, write_picture
+from maskllm4v.utils.io import read_json, write_json
 
 DIFFUSION = diffusion()
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from maskllm4v.errors import UserError
-from maskllm4v.files import (
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import (
     empty_folder,
     file_digest,
     read_json,

@@ -10,13 +10,13 @@ from import_graph import ROOT
 from made_records import DIGITS, make_records, metrics
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import UserError
-from maskllm4v.files import read_json
-from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import seed_metrics
-from maskllm4v.reporting.costs import trained_length, whole_costs
+from maskllm4v.reporting.benchmarks.costs import trained_length, whole_costs
+from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.paired import MARKER, paired_markdown, paired_sections
 from maskllm4v.reporting.report import experiments
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import read_json
 
 FINDINGS = (ROOT / "docs/findings.md").read_text(encoding="utf-8")
 GENERATED = re.compile(r"<!-- ([\w-]+: [\w-]+) -->.*?<!-- /\1 -->", re.DOTALL)

@@ -17,9 +17,9 @@ from torch import Tensor
 from maskllm4v.config import ModelSettings
 from maskllm4v.data import ImageData
 from maskllm4v.data.batches import step_loader
-from maskllm4v.errors import ConfigError, DataError
-from maskllm4v.models import image_settings
-from maskllm4v.randomness import generator
+from maskllm4v.tasks.models import image_settings
+from maskllm4v.utils.errors import ConfigError, DataError
+from maskllm4v.utils.rng import generator
 
 MODEL = ModelSettings(name="vit_tiny_patch16_224", args={"img_size": 32})
 

@@ -13,7 +13,7 @@ import pytest
 from images import draw_folder, folder_settings
 
 from maskllm4v.data import prepare
-from maskllm4v.errors import DataError
+from maskllm4v.utils.errors import DataError
 
 
 @pytest.fixture

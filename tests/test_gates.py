@@ -8,11 +8,11 @@ from mask_oracle import table
 from torch import Tensor, nn
 
 from maskllm4v import LearnableMaskedLinear, current_masks, make_learnable
-from maskllm4v.errors import ConfigError, PatternError
-from maskllm4v.gates import GATES, CandidateGate, Gate, PositionGate, gate_of
-from maskllm4v.layers import Draw
-from maskllm4v.patterns import NMPattern
-from maskllm4v.surgery import learnable_layers, set_draw
+from maskllm4v.sparsity.masks import Draw
+from maskllm4v.sparsity.parameterization import GATES, CandidateGate, Gate, PositionGate, gate_of
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import learnable_layers, set_draw
+from maskllm4v.utils.errors import ConfigError, PatternError
 
 PATTERNS = [(2, 4), (4, 8), (2, 8), (3, 5), (1, 4), (16, 17)]
 every_pattern = pytest.mark.parametrize(("n", "m"), PATTERNS, ids=[f"{n}:{m}" for n, m in PATTERNS])

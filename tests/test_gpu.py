@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maskllm4v.layers import Draw, LearnableMaskedLinear
-from maskllm4v.pruners import available, prune
+from maskllm4v.oneshot.prune import available, prune
+from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -10,8 +10,8 @@ import torch
 from mask_oracle import ANNEALED, FLOAT32_BOUNDS, Case, equal_in_float64, errors, norm, table, textbook
 from torch import Tensor
 
-from maskllm4v.gumbel import masked_weight
-from maskllm4v.randomness import philox_key
+from maskllm4v.sparsity.gumbel import masked_weight
+from maskllm4v.utils.rng import philox_key
 
 PATTERNS = [(2, 4), (1, 4), (4, 8), (2, 8), (1, 2)]
 every_pattern = pytest.mark.parametrize(("n", "m"), PATTERNS, ids=[f"{n}:{m}" for n, m in PATTERNS])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from mask_oracle import Case, equal_in_float64, errors, norm, textbook
 
-from maskllm4v.errors import ConfigError
-from maskllm4v.gumbel import BACKENDS, chunked, compiled, masked_weight
-from maskllm4v.gumbel.backends import choose
-from maskllm4v.gumbel.sampling import Sampling
-from maskllm4v.randomness import CHUNK, philox_key, uniforms
+from maskllm4v.sparsity.gumbel import BACKENDS, eager, inductor, masked_weight
+from maskllm4v.sparsity.gumbel.backends import choose
+from maskllm4v.sparsity.gumbel.sampling import Sampling
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.rng import CHUNK, philox_key, uniforms
 
 pytest_plugins = ["interpreted_triton"]
 
@@ -48,22 +48,22 @@ def equal_textbook(backend: str, groups: int, tau: float) -> None:
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 def test_several_spans_equal_textbook(tau: float, threads: int, set_threads: Callable[[int], None]) -> None:
     set_threads(threads)
-    width = max(chunked.CPU_SPAN, threads * chunked.THREAD_SPAN)
+    width = max(eager.CPU_SPAN, threads * eager.THREAD_SPAN)
     equal_textbook("chunked", 2 * width + 3, tau)
 
 
 def test_spans_cover_all_groups_once() -> None:
-    assert chunked.spans(10, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)]
-    assert chunked.spans(8, 4) == [slice(0, 4), slice(4, 8)]
-    assert chunked.spans(0, 4) == []
+    assert eager.spans(10, 4) == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    assert eager.spans(8, 4) == [slice(0, 4), slice(4, 8)]
+    assert eager.spans(0, 4) == []
 
 
 @pytest.mark.parametrize("backend", ["chunked", "compiled"])
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 def test_spans_need_not_be_chunks(tau: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "CPU_SPAN", 5000)
-    monkeypatch.setattr(chunked, "THREAD_SPAN", 0)
-    monkeypatch.setattr(compiled, "SPAN", 5000)
+    monkeypatch.setattr(eager, "CPU_SPAN", 5000)
+    monkeypatch.setattr(eager, "THREAD_SPAN", 0)
+    monkeypatch.setattr(inductor, "SPAN", 5000)
     assert 15_000 < CHUNK < 20_000  # the fourth span crosses into the second chunk
     equal_textbook(backend, 20_003, tau)
 
@@ -71,7 +71,9 @@ def test_spans_need_not_be_chunks(tau: float, backend: str, monkeypatch: pytest.
 @pytest.mark.parametrize(("tau", "hard"), [(1.0, False), (0.5, False), (1.0, True)])
 @pytest.mark.usefixtures("interpreter")
 def test_triton_draws_the_same_masks(tau: float, hard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskllm4v.gumbel.fused.BLOCK", 2048)  # the interpreter takes as long as for a small one
+    monkeypatch.setattr(
+        "maskllm4v.sparsity.gumbel.triton_op.BLOCK", 2048
+    )  # the interpreter takes as long as for a small one
     case, how = Case(out=CHUNK + 3, groups_per_row=1, dtype=torch.float32), {"tau": tau, "scaling": 20.0, "hard": hard}
     found, exact = case.drawn("triton", torch.float32, **how), case.run(textbook, torch.float64, **how)
     value, energy, *gradients = errors(found, exact, case.weight)
@@ -110,22 +112,22 @@ def chosen(name: str, case: Case, sampling: Sampling) -> object:
 
 
 def test_cpus_take_plain_pytorch() -> None:
-    assert chosen("auto", Case(), DRAWN) is chunked
-    assert chosen("chunked", Case(), DRAWN) is chunked
+    assert chosen("auto", Case(), DRAWN) is eager
+    assert chosen("chunked", Case(), DRAWN) is eager
 
 
 def test_compiled_computes_what_it_is_made_for() -> None:
     case = Case()
-    assert chosen("compiled", case, DRAWN) is compiled
-    assert chosen("compiled", case, Sampling(1.0, 10.0, uniform=case.uniform)) is chunked
-    assert chosen("compiled", case, Sampling(1.0, 10.0, key=(1, 2), uniform=case.uniform)) is chunked
+    assert chosen("compiled", case, DRAWN) is inductor
+    assert chosen("compiled", case, Sampling(1.0, 10.0, uniform=case.uniform)) is eager
+    assert chosen("compiled", case, Sampling(1.0, 10.0, key=(1, 2), uniform=case.uniform)) is eager
 
 
 @pytest.mark.parametrize("what", OTHERS)
 def test_compiled_leaves_the_rest_to_auto(what: str) -> None:
     pattern, sampling = OTHERS[what]
     case = Case(*pattern)
-    assert chosen("compiled", case, sampling) is chunked
+    assert chosen("compiled", case, sampling) is eager
     how = {"tau": sampling.tau, "scaling": sampling.scaling, "hard": sampling.hard, "uniform": None}
     if sampling.key is not None:
         how["key"] = case.key

@@ -7,8 +7,8 @@ import torch
 from kernel_case import CANDIDATES, KEY, KernelCase, fused, same
 from mask_oracle import FLOAT32_BOUNDS, errors, norm
 
-from maskllm4v.gumbel.sampling import Sampling
-from maskllm4v.randomness import philox_key
+from maskllm4v.sparsity.gumbel.sampling import Sampling
+from maskllm4v.utils.rng import philox_key
 
 pytest_plugins = ["interpreted_triton"]
 soft_and_hard = pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])

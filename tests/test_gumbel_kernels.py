@@ -11,8 +11,8 @@ import torch
 from kernel_case import CANDIDATES, KEY, KernelCase, fused, same
 from mask_oracle import norm
 
-from maskllm4v.gumbel.sampling import Sampling
-from maskllm4v.randomness import CHUNK, philox_key, uniforms
+from maskllm4v.sparsity.gumbel.sampling import Sampling
+from maskllm4v.utils.rng import CHUNK, philox_key, uniforms
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

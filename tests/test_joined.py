@@ -15,13 +15,13 @@ from regression import Regression, learnable, logits, settings
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from maskllm4v import joined
-from maskllm4v.gumbel import masked_weight
-from maskllm4v.gumbel.sampling import Sampling
-from maskllm4v.joined import JoinedDraw, join_layers
-from maskllm4v.layers import Draw, LearnableMaskedLinear
-from maskllm4v.surgery import learnable_layers, make_learnable, set_draw
-from maskllm4v.training import learn_masks
+from maskllm4v.sparsity import joined
+from maskllm4v.sparsity.gumbel import masked_weight
+from maskllm4v.sparsity.gumbel.sampling import Sampling
+from maskllm4v.sparsity.joined import JoinedDraw, join_layers
+from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear
+from maskllm4v.sparsity.surgery import learnable_layers, make_learnable, set_draw
+from maskllm4v.training.mask_learning import learn_masks
 
 WIDTHS = (32, 64, 32, 96)  # groups in multiples of 64: see joined
 
@@ -227,7 +227,7 @@ def test_learning_joined_is_learning_alone(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(joined, "masked_weight", lambda *args, **how: calls.append(how["sizes"]) or real(*args, **how))
     together = learn()
     assert calls
-    monkeypatch.setattr("maskllm4v.training.join_layers", lambda layers: [])
+    monkeypatch.setattr("maskllm4v.training.mask_learning.join_layers", lambda layers: [])
     alone = learn()
     assert all(torch.equal(tensor, logits(alone)[name]) for name, tensor in logits(together).items())
     assert all(layer.joined is None for layer in learnable_layers(together).values())
@@ -237,7 +237,7 @@ def test_learning_joined_is_learning_alone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_compiled_and_recomputed_models_draw_one_by_one(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from maskllm4v.training import MaskLearner
+    from maskllm4v.training.mask_learning import MaskLearner
 
     def learner(**how: Any) -> MaskLearner:
         return MaskLearner(
@@ -251,7 +251,7 @@ def test_compiled_and_recomputed_models_draw_one_by_one(
 
     assert learner().joined
     assert not learner(**changes).joined
-    monkeypatch.setattr("maskllm4v.training.world_size", lambda: 2)
+    monkeypatch.setattr("maskllm4v.training.mask_learning.world_size", lambda: 2)
     assert not learner().joined
 
 

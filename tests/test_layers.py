@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v import LearnableMaskedLinear, MaskedLinear
-from maskllm4v.errors import CheckpointError, PatternError
-from maskllm4v.patterns import NMPattern
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import CheckpointError, PatternError
 
 either_class = pytest.mark.parametrize("layer_class", [MaskedLinear, LearnableMaskedLinear])
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v import LearnableMaskedLinear, MaskedLinear
-from maskllm4v.layers import Draw
-from maskllm4v.patterns import NMPattern
-from maskllm4v.randomness import philox_key, uniforms
-from maskllm4v.surgery import set_draw
+from maskllm4v.sparsity.masks import Draw
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import set_draw
+from maskllm4v.utils.rng import philox_key, uniforms
 
 either_class = pytest.mark.parametrize("layer_class", [MaskedLinear, LearnableMaskedLinear])
 

@@ -13,10 +13,10 @@ from regression import Regression, column, learnable, logits, same_curves, setti
 from torch import Tensor, nn
 
 from maskllm4v.config import DenseSettings
-from maskllm4v.errors import ConfigError, TrainingError
-from maskllm4v.surgery import fold_, learnable_layers, make_learnable
-from maskllm4v.training import Learned, learn_masks
-from maskllm4v.weights import train_dense
+from maskllm4v.sparsity.surgery import fold_, learnable_layers, make_learnable
+from maskllm4v.training.finetuning import train_dense
+from maskllm4v.training.mask_learning import Learned, learn_masks
+from maskllm4v.utils.errors import ConfigError, TrainingError
 
 
 def dense(**changes: Any) -> DenseSettings:
@@ -258,7 +258,7 @@ def test_first_step_costs_nothing() -> None:
 
 def test_speed_counts_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 104.0])  # after the first step, and at the end
-    monkeypatch.setattr("maskllm4v.loop._Clock._now", lambda _: next(clock))
+    monkeypatch.setattr("maskllm4v.training.trainer._Clock._now", lambda _: next(clock))
     assert trained(steps=11, batch_size=32, accumulate=2)[1].cost.samples_per_second == 10 * 32 / 4
 
 

@@ -15,11 +15,11 @@ from maskllm4v import (
     current_masks,
     make_learnable,
 )
-from maskllm4v.errors import ConfigError
-from maskllm4v.layers import Draw
-from maskllm4v.patterns import NMPattern
-from maskllm4v.randomness import generator
-from maskllm4v.surgery import as_dense, learnable_layers, set_draw
+from maskllm4v.sparsity.masks import Draw
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import as_dense, learnable_layers, set_draw
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.rng import generator
 
 BLOCK = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 BODY = [f"blocks.{i}.{name}" for i in range(2) for name in BLOCK]

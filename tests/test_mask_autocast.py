@@ -11,9 +11,9 @@ from mask_oracle import Case
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskllm4v.gumbel import masked_weight
-from maskllm4v.layers import Draw, LearnableMaskedLinear
-from maskllm4v.surgery import set_draw
+from maskllm4v.sparsity.gumbel import masked_weight
+from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear
+from maskllm4v.sparsity.surgery import set_draw
 
 every_half = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 every_layer = pytest.mark.parametrize(("n", "hard"), [(2, False), (2, True), (1, False)])

@@ -11,9 +11,9 @@ from mask_oracle import Case
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from maskllm4v.gumbel import masked_weight
-from maskllm4v.layers import Draw, LearnableMaskedLinear
-from maskllm4v.surgery import set_draw
+from maskllm4v.sparsity.gumbel import masked_weight
+from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear
+from maskllm4v.sparsity.surgery import set_draw
 
 TINY = 64  # bytes: τ, s and the key of a draw are 32
 every_backend = pytest.mark.parametrize(

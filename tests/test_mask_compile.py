@@ -12,9 +12,9 @@ from mask_oracle import Case
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
-from maskllm4v import gumbel
-from maskllm4v.layers import Draw, LearnableMaskedLinear
-from maskllm4v.surgery import as_dense, learnable_layers, set_draw
+from maskllm4v.sparsity import gumbel
+from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear
+from maskllm4v.sparsity.surgery import as_dense, learnable_layers, set_draw
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskllm4v.checkpoints import MaskCheckpoint, save_masks
-from maskllm4v.errors import CheckpointError
-from maskllm4v.mask_statistics import TILE, bits, columns, describe_masks, mask_statistics, tile
-from maskllm4v.patterns import NMPattern
+from maskllm4v.checkpoints.masks import MaskCheckpoint, save_masks
+from maskllm4v.evaluation.mask_stats import TILE, bits, columns, describe_masks, mask_statistics, tile
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import CheckpointError
 
 SHAPES = {"late": (6, 16), "early": (40, 48)}  # the second is larger than a tile
 

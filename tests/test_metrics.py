@@ -6,7 +6,7 @@ import pytest
 from made_diffusion import diffusion
 from made_records import DIGITS
 
-from maskllm4v.metrics import METRICS, TaskMetrics, by_timestep
+from maskllm4v.reporting.metrics import METRICS, TaskMetrics, by_timestep
 
 EACH = pytest.mark.parametrize("task", METRICS.values(), ids=METRICS)
 

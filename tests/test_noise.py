@@ -9,8 +9,8 @@ import pytest
 import torch
 from mask_oracle import Case
 
-from maskllm4v.gumbel.philox import uniforms_of
-from maskllm4v.randomness import CHUNK, fill_uniforms, philox_key, uniforms
+from maskllm4v.sparsity.gumbel.philox import uniforms_of
+from maskllm4v.utils.rng import CHUNK, fill_uniforms, philox_key, uniforms
 
 KEY = philox_key(3, "noise")
 every_pattern = pytest.mark.parametrize("candidates", [4, 6, 28, 70])  # 1, 1, 4 and 9 Philox blocks a group

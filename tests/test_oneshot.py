@@ -20,8 +20,8 @@ from small_layers import (
 
 from benchmarks import oneshot
 from benchmarks.baselines import columns
-from maskllm4v import pruners
-from maskllm4v.files import read_json
+from maskllm4v.oneshot import prune as pruners
+from maskllm4v.utils.io import read_json
 
 
 @every_layer

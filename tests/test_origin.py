@@ -8,8 +8,8 @@ import pytest
 import torch
 from made_records import DIGITS
 
-from maskllm4v.devices import hardware
-from maskllm4v.origin import PINNED, where
+from maskllm4v.runs.provenance import PINNED, where
+from maskllm4v.utils.devices import hardware
 
 LOOSE = DIGITS.model_copy(update={"exact": False})
 
@@ -25,6 +25,6 @@ def test_exact_runs_say_what_they_were_held_to(machine: str, pinned: bool, monke
 
 
 def test_exact_settings_on_a_gpu_are_no_pinned_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskllm4v.origin.pick_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr("maskllm4v.origin.hardware", lambda _: "a GPU")
+    monkeypatch.setattr("maskllm4v.runs.provenance.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("maskllm4v.runs.provenance.hardware", lambda _: "a GPU")
     assert where(DIGITS)["hardware"] == where(LOOSE)["hardware"] == "a GPU"

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskllm4v.errors import PatternError
-from maskllm4v.packed import mask_of, pack_weight, position_bits, unpack_weight
-from maskllm4v.patterns import NMPattern
+from maskllm4v.checkpoints.packed import mask_of, pack_weight, position_bits, unpack_weight
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import PatternError
 
 PATTERNS = ["2:4", "1:4", "3:4", "1:2", "2:8", "4:8", "1:3", "2:5", "1:16", "7:8"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8]

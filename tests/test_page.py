@@ -18,11 +18,11 @@ from made_records import DIGITS, make_records, with_controls
 from parsed_page import Page
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import UserError
-from maskllm4v.files import read_json, write_json
-from maskllm4v.layout import record_file
 from maskllm4v.reporting.page import index_page, table_page
 from maskllm4v.reporting.report import check_report, experiment_files, experiments, page_text, table_texts
+from maskllm4v.runs.paths import record_file
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import read_json, write_json
 
 REPORTS = ROOT / "reports"
 EXPERIMENTS = experiments(ROOT)

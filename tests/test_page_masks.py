@@ -14,10 +14,10 @@ from made_records import make_records
 from parsed_page import Page
 
 from maskllm4v.config import Experiment
-from maskllm4v.files import read_json, write_csv
-from maskllm4v.layout import mask_statistics_file, tile_file
 from maskllm4v.reporting.page import table_page
 from maskllm4v.reporting.report import experiments
+from maskllm4v.runs.paths import mask_statistics_file, tile_file
+from maskllm4v.utils.io import read_json, write_csv
 
 REPORTS = ROOT / "reports"
 EXPERIMENTS = experiments(ROOT)

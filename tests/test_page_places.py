@@ -15,10 +15,10 @@ from import_graph import ROOT
 from made_diffusion import diffusion, make_records
 from parsed_page import Element, Page, changes
 
-from maskllm4v.files import read_json, write_json, write_text
-from maskllm4v.layout import curve_file, layers_file, mask_statistics_file, record_file
 from maskllm4v.reporting.page import index_page, table_page
 from maskllm4v.reporting.report import experiments
+from maskllm4v.runs.paths import curve_file, layers_file, mask_statistics_file, record_file
+from maskllm4v.utils.io import read_json, write_json, write_text
 
 EXPERIMENTS = experiments(ROOT)
 TABLE, DENSE, LEARNED = "digits", "digits-dense", "digits-maskllm-distilled-prior"

@@ -13,7 +13,7 @@ from pattern_cases import SHAPES, kept_positions, nm
 from torch import Tensor
 
 from maskllm4v import NMPattern
-from maskllm4v.errors import PatternError
+from maskllm4v.utils.errors import PatternError
 
 
 @st.composite

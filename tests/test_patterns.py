@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pattern_cases import SHAPES, kept_positions, nm
 
 from maskllm4v import NMPattern, UserError
-from maskllm4v.errors import PatternError
+from maskllm4v.utils.errors import PatternError
 
 
 def choices(n: int, m: int) -> list[tuple[int, ...]]:

@@ -12,10 +12,10 @@ import torch
 from import_graph import ROOT
 from made_records import DIGITS, make_records
 
-from maskllm4v.files import write_json
-from maskllm4v.reporting.performance import TARGETS, performance_markdown
+from maskllm4v.reporting.benchmarks.performance import TARGETS, performance_markdown
 from maskllm4v.reporting.report import readme_sections, table_texts
 from maskllm4v.reporting.tables import MISSING, significant
+from maskllm4v.utils.io import write_json
 
 CPU = torch.device("cpu")
 HERE = {"hardware": "a machine", "threads": 2, "versions": {"torch": "9.9"}}

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import maskllm4v
 from maskllm4v import Calibration, permute_channels_, prune
-from maskllm4v.errors import ConfigError, DataError, PatternError
-from maskllm4v.patterns import NMPattern
-from maskllm4v.permutation import best_order
+from maskllm4v.oneshot.permute import best_order
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import ConfigError, DataError, PatternError
 
 HIDDEN, VALUES = [[f"blocks.{i}.{name}" for i in range(2)] for name in ("mlp.fc2", "attn.proj")]
 

@@ -24,13 +24,13 @@ import stages.prepare
 import stages.prior
 import stages.train
 import stages.update
-from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks, save_masks
+from maskllm4v.checkpoints.format import load_sealed
+from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, load_masks, save_masks
+from maskllm4v.checkpoints.packed import load_packed
 from maskllm4v.config import Experiment, parse_experiment
-from maskllm4v.errors import CheckpointError
-from maskllm4v.evaluation import install, measure
+from maskllm4v.evaluation.evaluate import install, measure
 from maskllm4v.export.verify import passes, verify_file
-from maskllm4v.files import file_digest, read_json
-from maskllm4v.layout import (
+from maskllm4v.runs.paths import (
     checkpoint,
     data_folder,
     export_folder,
@@ -38,11 +38,11 @@ from maskllm4v.layout import (
     mask_statistics_file,
     record_file,
 )
-from maskllm4v.models import build_model
-from maskllm4v.packed import load_packed
-from maskllm4v.sealed import load_sealed
-from maskllm4v.surgery import fold_
-from maskllm4v.tasks import open_task
+from maskllm4v.sparsity.surgery import fold_
+from maskllm4v.tasks.base import open_task
+from maskllm4v.tasks.models import build_model
+from maskllm4v.utils.errors import CheckpointError
+from maskllm4v.utils.io import file_digest, read_json
 
 pytestmark = pytest.mark.slow
 

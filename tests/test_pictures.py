@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskllm4v.errors import UserError
-from maskllm4v.pictures import read_picture, write_picture
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.images import read_picture, write_picture
 
 
 def pixels(*shape: int) -> np.ndarray:

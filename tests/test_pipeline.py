@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from small_pipeline import Params, chain, copied, digests, new_project, run, small_params, stage, write_params
 
-from maskllm4v.files import read_json
+from maskllm4v.utils.io import read_json
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskllm4v.errors import ExactnessError
-from maskllm4v.exact import portable
+from maskllm4v.utils.determinism import portable
+from maskllm4v.utils.errors import ExactnessError
 
 
 @pytest.fixture(autouse=True)

@@ -35,17 +35,17 @@ from small_project import (
     until,
 )
 
-from maskllm4v.calibration import part_statistics
-from maskllm4v.checkpoints import load_dense, load_masks
+from maskllm4v.checkpoints.masks import load_dense, load_masks
 from maskllm4v.config import Experiment, FinetunedSettings, load_experiment
 from maskllm4v.data.batches import PlainBatches
-from maskllm4v.files import read_json
-from maskllm4v.layout import checkpoint, data_folder
-from maskllm4v.statistics import Hessian, InputNorm
-from maskllm4v.surgery import learnable_layers, make_learnable, prunable_linears
-from maskllm4v.tasks import Task, open_task
-from maskllm4v.training import CURVE_COLUMNS, learn_masks
-from maskllm4v.weights import finetune
+from maskllm4v.oneshot.activations.sequential import part_statistics
+from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
+from maskllm4v.runs.paths import checkpoint, data_folder
+from maskllm4v.sparsity.surgery import learnable_layers, make_learnable, prunable_linears
+from maskllm4v.tasks.base import Task, open_task
+from maskllm4v.training.finetuning import finetune
+from maskllm4v.training.mask_learning import CURVE_COLUMNS, learn_masks
+from maskllm4v.utils.io import read_json
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from import_graph import ROOT
 
-from maskllm4v.errors import UserError
+from maskllm4v.utils.errors import UserError
 from scripts.proof_records import PARTS, current_state, exact_tables, record_file, why_stale, write_record
 
 DIGITS, ALL = {"digits", "digits_patterns"}, {"digits", "digits_patterns", "dit_digits"}
@@ -92,12 +92,16 @@ def locked(stage: str, old: str, new: str) -> Edit:
 RECORD = "reports/dit_digits/runs/dit-wanda/evaluation/record.json"
 LEARNED = "digits-maskllm-short-magnitude: {prior: digits-magnitude, steps: 200}"
 CHANGES: dict[str, tuple[Edit, str, set[str]]] = {
-    "a module of every stage": (appended("maskllm4v/errors.py"), "code", ALL),
-    "a module of a stage that a table lacks": (appended("maskllm4v/updates/least_squares.py"), "code", DIGITS),
+    "a module of every stage": (appended("maskllm4v/utils/errors.py"), "code", ALL),
+    "a module of a stage that a table lacks": (
+        appended("maskllm4v/oneshot/weight_update/least_squares.py"),
+        "code",
+        DIGITS,
+    ),
     "a task": (appended("maskllm4v/tasks/diffusion/noising.py"), "code", {"dit_digits"}),
     "the script of a stage": (appended("stages/evaluate.py"), "code", ALL),
     "a new file in a declared folder": (appended("maskllm4v/config/more.py"), "code", ALL),
-    "a removed file": (removed("maskllm4v/gumbel/fused.py"), "code", ALL),
+    "a removed file": (removed("maskllm4v/sparsity/gumbel/triton_op.py"), "code", ALL),
     "a new dependency": (
         replaced("dvc.yaml", "maskllm4v/updates\n", "maskllm4v/updates\n        - requirements.lock\n"),
         "code",
@@ -164,7 +168,7 @@ def test_record_stands_until_something_changes(root: Path) -> None:
     assert why_stale(root, root / DIGITS_FILE) == "reports/proofs/digits.json is missing"
     write_record(root, "digits", current_state(root, root / DIGITS_FILE))
     assert why_stale(root, root / DIGITS_FILE) is None
-    appended("maskllm4v/errors.py")(root)
+    appended("maskllm4v/utils/errors.py")(root)
     assert why_stale(root, root / DIGITS_FILE) == "code changed since the last proof"
     appended("requirements.lock")(root)
     assert why_stale(root, root / DIGITS_FILE) == "code and packages changed since the last proof"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from import_graph import ROOT
 
-from maskllm4v.errors import UserError
-from maskllm4v.files import read_json
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import read_json
 from scripts import prove
 from scripts.proof_records import current_state, exact_tables, record_file, write_record
 
@@ -50,7 +50,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("dvc.yaml", "params.yaml", ".gitignore", *(f"experiments/{table}.yaml" for table in TABLES)):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    for name in (*(f"reports/{table}/runs/row/record.json" for table in TABLES), "maskllm4v/errors.py"):
+    for name in (*(f"reports/{table}/runs/row/record.json" for table in TABLES), "maskllm4v/utils/errors.py"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("1\n")
     (folder / "requirements.lock").write_text("torch\n")
@@ -115,7 +115,7 @@ def test_receipts_are_left_of_what_was_proved_equal_or_not(root: Path, clone: Pa
 
 def test_reproduced_tables_get_records_of_the_commit(root: Path, clone: Path) -> None:
     expected = {table: current_state(clone, file) for table, file in exact_tables(clone).items()}
-    (root / "maskllm4v/errors.py").write_text("not committed\n")
+    (root / "maskllm4v/utils/errors.py").write_text("not committed\n")
     made = in_shell(proof='echo "$1" >> ../proved; mkdir artifacts; echo x > "artifacts/$1"; rm -r artifacts')
     assert prove.prove(clone, TABLES, made, root) == []
     assert (clone.parent / "proved").read_text().split() == list(TABLES)

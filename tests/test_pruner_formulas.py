@@ -22,10 +22,10 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from maskllm4v import prune
-from maskllm4v.patterns import NMPattern
-from maskllm4v.pruners.ria import prune_ria
-from maskllm4v.pruners.wanda import prune_wanda
-from maskllm4v.statistics import InputNorm
+from maskllm4v.oneshot.activations.statistics import InputNorm
+from maskllm4v.oneshot.methods.ria import prune_ria
+from maskllm4v.oneshot.methods.wanda import prune_wanda
+from maskllm4v.sparsity.patterns import NMPattern
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ import torch
 from small_layers import agreement, images, names_in
 from torch import Tensor, nn
 
-from maskllm4v import MaskedLinear, current_masks, fold_, prune, pruners, register_pruner
-from maskllm4v.errors import ConfigError, DataError, PatternError
-from maskllm4v.patterns import NMPattern
-from maskllm4v.pruners import Pruned
-from maskllm4v.statistics import InputNorm
+from maskllm4v import MaskedLinear, current_masks, fold_, prune, register_pruner
+from maskllm4v.oneshot import prune as pruners
+from maskllm4v.oneshot.activations.statistics import InputNorm
+from maskllm4v.oneshot.prune import Pruned
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import ConfigError, DataError, PatternError
 
 METHODS = ["magnitude", "random", "wanda", "ria", "sparsegpt"]
 PATTERNS = ["2:4", "1:4", "2:8", "4:8"]

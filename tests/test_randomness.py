@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskllm4v.randomness import CHUNK, generator, philox_key, torch_seed, uniforms
+from maskllm4v.utils.rng import CHUNK, generator, philox_key, torch_seed, uniforms
 
 WORD = 2**64 - 1
 
@@ -78,7 +78,7 @@ def test_extreme_words_stay_inside(word: int, expected: float, monkeypatch: pyte
         def random_raw(self, size: int) -> np.ndarray:
             return np.full(size, word, dtype=np.uint64)
 
-    monkeypatch.setattr("maskllm4v.randomness._stream", Stuck())
+    monkeypatch.setattr("maskllm4v.utils.rng._stream", Stuck())
     found = uniforms(philox_key(0), 0, 6, 3)
     assert set(found.flatten().tolist()) == {expected}
     gumbel = -torch.log(-torch.log(found))

@@ -10,9 +10,9 @@ import torch
 import yaml
 from import_graph import ROOT
 
-from maskllm4v.errors import UserError
 from maskllm4v.reporting.readme import splice
 from maskllm4v.reporting.report import check_report, experiments
+from maskllm4v.utils.errors import UserError
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -18,11 +18,11 @@ from import_graph import ROOT
 from made_records import DIGITS
 from receipt_project import EPYC, WANDA, change_metric, commit, make_checkout, run_stages
 
-from maskllm4v.errors import UserError
-from maskllm4v.files import file_digest
 from maskllm4v.receipts import CPU, Receipt, Row, build_receipt, receipt_file, write_receipt
 from maskllm4v.receipts.build import as_json, published_experiments
 from maskllm4v.receipts.store import LARGEST, add_receipt, read_receipt, read_receipts, receipt_name
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import file_digest
 
 XEON = CPU(name="Intel(R) Xeon(R) CPU @ 2.00GHz", architecture="x86_64", vendor="GenuineIntel", family=6, model=85)
 HASWELL = CPU(name="Haswell", architecture="x86_64", family=6, model=60, avx2=True)

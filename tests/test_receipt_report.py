@@ -13,11 +13,11 @@ from made_records import DIGITS, make_records
 from receipt_project import EPYC, WANDA, change_metric, commit, make_checkout, run_stages
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import UserError
 from maskllm4v.receipts import CPU, Receipt, Row, build_receipt, write_receipt
 from maskllm4v.reporting.aggregate import current_records
 from maskllm4v.reporting.receipts import claim, receipts_markdown, reproduced_markdown
 from maskllm4v.reporting.report import check_report, page_text, table_texts, write_report
+from maskllm4v.utils.errors import UserError
 
 XEON = CPU(name="Intel(R) Xeon(R) Processor", architecture="x86_64", vendor="GenuineIntel", family=6, model=207)
 HASWELL = CPU(name="Haswell", architecture="x86_64", family=6, model=60, avx2=True)

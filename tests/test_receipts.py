@@ -24,12 +24,12 @@ from receipt_project import (
 )
 
 from maskllm4v.config import Experiment, load_experiment
-from maskllm4v.errors import UserError
-from maskllm4v.layout import curve_file, layers_file, record_file, run_folder
 from maskllm4v.receipts import CPU, Receipt, Row, build_receipt
 from maskllm4v.receipts.rows import results_digest, results_here, row_digest, table_files
 from maskllm4v.receipts.text import duration, verdict
-from maskllm4v.records import run_digest
+from maskllm4v.runs.paths import curve_file, layers_file, record_file, run_folder
+from maskllm4v.runs.records import run_digest
+from maskllm4v.utils.errors import UserError
 
 LOOSE = DIGITS.model_copy(update={"exact": False})
 RESULTS = Path("reports/digits/runs")

@@ -14,9 +14,7 @@ from typing import Any
 
 import pytest
 
-from maskllm4v.errors import UserError
-from maskllm4v.files import file_digest
-from maskllm4v.layout import (
+from maskllm4v.runs.paths import (
     checkpoint,
     cost_file,
     curve_file,
@@ -29,7 +27,9 @@ from maskllm4v.layout import (
     resume_folder,
     run_folder,
 )
-from maskllm4v.records import build_record, read_record, read_records, run_digest, versions, write_record
+from maskllm4v.runs.records import build_record, read_record, read_records, run_digest, versions, write_record
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import file_digest
 
 Record = dict[str, Any]
 ROOT = Path(__file__).parent.parent

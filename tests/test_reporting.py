@@ -18,14 +18,14 @@ from made_diffusion import make_records as make_diffusion_records
 from made_records import DIGITS, make_records, metrics, with_controls
 
 from maskllm4v.config import Experiment
-from maskllm4v.files import read_json, write_json
-from maskllm4v.layout import record_file
-from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import aggregate, best_row, current_records, timestep_metrics
 from maskllm4v.reporting.comparison import comparison_markdown
+from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.published import ROWS
 from maskllm4v.reporting.report import table_texts
 from maskllm4v.reporting.tables import MISSING, caption, number, results_markdown
+from maskllm4v.runs.paths import record_file
+from maskllm4v.utils.io import read_json, write_json
 
 REPORTS = ROOT / "reports"
 CLASSIFICATION = METRICS["classification"]

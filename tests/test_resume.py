@@ -41,8 +41,8 @@ from small_project import (
 )
 
 from maskllm4v.config import parse_experiment
-from maskllm4v.errors import CheckpointError
-from maskllm4v.resume import KEPT, Resume
+from maskllm4v.training.resume import KEPT, Resume
+from maskllm4v.utils.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from maskllm4v.config import LearningSettings
-from maskllm4v.schedule import cosine, linear, progress, warm_up
+from maskllm4v.training.schedule import cosine, linear, progress, warm_up
 
 DEFAULTS = LearningSettings()
 LINEAR = [DEFAULTS.tau, DEFAULTS.scaling, (1.0, 1.0), (0.1, 0.7)]

@@ -16,7 +16,7 @@ from small_copies import ORIENTATION, SIZE, content, decoded, draw, images, mani
 
 from maskllm4v.data.folder import reader
 from maskllm4v.data.shrink import RECORD, shrink, small_copy, small_size
-from maskllm4v.files import read_json
+from maskllm4v.utils.io import read_json
 
 
 @pytest.fixture(scope="module")

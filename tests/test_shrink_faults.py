@@ -14,8 +14,8 @@ from PIL import Image
 from small_copies import SIZE, content, draw, images, recipe
 
 from maskllm4v.data.shrink import RECORD, shrink
-from maskllm4v.errors import ConfigError, DataError, UserError
-from maskllm4v.files import read_json
+from maskllm4v.utils.errors import ConfigError, DataError, UserError
+from maskllm4v.utils.io import read_json
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from streaming import check, images, shrink, whole_model_inputs
 from test_calibration_parts import MODULATION, conditions_alone, model_and_layers, two_parts
 from torch import Tensor, nn
 
-from maskllm4v.calibration import Calibration, default_forward, names_by_part
-from maskllm4v.errors import ConfigError, DataError
-from maskllm4v.side_by_side import layer_statistics
-from maskllm4v.statistics import Paired
-from maskllm4v.surgery import prunable_linears
+from maskllm4v.oneshot.activations.paired import layer_statistics
+from maskllm4v.oneshot.activations.statistics import Paired
+from maskllm4v.sparsity.calibration import Calibration, default_forward, names_by_part
+from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.utils.errors import ConfigError, DataError
 
 both = pytest.mark.parametrize("paired", [False, True], ids=["alone", "paired"])
 

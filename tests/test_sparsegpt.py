@@ -17,11 +17,11 @@ from small_layers import (
 )
 from torch import Tensor
 
-from maskllm4v.errors import DataError, PatternError
-from maskllm4v.patterns import NMPattern
-from maskllm4v.pruners import Pruned
-from maskllm4v.pruners.sparsegpt import prune_columns, prune_sparsegpt, reversed_cholesky, upper_factor
-from maskllm4v.statistics import Hessian
+from maskllm4v.oneshot.activations.statistics import Hessian
+from maskllm4v.oneshot.methods.sparsegpt import prune_columns, prune_sparsegpt, reversed_cholesky, upper_factor
+from maskllm4v.oneshot.prune import Pruned
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import DataError, PatternError
 
 
 def run_sparsegpt(weight: Tensor, statistic: Hessian, pattern: str, update: bool) -> Pruned:

@@ -11,9 +11,9 @@ from streaming import both_ways, check, images
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskllm4v.calibration import stream_statistics
-from maskllm4v.statistics import Hessian, InputNorm
-from maskllm4v.surgery import prunable_linears
+from maskllm4v.oneshot.activations.sequential import stream_statistics
+from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
+from maskllm4v.sparsity.surgery import prunable_linears
 
 
 def test_hessian_mean() -> None:
@@ -59,7 +59,7 @@ def test_statistics_of_all_processes_are_added(statistic: type, width: int, monk
         summed += there.sum_of_products if isinstance(there, Hessian) else there.sum_of_squares
         count += there.rows
 
-    monkeypatch.setattr("maskllm4v.statistics.sum_", add)
+    monkeypatch.setattr("maskllm4v.oneshot.activations.statistics.sum_", add)
     here.combine()
     for one in (here, whole):
         if width == 3:

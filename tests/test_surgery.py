@@ -20,9 +20,9 @@ from maskllm4v import (
     make_learnable,
     replace_linear_with_,
 )
-from maskllm4v.errors import ConfigError, PatternError
-from maskllm4v.patterns import NMPattern
-from maskllm4v.surgery import learnable_layers, masked_layers, prunable_linears
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import learnable_layers, masked_layers, prunable_linears
+from maskllm4v.utils.errors import ConfigError, PatternError
 
 BLOCK = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 BODY = [f"blocks.{i}.{name}" for i in range(2) for name in BLOCK]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskllm4v.layers import Draw
-from maskllm4v.loop import run
-from maskllm4v.surgery import make_learnable
-from maskllm4v.training import MaskLearner
+from maskllm4v.sparsity.masks import Draw
+from maskllm4v.sparsity.surgery import make_learnable
+from maskllm4v.training.mask_learning import MaskLearner
+from maskllm4v.training.trainer import run
 
 # What waits for a GPU. Tensor.numpy needs no watching: a GPU's tensors have none.
 WAITING = {

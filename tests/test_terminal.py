@@ -14,8 +14,8 @@ from made_records import DIGITS, make_records
 
 from maskllm4v import __main__ as command_line
 from maskllm4v.config import Experiment
-from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import aggregate, best_row, current_records
+from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.report import experiments
 from maskllm4v.reporting.tables import result_cells
 from maskllm4v.reporting.terminal import _aligned, _width, show, table_text

@@ -20,8 +20,8 @@ from PIL import Image
 from maskllm4v.config import DataSettings, TaskSettings
 from maskllm4v.data import open_data, prepare
 from maskllm4v.data.batches import step_loader
-from maskllm4v.errors import ConfigError, DataError
-from maskllm4v.randomness import generator
+from maskllm4v.utils.errors import ConfigError, DataError
+from maskllm4v.utils.rng import generator
 
 KINDS = ["", "torch/image_folder", "tar"]
 

@@ -19,13 +19,13 @@ from made_diffusion import make_records as make_diffusion_records
 from made_records import DIGITS, make_records, with_controls
 
 from maskllm4v.config import Experiment
-from maskllm4v.files import read_json, value_digest, write_json
-from maskllm4v.layout import record_file
-from maskllm4v.metrics import METRICS
-from maskllm4v.pictures import read_picture
+from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.runs.paths import record_file
 from maskllm4v.tracking.publishing import publish
 from maskllm4v.tracking.runs import LARGEST_ARTIFACT, flatten
 from maskllm4v.tracking.views import TAG, saved_view
+from maskllm4v.utils.images import read_picture
+from maskllm4v.utils.io import read_json, value_digest, write_json
 
 ROWS = ("digits-dense", "digits-magnitude", "digits-maskllm-short-magnitude")
 

@@ -11,7 +11,7 @@ import pytest
 from mlflow_server import runs, their_warnings
 from small_pipeline import ENVIRONMENT, Params, new_project, run, small_params
 
-from maskllm4v.workspace import has_store, is_copy, main_root
+from maskllm4v.runs.workspace import has_store, is_copy, main_root
 
 ROW = "small-maskllm"
 LR = f"learned.{ROW}.lr"

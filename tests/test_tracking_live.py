@@ -32,7 +32,7 @@ from small_project import (
 )
 
 from maskllm4v.config import load_experiment
-from maskllm4v.curves import FollowedCurve, GrowingCurve, read_curve, write_curve
+from maskllm4v.runs.curves import FollowedCurve, GrowingCurve, read_curve, write_curve
 from maskllm4v.tracking.publishing import publish
 
 ROW = "tiny-averaged"

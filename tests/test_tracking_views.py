@@ -11,9 +11,9 @@ from typing import Any, cast
 import pytest
 from mlflow.exceptions import MlflowException
 
-from maskllm4v.metrics import METRICS
+from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.tracking.views import TAG, publish_view, saved_view
-from maskllm4v.training import CURVE_COLUMNS
+from maskllm4v.training.mask_learning import CURVE_COLUMNS
 
 
 def state(value: str) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from small_project import said, together
 from test_tracking import ROWS, variant_of
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import UserError
-from maskllm4v.layout import record_file
+from maskllm4v.runs.paths import record_file
 from maskllm4v.tracking import publishing, writers
 from maskllm4v.tracking.publishing import publish
+from maskllm4v.utils.errors import UserError
 
 LEARNED = ROWS[-1]
 

@@ -13,13 +13,13 @@ from regression import NAMES, Noisy, Normalised, Regression, column, learnable, 
 from torch import Tensor, nn
 
 from maskllm4v.config import LearningSettings
-from maskllm4v.errors import TrainingError
-from maskllm4v.gates import GATES
-from maskllm4v.patterns import NMPattern
-from maskllm4v.randomness import philox_key, uniforms
-from maskllm4v.resume import Resume
-from maskllm4v.surgery import current_masks, learnable_layers, make_learnable
-from maskllm4v.training import CURVE_COLUMNS, Learned, learn_masks
+from maskllm4v.sparsity.parameterization import GATES
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import current_masks, learnable_layers, make_learnable
+from maskllm4v.training.mask_learning import CURVE_COLUMNS, Learned, learn_masks
+from maskllm4v.training.resume import Resume
+from maskllm4v.utils.errors import TrainingError
+from maskllm4v.utils.rng import philox_key, uniforms
 
 
 def soft_mask(layer_logits: Tensor, draw: tuple[str, int, int, int], *, tau: float, scaling: float) -> Tensor:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from small_pipeline import Params, copied, digests, new_project, run, small_params, stage, write_params
 
-from maskllm4v.checkpoints import MaskCheckpoint, load_masks
+from maskllm4v.checkpoints.masks import MaskCheckpoint, load_masks
 from maskllm4v.config import load_experiment
-from maskllm4v.files import read_json
 from maskllm4v.reporting.aggregate import aggregate, current_records
 from maskllm4v.tracking.runs import settings_tags
+from maskllm4v.utils.io import read_json
 
 pytestmark = pytest.mark.slow
 

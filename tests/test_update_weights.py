@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import maskllm4v
 from maskllm4v import MaskedLinear, apply_masks_, current_masks, fold_, make_learnable, prune, update_weights_
-from maskllm4v.errors import ConfigError, DataError
+from maskllm4v.utils.errors import ConfigError, DataError
 
 Masks = dict[str, Tensor]
 
@@ -259,7 +259,7 @@ def test_after_an_error_the_model_is_as_it_was(
 def test_failure_half_way_leaves_nothing_half_updated(vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = masked_vit(vit)
     before = snapshot(model)
-    method = maskllm4v.updates.METHODS["least_squares"]
+    method = maskllm4v.oneshot.weight_update.METHODS["least_squares"]
 
     def fails(weight: Tensor, *arguments: Any, layer: str, **how: Any) -> Tensor:
         if layer == "blocks.1.attn.proj":
@@ -268,7 +268,9 @@ def test_failure_half_way_leaves_nothing_half_updated(vit: nn.Module, monkeypatc
 
     changed: Callable[..., Any] = type(method)
     monkeypatch.setitem(
-        maskllm4v.updates.METHODS, "least_squares", changed(fails, method.targets, method.damping, method.layerwise)
+        maskllm4v.oneshot.weight_update.METHODS,
+        "least_squares",
+        changed(fails, method.targets, method.damping, method.layerwise),
     )
     with pytest.raises(KeyboardInterrupt):
         update_weights_(model, calibration=images())

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from small_layers import column_loop, every_layer, hessian_of, inverse_factor, layer_case, numbers
 from torch import Tensor
 
-from maskllm4v.errors import DataError
-from maskllm4v.patterns import NMPattern
-from maskllm4v.pruners.sparsegpt import prune_sparsegpt
-from maskllm4v.statistics import Hessian, Paired
-from maskllm4v.updates import least_squares
-from maskllm4v.updates.least_squares import solve_rows, update_least_squares
-from maskllm4v.updates.sparsegpt import update_sparsegpt
+from maskllm4v.oneshot.activations.statistics import Hessian, Paired
+from maskllm4v.oneshot.methods.sparsegpt import prune_sparsegpt
+from maskllm4v.oneshot.weight_update import least_squares
+from maskllm4v.oneshot.weight_update.least_squares import solve_rows, update_least_squares
+from maskllm4v.oneshot.weight_update.sparsegpt import update_sparsegpt
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import DataError
 
 
 def random_mask(out: int, width: int, pattern: str) -> Tensor:

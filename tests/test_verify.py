@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mask_files import random_mask
 from torch import Tensor
 
-from maskllm4v.errors import CheckpointError
 from maskllm4v.export.verify import LayerCheck, Weight, check_weight, hardly_sparse, passes, verify_file
-from maskllm4v.patterns import NMPattern
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import CheckpointError
 
 PATTERNS = ("1:2", "2:4", "1:4", "2:8", "4:8", "3:5", "7:8", "1:16")
 P24 = NMPattern(2, 4)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import warm_python
 
-from maskllm4v import exact
+from maskllm4v.utils import determinism
 
 PROGRAMS = {
     "nothing": "",
@@ -31,7 +31,7 @@ PROGRAMS = {
 
 
 def run(python: Path | str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **exact.ENVIRONMENT, "PYTHONPATH": f"{folder}/others", "SOME": "thing"}
+    environment = {**os.environ, **determinism.ENVIRONMENT, "PYTHONPATH": f"{folder}/others", "SOME": "thing"}
     command = [python, *arguments]
     return subprocess.run(
         command, cwd=folder, env=environment, input="said", capture_output=True, text=True, check=False
@@ -56,9 +56,9 @@ def test_packages_are_there_already(tmp_path: Path) -> None:
 
 
 def test_the_exact_pin_holds_whatever_the_environment(tmp_path: Path) -> None:
-    code = "import json, os, maskllm4v.exact as e; e.pin(); print({**os.environ, **e.ENVIRONMENT} == dict(os.environ))"
+    code = "import os, maskllm4v.utils.determinism as d; d.pin(); print(os.environ | d.ENVIRONMENT == os.environ)"
     (tmp_path / "program.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(Path(exact.__file__).parents[2]), "MKL_CBWR": "AVX2"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(determinism.__file__).parents[3]), "MKL_CBWR": "AVX2"}
     command = [warm_python.python(), "-m", "program"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"

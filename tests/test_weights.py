@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from maskllm4v.config import DenseSettings, FinetunedSettings, parse_experiment
 from maskllm4v.config.sections import ProgressiveSettings
-from maskllm4v.dense import obtain_dense
-from maskllm4v.errors import CheckpointError
-from maskllm4v.surgery import apply_masks_, current_masks, fold_
-from maskllm4v.weights import CURVE_COLUMNS, finetune, train_dense
+from maskllm4v.sparsity.surgery import apply_masks_, current_masks, fold_
+from maskllm4v.training.dense import obtain_dense
+from maskllm4v.training.finetuning import CURVE_COLUMNS, finetune, train_dense
+from maskllm4v.utils.errors import CheckpointError
 
 DENSE = DenseSettings(row="dense", init="scratch", steps=60, batch_size=32, lr=0.02)
 

@@ -57,7 +57,7 @@ session = ExitStack()  # closed after the last test: ends the server
 @cache
 def python() -> Path:
     """An executable ``python``, in a folder with ``dvc``; its server starts with the first call."""
-    from maskllm4v import exact
+    from maskllm4v.utils import determinism
 
     folder = Path(session.enter_context(TemporaryDirectory(prefix="warm-")))
     program, address = folder / "bin/python", folder / "socket"
@@ -66,8 +66,8 @@ def python() -> Path:
     program.with_name("dvc").write_text(f'#!/bin/sh\nexec {program} -m dvc "$@"\n')
     for path in program.parent.iterdir():
         path.chmod(0o755)
-    command = [sys.executable, __file__, str(address), json.dumps(exact.ENVIRONMENT)]
-    environment = {**os.environ, **QUIET, **exact.ENVIRONMENT}
+    command = [sys.executable, __file__, str(address), json.dumps(determinism.ENVIRONMENT)]
+    environment = {**os.environ, **QUIET, **determinism.ENVIRONMENT}
     server = session.enter_context(subprocess.Popen(command, env=environment))
     session.callback(server.terminate)
     while not address.exists():

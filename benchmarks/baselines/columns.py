@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskllm4v.patterns import NMPattern
-from maskllm4v.pruners import Pruned
+from maskllm4v.oneshot.prune import Pruned
+from maskllm4v.sparsity.patterns import NMPattern
 
 BLOCK_SIZE = 128
 DAMPING = 0.01

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v.loop import Learner
-from maskllm4v.patterns import NMPattern
-from maskllm4v.surgery import prunable_linears, replace_
-from maskllm4v.tasks import Task
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import prunable_linears, replace_
+from maskllm4v.tasks.base import Task
+from maskllm4v.training.trainer import Learner
 
 
 def masked_weight(
@@ -27,7 +27,7 @@ def masked_weight(
         weight: ``[out, in]``.
         logits: ``[groups, K]``.
         candidates: ``[K, M]``.
-        tau, scaling, hard: as in :func:`maskllm4v.gumbel.masked_weight`.
+        tau, scaling, hard: as in :func:`maskllm4v.sparsity.gumbel.masked_weight`.
     """
     soft = F.gumbel_softmax(scaling * logits, tau=tau, hard=hard, dim=-1)
     masked = weight * (soft @ candidates).view_as(weight)

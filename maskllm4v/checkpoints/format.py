@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskllm4v.errors import CheckpointError
-from maskllm4v.files import replacing, value_digest
+from maskllm4v.utils.errors import CheckpointError
+from maskllm4v.utils.io import replacing, value_digest
 
 METADATA_KEY = "maskllm4v"
 FORMAT = 2

@@ -1,4 +1,4 @@
-"""Our files: dense weights and packed masks, as sealed safetensors (:mod:`maskllm4v.sealed`)."""
+"""Our files: dense weights and packed masks, as sealed safetensors (:mod:`maskllm4v.checkpoints.format`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.errors import CheckpointError
-from maskllm4v.patterns import NMPattern
-from maskllm4v.sealed import METADATA_KEY, load_sealed, open_tensors, save_sealed
+from maskllm4v.checkpoints.format import METADATA_KEY, load_sealed, open_tensors, save_sealed
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import CheckpointError
 
 CANDIDATES = "candidates"  # the gate that files do not name
 
@@ -30,7 +30,7 @@ class MaskCheckpoint:
         base: digest of the dense model's tensors.
         method: e.g. ``"wanda"`` or ``"maskllm"``.
         digest: of the file's tensors, once it has been read.
-        gate: what the logits stood for that masks were learned with (:mod:`maskllm4v.gates`).
+        gate: what the logits stood for that masks were learned with (:mod:`maskllm4v.sparsity.parameterization`).
         permutations: of the dense model's channels, see :func:`maskllm4v.apply_permutations_`; masks, weights and prior
             lie on the permuted model. Empty if it stayed as it was.
     """

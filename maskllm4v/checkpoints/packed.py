@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints import load_state
-from maskllm4v.errors import CheckpointError, PatternError
-from maskllm4v.patterns import NMPattern
-from maskllm4v.sealed import load_sealed
+from maskllm4v.checkpoints.format import load_sealed
+from maskllm4v.checkpoints.masks import load_state
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import CheckpointError, PatternError
 
 VALUES, POSITIONS = ".weight.values", ".weight.positions"
 Model = TypeVar("Model", bound=nn.Module)

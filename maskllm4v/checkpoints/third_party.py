@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskllm4v.checkpoints import MaskCheckpoint, load_masks, load_plain_state
-from maskllm4v.errors import CheckpointError, PatternError
-from maskllm4v.packed import load_packed_file
-from maskllm4v.patterns import NMPattern
-from maskllm4v.sealed import is_safetensors, kind_of, load_sealed
+from maskllm4v.checkpoints.format import is_safetensors, kind_of, load_sealed
+from maskllm4v.checkpoints.masks import MaskCheckpoint, load_masks, load_plain_state
+from maskllm4v.checkpoints.packed import load_packed_file
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import CheckpointError, PatternError
 
 AVERAGED, PLAIN = ("state_dict_ema", "model_ema", "ema"), ("state_dict", "model")  # where a file keeps its state dicts
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, timm's EMA, torch.compile

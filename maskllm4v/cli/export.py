@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 
 from maskllm4v.cli import options
 from maskllm4v.config import PARAMS, load_experiment
-from maskllm4v.errors import CheckpointError, ConfigError, PatternError
-from maskllm4v.layout import data_folder
+from maskllm4v.runs.paths import data_folder
+from maskllm4v.utils.errors import CheckpointError, ConfigError, PatternError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from maskllm4v.config import Experiment
     from maskllm4v.export.files import Folded
-    from maskllm4v.patterns import NMPattern
-    from maskllm4v.tasks import Task
+    from maskllm4v.sparsity.patterns import NMPattern
+    from maskllm4v.tasks.base import Task
 
 FORMATS = {
     "packed": "kept values and their places; maskllm4v.load_packed reads it",
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.cli import inputs
     from maskllm4v.export.writing import file_name, folded_row, write
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
 
     a = arguments
     _check_flags(a)
@@ -102,12 +102,12 @@ def _check_flags(a: argparse.Namespace) -> None:
 
 def _folded_file(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple[Folded, str | None]:
     """The model of a checkpoint, and the type of its weights, if they have one."""
+    from maskllm4v.checkpoints.format import tensors_digest
+    from maskllm4v.checkpoints.third_party import State, load_any
     from maskllm4v.cli import inputs
     from maskllm4v.export.files import Folded
-    from maskllm4v.original import State, load_any
-    from maskllm4v.patterns import NMPattern
-    from maskllm4v.sealed import tensors_digest
-    from maskllm4v.surgery import fold_, prunable_linears
+    from maskllm4v.sparsity.patterns import NMPattern
+    from maskllm4v.sparsity.surgery import fold_, prunable_linears
 
     found = load_any(a.checkpoint, ema=a.use_ema, pattern=a.pattern)
     said = found.about if isinstance(found, State) else {}
@@ -134,8 +134,8 @@ def _masks_of_zeros(model: nn.Module, pattern: NMPattern, layers: Iterable[str],
     Raises:
         CheckpointError: a layer breaks the pattern.
     """
-    from maskllm4v.packed import mask_of
-    from maskllm4v.surgery import linear
+    from maskllm4v.checkpoints.packed import mask_of
+    from maskllm4v.sparsity.surgery import linear
 
     try:
         return {name: mask_of(linear(model, name).weight.detach(), pattern, name) for name in layers}
@@ -146,8 +146,8 @@ def _masks_of_zeros(model: nn.Module, pattern: NMPattern, layers: Iterable[str],
 
 def _dtype(found: object) -> str | None:
     """The one type of a file's floating-point weights; None if there are several, or it holds masks."""
+    from maskllm4v.checkpoints.third_party import State
     from maskllm4v.export.files import DTYPES
-    from maskllm4v.original import State
 
     if not isinstance(found, State):
         return None

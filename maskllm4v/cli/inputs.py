@@ -13,21 +13,21 @@ from pathlib import Path
 
 from torch import nn
 
-from maskllm4v.checkpoints import MaskCheckpoint, load_state, save_dense
+from maskllm4v.checkpoints.format import tensors_digest
+from maskllm4v.checkpoints.masks import MaskCheckpoint, load_state, save_dense
+from maskllm4v.checkpoints.third_party import State, dense_state, load_any, unpruned
 from maskllm4v.config import DataSettings, Experiment, ModelSettings
 from maskllm4v.data import prepare
-from maskllm4v.dense import obtain_dense
-from maskllm4v.devices import pick_device
-from maskllm4v.distributed import same_everywhere
-from maskllm4v.errors import CheckpointError, ConfigError, DataError
-from maskllm4v.evaluation import check_fits, install
-from maskllm4v.files import value_digest
-from maskllm4v.models import num_classes
-from maskllm4v.original import State, dense_state, load_any, unpruned
-from maskllm4v.processes import is_main
-from maskllm4v.sealed import tensors_digest
-from maskllm4v.surgery import prunable_linears
-from maskllm4v.tasks import Task, open_task
+from maskllm4v.evaluation.evaluate import check_fits, install
+from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.tasks.base import Task, open_task
+from maskllm4v.tasks.models import num_classes
+from maskllm4v.training.dense import obtain_dense
+from maskllm4v.utils.devices import pick_device
+from maskllm4v.utils.distributed import same_everywhere
+from maskllm4v.utils.errors import CheckpointError, ConfigError, DataError
+from maskllm4v.utils.io import value_digest
+from maskllm4v.utils.processes import is_main
 
 CACHE = Path(".cache/cli")  # git-ignored; nothing in it is a result
 
@@ -119,7 +119,7 @@ def masks_in(path: Path, pattern: str | None) -> State | MaskCheckpoint:
     """A file of masks, to start from.
 
     Raises:
-        CheckpointError: it holds none, or see :func:`maskllm4v.original.load_any`.
+        CheckpointError: it holds none, or see :func:`maskllm4v.checkpoints.third_party.load_any`.
     """
     found = load_any(path, pattern=pattern)
     if not found.masks:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from maskllm4v.config import Experiment, parse_experiment
-from maskllm4v.errors import ConfigError
+from maskllm4v.utils.errors import ConfigError
 
 DENSE, PRIOR, LEARNED, UPDATED = "dense", "prior", "masks", "updated"  # rows of the experiment that a command runs
 FLAGS = {  # settings whose flags have other names

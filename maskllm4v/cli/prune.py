@@ -45,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import copy
 
-    from maskllm4v.checkpoints import MaskCheckpoint, save_masks
+    from maskllm4v.checkpoints.masks import MaskCheckpoint, save_masks
     from maskllm4v.cli import inputs
-    from maskllm4v.distributed import leave
-    from maskllm4v.patterns import NMPattern
-    from maskllm4v.permutation import permute_channels_
-    from maskllm4v.processes import is_main
-    from maskllm4v.pruners import calibrates, prune
-    from maskllm4v.surgery import linear
+    from maskllm4v.oneshot.permute import permute_channels_
+    from maskllm4v.oneshot.prune import calibrates, prune
+    from maskllm4v.sparsity.patterns import NMPattern
+    from maskllm4v.sparsity.surgery import linear
+    from maskllm4v.utils.distributed import leave
+    from maskllm4v.utils.processes import is_main
 
     a, pattern = arguments, NMPattern(arguments.pattern or "2:4")
     settings = {"method": a.pruner, "update_weights": a.enable_update, "propagate": a.propagate}

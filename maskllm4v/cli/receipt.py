@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskllm4v.errors import ConfigError, UserError
-from maskllm4v.layout import REPORTS
+from maskllm4v.runs.paths import REPORTS
+from maskllm4v.utils.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from maskllm4v.receipts import Receipt

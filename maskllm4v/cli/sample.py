@@ -21,8 +21,8 @@ from maskllm4v.config import (
     load_experiment,
     parse_experiment,
 )
-from maskllm4v.errors import CheckpointError, ConfigError
-from maskllm4v.layout import checkpoint, data_folder
+from maskllm4v.runs.paths import checkpoint, data_folder
+from maskllm4v.utils.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,9 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from maskllm4v.cli.inputs import say
-    from maskllm4v.pictures import write_picture
     from maskllm4v.tasks.diffusion import Diffusion
     from maskllm4v.tasks.diffusion.images import picture
+    from maskllm4v.utils.images import write_picture
 
     a = arguments
     if not a.checkpoint and (a.masks or a.vae):
@@ -102,10 +102,10 @@ def _sampling(a: argparse.Namespace, experiment: Experiment) -> EvaluationSettin
 
 def _models(a: argparse.Namespace, experiment: Experiment, task: Diffusion) -> Iterator[tuple[str, nn.Module]]:
     """One model after the other, with its name."""
-    from maskllm4v.checkpoints import load_dense, load_masks, load_state
-    from maskllm4v.evaluation import install
-    from maskllm4v.sealed import tensors_digest
-    from maskllm4v.surgery import fold_
+    from maskllm4v.checkpoints.format import tensors_digest
+    from maskllm4v.checkpoints.masks import load_dense, load_masks, load_state
+    from maskllm4v.evaluation.evaluate import install
+    from maskllm4v.sparsity.surgery import fold_
 
     if a.checkpoint:
         names: dict[str, Path | None] = {a.checkpoint.stem: None, **{_name(path): path for path in a.masks}}

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.data.shrink import Recipe, shrink
-    from maskllm4v.errors import DataError
+    from maskllm4v.utils.errors import DataError
 
     a = arguments
     splits = None if a.splits is None else tuple(a.splits)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from maskllm4v.cli import options
 from maskllm4v.config import Experiment
-from maskllm4v.errors import ConfigError
+from maskllm4v.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from maskllm4v.patterns import NMPattern
-    from maskllm4v.tasks import Task
+    from maskllm4v.sparsity.patterns import NMPattern
+    from maskllm4v.tasks.base import Task
 
     Tensors = dict[str, Tensor]
 
@@ -183,18 +183,18 @@ def run(arguments: argparse.Namespace) -> None:
     import copy
     import shutil
 
-    from maskllm4v.channels import apply_permutations_
-    from maskllm4v.checkpoints import MaskCheckpoint, save_masks
+    from maskllm4v.checkpoints.format import tensors_digest
+    from maskllm4v.checkpoints.masks import MaskCheckpoint, save_masks
     from maskllm4v.cli import inputs
-    from maskllm4v.curves import write_curve
-    from maskllm4v.distributed import leave
-    from maskllm4v.files import value_digest
-    from maskllm4v.processes import is_main
-    from maskllm4v.records import versions
-    from maskllm4v.resume import Resume
-    from maskllm4v.sealed import tensors_digest
-    from maskllm4v.surgery import make_learnable
-    from maskllm4v.training import CURVE_COLUMNS, learn_masks
+    from maskllm4v.runs.curves import write_curve
+    from maskllm4v.runs.records import versions
+    from maskllm4v.sparsity.permutation import apply_permutations_
+    from maskllm4v.sparsity.surgery import make_learnable
+    from maskllm4v.training.mask_learning import CURVE_COLUMNS, learn_masks
+    from maskllm4v.training.resume import Resume
+    from maskllm4v.utils.distributed import leave
+    from maskllm4v.utils.io import value_digest
+    from maskllm4v.utils.processes import is_main
 
     a = arguments
     experiment, task, model, pattern, prior, permutations = start(a)
@@ -242,7 +242,7 @@ def start(a: argparse.Namespace) -> tuple[Experiment, Task, nn.Module, NMPattern
         CheckpointError: the prior has no masks, or is of another model or pattern, or of one with permuted channels.
     """
     from maskllm4v.cli import inputs
-    from maskllm4v.patterns import NMPattern
+    from maskllm4v.sparsity.patterns import NMPattern
 
     found = None if a.checkpoint is None else inputs.masks_in(a.checkpoint, a.pattern)
     pattern = NMPattern(found.pattern if found is not None and found.pattern is not None else a.pattern or "2:4")

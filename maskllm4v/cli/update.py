@@ -52,13 +52,13 @@ def run(arguments: argparse.Namespace) -> None:
     import copy
     from dataclasses import replace
 
-    from maskllm4v.checkpoints import save_masks
+    from maskllm4v.checkpoints.masks import save_masks
     from maskllm4v.cli import inputs
-    from maskllm4v.distributed import leave
-    from maskllm4v.evaluation import install
-    from maskllm4v.processes import is_main
-    from maskllm4v.surgery import linear
-    from maskllm4v.updates import update_weights_
+    from maskllm4v.evaluation.evaluate import install
+    from maskllm4v.oneshot.weight_update import update_weights_
+    from maskllm4v.sparsity.surgery import linear
+    from maskllm4v.utils.distributed import leave
+    from maskllm4v.utils.processes import is_main
 
     a, images = arguments, options.split(arguments, arguments.calibration_split)
     found = inputs.masks_in(a.checkpoint, a.pattern)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from maskllm4v.cli import options
 from maskllm4v.config import Experiment
-from maskllm4v.errors import CheckpointError, ConfigError
+from maskllm4v.utils.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from maskllm4v.checkpoints import MaskCheckpoint
-    from maskllm4v.tasks import Task
+    from maskllm4v.checkpoints.masks import MaskCheckpoint
+    from maskllm4v.tasks.base import Task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +51,9 @@ def run(arguments: argparse.Namespace) -> None:
     import json
 
     from maskllm4v.cli import inputs
-    from maskllm4v.distributed import leave
-    from maskllm4v.files import write_text
-    from maskllm4v.processes import is_main
+    from maskllm4v.utils.distributed import leave
+    from maskllm4v.utils.io import write_text
+    from maskllm4v.utils.processes import is_main
 
     a, images = arguments, options.split(arguments, "val")
     experiment = options.experiment(
@@ -85,10 +85,10 @@ def measured(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple
     Raises:
         CheckpointError: the file is not what ``--sparsity-mode`` says, or does not fit the model.
     """
-    from maskllm4v.checkpoints import MaskCheckpoint
+    from maskllm4v.checkpoints.masks import MaskCheckpoint
+    from maskllm4v.checkpoints.third_party import load_any
     from maskllm4v.cli import inputs
-    from maskllm4v.original import load_any
-    from maskllm4v.surgery import fold_
+    from maskllm4v.sparsity.surgery import fold_
 
     mode, path = a.sparsity_mode, a.checkpoint
     if path is None:
@@ -109,7 +109,7 @@ def measured(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple
 
 def logits_of(masks: MaskCheckpoint | None) -> int:
     """How many logits learned masks were made from."""
-    from maskllm4v.gates import gate_of
+    from maskllm4v.sparsity.parameterization import gate_of
 
     if masks is None or masks.pattern is None:
         return 0

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from maskllm4v.export.verify import passes, verify_file
-    from maskllm4v.patterns import NMPattern
+    from maskllm4v.sparsity.patterns import NMPattern
 
     a = arguments
     pattern = None if a.pattern is None else NMPattern(a.pattern)

@@ -30,7 +30,7 @@ from maskllm4v.config.sections import (
     UpdatedSettings,
 )
 from maskllm4v.config.starts import check_patterns, check_starts
-from maskllm4v.errors import ConfigError
+from maskllm4v.utils.errors import ConfigError
 
 Kind = Literal["dense", "oneshot", "learned", "updated", "finetuned"]
 

@@ -13,7 +13,7 @@ from pydantic import Tag, ValidationError
 
 from maskllm4v.config.experiment import Experiment
 from maskllm4v.config.sections import LearningSettings
-from maskllm4v.errors import ConfigError
+from maskllm4v.utils.errors import ConfigError
 
 PARAMS = Path("params.yaml")
 

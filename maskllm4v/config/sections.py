@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from maskllm4v.errors import ConfigError
+from maskllm4v.utils.errors import ConfigError
 
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
@@ -25,7 +25,8 @@ FirstLast = Annotated[tuple[Positive, Positive], Field(strict=False)]
 Inputs = Literal["data", "generated"]
 REAL: Any = Field("data", exclude_if=lambda value: value == "data")
 
-# What logits stand for (:mod:`maskllm4v.gates`); not written down where they belong to candidates, for the same reason.
+# What logits stand for (:mod:`maskllm4v.sparsity.parameterization`); not written down where they belong to candidates,
+# for the same reason.
 Gate = Literal["candidates", "positions"]
 CANDIDATES: Any = Field("candidates", exclude_if=lambda value: value == "candidates")
 

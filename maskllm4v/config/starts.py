@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from maskllm4v.config.experiment import Experiment
 
-MAX_CANDIDATES, MAX_WIDE = 70, 16  # those of maskllm4v.patterns, which this room may not ask: it would import torch
+MAX_CANDIDATES, MAX_WIDE = (
+    70,
+    16,
+)  # those of maskllm4v.sparsity.patterns, which this room may not ask: it would import torch
 
 
 def check_patterns(experiment: Experiment) -> None:

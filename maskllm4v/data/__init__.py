@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskllm4v.config import DataSettings, TaskSettings
 from maskllm4v.data.manifest import Manifest, read_manifest
-from maskllm4v.errors import ConfigError, DataError
+from maskllm4v.utils.errors import ConfigError, DataError
 
 __all__ = ["ImageData", "Manifest", "open_data", "prepare", "read_manifest"]
 
@@ -81,7 +81,7 @@ def open_data(folder: Path, data: DataSettings, task: TaskSettings, transform: M
         folder: of the manifest.
         data: how images are kept.
         task: how they are augmented.
-        transform: size, mean, std, crop and interpolation (:func:`maskllm4v.models.image_settings`).
+        transform: size, mean, std, crop and interpolation (:func:`maskllm4v.tasks.models.image_settings`).
 
     Raises:
         DataError: the manifest is missing, damaged or of another source, or the source is not what it says.

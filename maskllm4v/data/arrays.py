@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskllm4v.config import TaskSettings
 from maskllm4v.data.manifest import Manifest
-from maskllm4v.errors import ConfigError
+from maskllm4v.utils.errors import ConfigError
 
 Whole = slice(None)
 

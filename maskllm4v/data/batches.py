@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maskllm4v.data import ImageData
-from maskllm4v.errors import ConfigError, DataError
-from maskllm4v.randomness import generator
-from maskllm4v.share import WHOLE, Share
+from maskllm4v.utils.errors import ConfigError, DataError
+from maskllm4v.utils.rng import generator
+from maskllm4v.utils.sharding import WHOLE, Share
 
 GRACE = 60  # seconds that a loader's worker goes on after SIGTERM, if nobody ends it before
 

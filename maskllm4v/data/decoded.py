@@ -14,8 +14,8 @@ from torch import Tensor
 from maskllm4v.config import TaskSettings
 from maskllm4v.data.arrays import ArrayImages, Whole
 from maskllm4v.data.manifest import Entry, Manifest
-from maskllm4v.errors import ConfigError, DataError
-from maskllm4v.progress import bar
+from maskllm4v.utils.errors import ConfigError, DataError
+from maskllm4v.utils.progress import bar
 
 Read = Callable[[Entry], tuple[Any, str]]  # a file, path or PIL image, and its name for messages
 
@@ -27,7 +27,7 @@ class DecodedImages:
         manifest: of the source.
         read: opens an entry.
         task: augmentation, by timm's training transform.
-        transform: size, mean, std, crop and interpolation (:func:`maskllm4v.models.image_settings`).
+        transform: size, mean, std, crop and interpolation (:func:`maskllm4v.tasks.models.image_settings`).
     """
 
     def __init__(self, manifest: Manifest, read: Read, task: TaskSettings, transform: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from maskllm4v.config import DataSettings, TaskSettings
 from maskllm4v.data.arrays import ArrayImages
 from maskllm4v.data.manifest import Entry, Manifest, write_manifest
-from maskllm4v.errors import DataError
+from maskllm4v.utils.errors import DataError
 
 
 def prepare_digits(settings: DataSettings, folder: Path) -> Manifest:

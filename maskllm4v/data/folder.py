@@ -9,9 +9,9 @@ from typing import Any
 
 from maskllm4v.config import DataSettings
 from maskllm4v.data.manifest import Entry, Manifest, write_manifest
-from maskllm4v.errors import DataError
-from maskllm4v.files import file_digest
-from maskllm4v.progress import bar
+from maskllm4v.utils.errors import DataError
+from maskllm4v.utils.io import file_digest
+from maskllm4v.utils.progress import bar
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SHOWN = 5  # faults that an error message names

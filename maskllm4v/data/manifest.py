@@ -11,9 +11,9 @@ from typing import Any, overload
 import numpy as np
 
 from maskllm4v.config import DataSettings
-from maskllm4v.errors import DataError, UserError
-from maskllm4v.files import file_digest, read_json, write_csv, write_json
-from maskllm4v.randomness import generator
+from maskllm4v.utils.errors import DataError, UserError
+from maskllm4v.utils.io import file_digest, read_json, write_csv, write_json
+from maskllm4v.utils.rng import generator
 
 HEADER = ("path", "label", "bytes", "sha256")
 

@@ -24,10 +24,10 @@ from typing import Any, Literal
 from maskllm4v.data.decoded import decode
 from maskllm4v.data.folder import SUFFIXES
 from maskllm4v.data.manifest import Entry
-from maskllm4v.errors import ConfigError, DataError, UserError
-from maskllm4v.files import read_json, replacing, write_json
-from maskllm4v.processes import end_with_parent
-from maskllm4v.progress import bar
+from maskllm4v.utils.errors import ConfigError, DataError, UserError
+from maskllm4v.utils.io import read_json, replacing, write_json
+from maskllm4v.utils.processes import end_with_parent
+from maskllm4v.utils.progress import bar
 
 RECORD = "shrunk.json"  # in the copy: what it was made from, and how
 SMALLEST = 64  # pixels

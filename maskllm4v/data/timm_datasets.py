@@ -18,8 +18,8 @@ import numpy as np
 from maskllm4v.config import DataSettings
 from maskllm4v.data.decoded import decode
 from maskllm4v.data.manifest import Entry, Manifest, write_manifest
-from maskllm4v.errors import ConfigError, DataError
-from maskllm4v.progress import bar
+from maskllm4v.utils.errors import ConfigError, DataError
+from maskllm4v.utils.progress import bar
 
 INDEXED = ("torch", "hfds")  # everything else is a folder or a tar file, and so are these two:
 FOLDERS = ("torch/folder", "torch/image_folder")

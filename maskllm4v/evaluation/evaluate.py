@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from maskllm4v.channels import apply_permutations_
-from maskllm4v.checkpoints import MaskCheckpoint, load_dense, load_masks
+from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, load_masks
 from maskllm4v.config import Experiment
-from maskllm4v.diagnostics import layer_diagnostics
-from maskllm4v.errors import CheckpointError, ConfigError
-from maskllm4v.gates import gate_of
-from maskllm4v.surgery import apply_masks_, fold_, linear
-from maskllm4v.tasks import Task
+from maskllm4v.evaluation.layer_errors import layer_diagnostics
+from maskllm4v.sparsity.parameterization import gate_of
+from maskllm4v.sparsity.permutation import apply_permutations_
+from maskllm4v.sparsity.surgery import apply_masks_, fold_, linear
+from maskllm4v.tasks.base import Task
+from maskllm4v.utils.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Measured:
     Attributes:
         metrics: by name, from the task.
         summary: the same in the original's form; empty where it has none.
-        layers: rows of :data:`maskllm4v.diagnostics.COLUMNS`.
+        layers: rows of :data:`maskllm4v.evaluation.layer_errors.COLUMNS`.
         parameters: counts: of the dense model, kept after pruning, of logits that were trained.
         dense, masks: digests of the tensors evaluated; no masks for the dense row.
         pictures: what shows the model at work, uint8 ``[H, W, 3]`` or ``[H, W]`` by file stem; the first seed's alone.

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v.calibration import Calibration, names_by_part
-from maskllm4v.checkpoints import MaskCheckpoint
-from maskllm4v.distributed import sum_
-from maskllm4v.surgery import linear
+from maskllm4v.checkpoints.masks import MaskCheckpoint
+from maskllm4v.sparsity.calibration import Calibration, names_by_part
+from maskllm4v.sparsity.surgery import linear
+from maskllm4v.utils.distributed import sum_
 
 COLUMNS = (
     "layer",

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskllm4v.checkpoints import MaskCheckpoint, load_masks
-from maskllm4v.patterns import MAX_CANDIDATES, NMPattern
+from maskllm4v.checkpoints.masks import MaskCheckpoint, load_masks
+from maskllm4v.sparsity.patterns import MAX_CANDIDATES, NMPattern
 
 TILE = (16, 32)  # rows and columns of a weight that a tile shows at most
 
@@ -30,7 +30,7 @@ class MasksSeen:
 
 
 def describe_masks(weight: np.ndarray, masks: Mapping[int, Path], layers: Sequence[str]) -> MasksSeen:
-    """Read what :mod:`maskllm4v.checkpoints` wrote and describe it.
+    """Read what :mod:`maskllm4v.checkpoints.masks` wrote and describe it.
 
     Args:
         weight: the first seed's dense weight ``[out, in]`` of the first layer, as its mask lies on it.

@@ -1,8 +1,8 @@
 """Folded models as files that stand for themselves: packed, or dense with zeros; and masks alone.
 
-All are sealed safetensors (:mod:`maskllm4v.sealed`). A packed file holds ``<layer>.weight.values`` and
-``<layer>.weight.positions`` of every masked layer (:mod:`maskllm4v.packed`) and all other tensors as they are; a
-dense one is a plain state dict, which timm and ``torch`` load without us.
+All are sealed safetensors (:mod:`maskllm4v.checkpoints.format`). A packed file holds ``<layer>.weight.values`` and
+``<layer>.weight.positions`` of every masked layer (:mod:`maskllm4v.checkpoints.packed`) and all other tensors as they
+are; a dense one is a plain state dict, which timm and ``torch`` load without us.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints import MaskCheckpoint, save_masks
-from maskllm4v.errors import CheckpointError, PatternError
-from maskllm4v.packed import POSITIONS, VALUES, pack_weight
-from maskllm4v.patterns import NMPattern
-from maskllm4v.sealed import save_sealed
-from maskllm4v.surgery import linear
+from maskllm4v.checkpoints.format import save_sealed
+from maskllm4v.checkpoints.masks import MaskCheckpoint, save_masks
+from maskllm4v.checkpoints.packed import POSITIONS, VALUES, pack_weight
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import linear
+from maskllm4v.utils.errors import CheckpointError, PatternError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -157,7 +157,7 @@ def write_folded(path: Path, folded: Folded, dtype: str | None = None) -> None:
 
 
 def write_masks(path: Path, folded: Folded) -> None:
-    """Write the masks, :attr:`~maskllm4v.patterns.NMPattern.bits` bits a group, for those who have the dense model.
+    """Write the masks, ``NMPattern.bits`` bits a group, for those who have the dense model.
 
     Raises:
         CheckpointError: the model has none, or masks alone would not give it.

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskllm4v.errors import CheckpointError, ConfigError
-from maskllm4v.files import value_digest
-from maskllm4v.sealed import METADATA_KEY, tensors_digest
+from maskllm4v.checkpoints.format import METADATA_KEY, tensors_digest
+from maskllm4v.utils.errors import CheckpointError, ConfigError
+from maskllm4v.utils.io import value_digest
 
 PRODUCER = "maskllm4v"
 FORMAT = 1

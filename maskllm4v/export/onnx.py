@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v import __version__
-from maskllm4v.errors import CheckpointError, ConfigError, UserError
+from maskllm4v.checkpoints.format import tensors_digest
 from maskllm4v.export.graph import about_graph, describe, graph_weights, library, line, matrices, read_graph
-from maskllm4v.files import replacing
-from maskllm4v.patterns import NMPattern
-from maskllm4v.sealed import tensors_digest
-from maskllm4v.tasks import Deployable
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.tasks.base import Deployable
+from maskllm4v.utils.errors import CheckpointError, ConfigError, UserError
+from maskllm4v.utils.io import replacing
 
 __all__ = ["about_graph", "export_onnx", "graph_weights"]
 

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v.errors import ConfigError
 from maskllm4v.export.sparse_fit import BACKENDS, misfit, on_gpu, pick_backend
 from maskllm4v.export.sparse_speed import algorithms, graphed_ms, random_tokens, tokens_by_layer
-from maskllm4v.surgery import Exclude, prunable_linears, replace_
+from maskllm4v.sparsity.surgery import Exclude, prunable_linears, replace_
+from maskllm4v.utils.errors import ConfigError
 
 CHECKED = 1024  # tokens, at most, of the check against the dense product
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.errors import ConfigError
-from maskllm4v.layers import LearnableMaskedLinear, MaskedLinear
+from maskllm4v.sparsity.masks import LearnableMaskedLinear, MaskedLinear
+from maskllm4v.utils.errors import ConfigError
 
 BACKENDS = {  # in order of preference
     "cusparselt": "SparseSemiStructuredTensorCUSPARSELT",

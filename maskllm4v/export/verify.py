@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskllm4v.checkpoints import load_masks, load_plain_state
-from maskllm4v.errors import CheckpointError, ConfigError
-from maskllm4v.original import DEFAULT, State, load_any, read_torch
-from maskllm4v.packed import load_packed_file
-from maskllm4v.patterns import NMPattern
-from maskllm4v.sealed import is_safetensors, kind_of, load_sealed
+from maskllm4v.checkpoints.format import is_safetensors, kind_of, load_sealed
+from maskllm4v.checkpoints.masks import load_masks, load_plain_state
+from maskllm4v.checkpoints.packed import load_packed_file
+from maskllm4v.checkpoints.third_party import DEFAULT, State, load_any, read_torch
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import CheckpointError, ConfigError
 
 HARDLY_A_ZERO = 0.9
 FIRST_OF_GRAPH = b"\x08"  # the tag of an ONNX file's first field; no file of torch.save begins so

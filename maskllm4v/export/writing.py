@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from maskllm4v.checkpoints import load_dense, load_masks
+from maskllm4v.checkpoints.format import load_sealed
+from maskllm4v.checkpoints.masks import load_dense, load_masks
+from maskllm4v.checkpoints.packed import load_packed_file
 from maskllm4v.config import Experiment
-from maskllm4v.errors import CheckpointError, ConfigError
-from maskllm4v.evaluation import install
+from maskllm4v.evaluation.evaluate import install
 from maskllm4v.export.files import Folded, write_folded, write_masks, write_packed
 from maskllm4v.export.onnx import export_onnx
-from maskllm4v.files import file_digest, replacing
-from maskllm4v.layout import checkpoint, record_file
-from maskllm4v.packed import load_packed_file
-from maskllm4v.sealed import load_sealed
-from maskllm4v.surgery import fold_
-from maskllm4v.tasks import Task
+from maskllm4v.runs.paths import checkpoint, record_file
+from maskllm4v.sparsity.surgery import fold_
+from maskllm4v.tasks.base import Task
+from maskllm4v.utils.errors import CheckpointError, ConfigError
+from maskllm4v.utils.io import file_digest, replacing
 
 BATCH = 2  # of the example that ONNX graphs are traced with; they take any
 

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.calibration import Calibration, Forward, as_parts, part_statistics
-from maskllm4v.channels import find_channels
-from maskllm4v.errors import ConfigError, PatternError
-from maskllm4v.patterns import NMPattern
-from maskllm4v.progress import bar
-from maskllm4v.statistics import InputNorm
-from maskllm4v.surgery import Exclude, OnMisfit, prunable_linears
+from maskllm4v.oneshot.activations.sequential import part_statistics
+from maskllm4v.oneshot.activations.statistics import InputNorm
+from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.permutation import find_channels
+from maskllm4v.sparsity.surgery import Exclude, OnMisfit, prunable_linears
+from maskllm4v.utils.errors import ConfigError, PatternError
+from maskllm4v.utils.progress import bar
 
 SWEEPS = 20  # over all pairs of groups
 WORTH = 1e-6  # of a group's mean score: swaps that gain less are not taken
@@ -48,7 +49,7 @@ def permute_channels_(
         permutations = maskllm4v.permute_channels_(model, "2:4", exclude=["head"])
         masks = maskllm4v.prune(model, "magnitude", pattern="2:4", exclude=["head"])
 
-    Hidden units of MLPs move freely, value channels within their head; see :mod:`maskllm4v.channels`.
+    Hidden units of MLPs move freely, value channels within their head; see :mod:`maskllm4v.sparsity.permutation`.
 
     Args:
         model: dense; changed in place.

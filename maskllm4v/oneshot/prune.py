@@ -12,19 +12,20 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from maskllm4v.calibration import Calibration, Forward, Propagate, as_parts, part_statistics
-from maskllm4v.errors import ConfigError
-from maskllm4v.layers import MaskedLinear
-from maskllm4v.patterns import NMPattern
-from maskllm4v.progress import bar
-from maskllm4v.pruners.magnitude import prune_magnitude
-from maskllm4v.pruners.random import prune_random
-from maskllm4v.pruners.result import Pruned
-from maskllm4v.pruners.ria import prune_ria
-from maskllm4v.pruners.sparsegpt import prune_sparsegpt
-from maskllm4v.pruners.wanda import prune_wanda
-from maskllm4v.statistics import Hessian, InputNorm, Statistic
-from maskllm4v.surgery import Exclude, OnMisfit, prunable_linears, replace_
+from maskllm4v.oneshot.activations.sequential import Propagate, part_statistics
+from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm, Statistic
+from maskllm4v.oneshot.methods.magnitude import prune_magnitude
+from maskllm4v.oneshot.methods.random import prune_random
+from maskllm4v.oneshot.methods.result import Pruned
+from maskllm4v.oneshot.methods.ria import prune_ria
+from maskllm4v.oneshot.methods.sparsegpt import prune_sparsegpt
+from maskllm4v.oneshot.methods.wanda import prune_wanda
+from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts
+from maskllm4v.sparsity.masks import MaskedLinear
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import Exclude, OnMisfit, prunable_linears, replace_
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.progress import bar
 
 __all__ = ["Method", "Pruned", "available", "calibrates", "prune", "register_pruner"]
 
@@ -128,13 +129,13 @@ def prune(
         method: one of :func:`available`.
         pattern: e.g. ``"2:4"``.
         calibration: for methods that look at inputs: an input tensor, an iterable of batches, or a sequence of
-            :class:`maskllm4v.calibration.Calibration` parts, where not all layers see the same batches.
+            :class:`maskllm4v.sparsity.calibration.Calibration` parts, where not all layers see the same batches.
         exclude: modules or name patterns that stay dense.
         update_weights: let the method correct the kept weights for the pruned ones.
         propagate: whether later layers are calibrated on the ``"dense"`` or the already ``"pruned"``
             network; by default what the method's authors (Wanda: the vision original) do.
-        forward: ``forward(model, batch)``; by default :func:`maskllm4v.calibration.default_forward`. Parts have
-            their own.
+        forward: ``forward(model, batch)``; by default :func:`maskllm4v.sparsity.calibration.default_forward`. Parts
+            have their own.
         on_misfit: ``"error"`` or ``"skip"`` for layers that the pattern does not fit.
         seed: for methods that draw.
 

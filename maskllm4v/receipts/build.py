@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import maskllm4v
 from maskllm4v.config import PARAMS, Experiment, load_experiment
-from maskllm4v.files import write_json
-from maskllm4v.layout import REPORTS
 from maskllm4v.receipts.commit import Commit, NoCommitError, find_commit
 from maskllm4v.receipts.environment import exported, lock_warning, package_versions, setting_warning, unlocked
 from maskllm4v.receipts.machine import X86_64, read_cpu, read_system
 from maskllm4v.receipts.model import CPU, Receipt, Row
 from maskllm4v.receipts.rows import LOCK, compare_rows, results_digest, stages_since
+from maskllm4v.runs.paths import REPORTS
+from maskllm4v.utils.io import write_json
 
 
 def build_receipt(

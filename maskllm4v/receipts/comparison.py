@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from maskllm4v.errors import UserError
 from maskllm4v.receipts.digits import metric_differences
 from maskllm4v.receipts.model import Receipt, Row
 from maskllm4v.receipts.text import BAD, GOOD, OPEN, Told, joined, table_lines, wrapped
+from maskllm4v.utils.errors import UserError
 
 SIDES = ("A", "B")
 

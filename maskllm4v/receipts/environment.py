@@ -9,8 +9,8 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from maskllm4v.exact import ENVIRONMENT
-from maskllm4v.records import PACKAGES, TASK_PACKAGES
+from maskllm4v.runs.records import PACKAGES, TASK_PACKAGES
+from maskllm4v.utils.determinism import ENVIRONMENT
 
 LOCK = "requirements.lock"
 UNPINNED = (  # choose kernels or their precision, too, and the pin leaves them as they are
@@ -48,7 +48,7 @@ def unlocked(root: Path) -> dict[str, tuple[str | None, str]] | None:
 
 
 def package_versions(task: str) -> dict[str, str | None]:
-    """Releases that a task's results may depend on, as :func:`maskllm4v.records.versions`; None: not installed."""
+    """Releases that a task's results may depend on, as :func:`maskllm4v.runs.records.versions`; None: not installed."""
     return {name: _installed(name) for name in sorted((*PACKAGES, *TASK_PACKAGES.get(task, ())))}
 
 

@@ -14,12 +14,12 @@ import yaml
 from pydantic import ValidationError
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import UserError
-from maskllm4v.files import value_digest
-from maskllm4v.layout import ARTIFACTS, REPORTS, TIMINGS, export_folder, record_file, run_folder
 from maskllm4v.receipts.digits import metric_differences
 from maskllm4v.receipts.model import Row, Stage
-from maskllm4v.records import run_digest
+from maskllm4v.runs.paths import ARTIFACTS, REPORTS, TIMINGS, export_folder, record_file, run_folder
+from maskllm4v.runs.records import run_digest
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import value_digest
 
 LOCK = "dvc.lock"
 RECORD = "evaluation/record.json"  # in a row's folder
@@ -70,7 +70,7 @@ def compare_rows(root: Path, experiment: Experiment, committed: Files | None) ->
 
 
 def results_digest(experiment: Experiment, files: Files) -> str | None:
-    """Digest of all committed rows of a table: what a receipt was compared with. None where there are none."""
+    """Digest of all committed rows of a table: what a receipt was compared with. None: there are none."""
     digests = {row: row_digest(_below(files, experiment, row)) for row in experiment.rows}
     found = {row: digest for row, digest in digests.items() if digest is not None}
     return value_digest(found) if found else None
@@ -84,7 +84,7 @@ def results_here(experiment: Experiment, reports: Path) -> str | None:
 
 
 def row_digest(files: Files) -> str | None:
-    """:func:`maskllm4v.records.run_digest` of a row's files by path below its folder; None where there are none."""
+    """:func:`~maskllm4v.runs.records.run_digest` of a row's files by path below its folder; None: there are none."""
     return value_digest({name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files)}) if files else None
 
 

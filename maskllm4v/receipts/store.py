@@ -10,11 +10,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import UserError
-from maskllm4v.exact import ENVIRONMENT
 from maskllm4v.receipts.build import write_receipt
 from maskllm4v.receipts.model import FORMAT, Receipt
 from maskllm4v.receipts.rows import results_here
+from maskllm4v.utils.determinism import ENVIRONMENT
+from maskllm4v.utils.errors import UserError
 
 FOLDER = "receipts"  # in the reports
 LARGEST = 4 * 2**20  # bytes; a table of 25 rows takes 40 KB

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
-from maskllm4v.files import value_digest
-from maskllm4v.metrics import METRICS, by_timestep
-from maskllm4v.records import read_records
+from maskllm4v.reporting.metrics import METRICS, by_timestep
+from maskllm4v.runs.records import read_records
+from maskllm4v.utils.io import value_digest
 
 
 def current_records(experiment: Experiment, reports: Path) -> dict[str, dict[str, Any]]:

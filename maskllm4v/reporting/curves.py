@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from maskllm4v.config import Experiment
-from maskllm4v.layout import curve_file
 from maskllm4v.reporting.names import short_names
+from maskllm4v.runs.paths import curve_file
 
 COLUMNS = ("loss", "tau", "scaling", "max_probability", "off_prior", "flipped", "kept_energy", "grad_norm")
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import UserError
-from maskllm4v.layout import evaluation_folder
-from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import aggregate, current_records, seed_metrics
-from maskllm4v.reporting.costs import row_costs, trained_length, whole_costs
+from maskllm4v.reporting.benchmarks.costs import row_costs, trained_length, whole_costs
+from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.tables import MISSING, markdown, number, result_cells, significant
+from maskllm4v.runs.paths import evaluation_folder
+from maskllm4v.utils.errors import UserError
 
 MARKER = re.compile(r"<!-- ([\w-]+): ([\w-]+) -->")
 

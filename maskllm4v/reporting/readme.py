@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from maskllm4v.errors import UserError
+from maskllm4v.utils.errors import UserError
 
 
 def splice(text: str, sections: Mapping[str, str], origin: str = "README.md") -> str:

@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from maskllm4v.config import Experiment, load_experiment
-from maskllm4v.errors import ConfigError, UserError
-from maskllm4v.files import write_text
-from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import aggregate, current_records
+from maskllm4v.reporting.benchmarks.costs import cost_caption, row_costs
+from maskllm4v.reporting.benchmarks.deployment import deployment_markdown, exports_markdown
+from maskllm4v.reporting.benchmarks.performance import performance_markdown
 from maskllm4v.reporting.comparison import comparison_markdown
-from maskllm4v.reporting.costs import cost_caption, row_costs
 from maskllm4v.reporting.curves import curves_csv
-from maskllm4v.reporting.deployment import deployment_markdown, exports_markdown
 from maskllm4v.reporting.figures import draw_figures
+from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.page import PAGE, index_page, table_page
 from maskllm4v.reporting.paired import paired_sections
-from maskllm4v.reporting.performance import performance_markdown
 from maskllm4v.reporting.readme import splice
 from maskllm4v.reporting.receipts import claim, receipts_markdown, reproduced_markdown
 from maskllm4v.reporting.tables import caption, metrics_json, results_csv, results_markdown
+from maskllm4v.utils.errors import ConfigError, UserError
+from maskllm4v.utils.io import write_text
 
 PUBLISHED = "published"  # the README section with the original's table
 PERFORMANCE = "performance"  # the one with the benchmarks of training and pruning

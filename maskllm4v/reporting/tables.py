@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
-from maskllm4v.metrics import TaskMetrics
+from maskllm4v.reporting.metrics import TaskMetrics
 from maskllm4v.reporting.names import short_names
 
 MISSING = "–"

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskllm4v.config import Experiment
-from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import aggregate, best_row, current_records
-from maskllm4v.reporting.costs import row_costs
+from maskllm4v.reporting.benchmarks.costs import row_costs
+from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.tables import LABELS, LEAKS, lead, result_cells, result_headers
 
 WIDTH = 120  # where nobody says how wide it is

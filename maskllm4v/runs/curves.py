@@ -6,8 +6,8 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskllm4v.errors import UserError
-from maskllm4v.files import write_csv
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import write_csv
 
 
 def write_curve(path: Path, columns: Sequence[str], points: Sequence[Sequence[float]]) -> None:

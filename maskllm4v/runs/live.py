@@ -14,11 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from maskllm4v.config import Experiment
-from maskllm4v.layout import live_folder
-from maskllm4v.processes import is_main
-from maskllm4v.workspace import has_store
+from maskllm4v.runs.paths import live_folder
+from maskllm4v.runs.workspace import has_store
+from maskllm4v.utils.processes import is_main
 
-SENDER = "maskllm4v.tracking.live"
+SENDER = "maskllm4v.tracking.sender"
 PATIENCE = 5.0  # seconds that the sender has for the last points
 
 

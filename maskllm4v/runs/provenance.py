@@ -6,11 +6,11 @@ import platform
 from typing import Any
 
 from maskllm4v.config import Experiment
-from maskllm4v.devices import hardware, pick_device
-from maskllm4v.errors import CheckpointError
-from maskllm4v.files import read_json, write_json
-from maskllm4v.layout import origin_file
-from maskllm4v.processes import is_main, world_size
+from maskllm4v.runs.paths import origin_file
+from maskllm4v.utils.devices import hardware, pick_device
+from maskllm4v.utils.errors import CheckpointError
+from maskllm4v.utils.io import read_json, write_json
+from maskllm4v.utils.processes import is_main, world_size
 
 PINNED = "x86-64 CPU, pinned kernels, one thread"  # of an exact run: the CPU's name would make records differ
 

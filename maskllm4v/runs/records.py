@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from maskllm4v.errors import UserError
-from maskllm4v.files import file_digest, read_json, value_digest, write_json
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import file_digest, read_json, value_digest, write_json
 
 FORMAT = 2
 DIGITS = 6

@@ -14,9 +14,9 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from maskllm4v.config import Experiment
-from maskllm4v.devices import pick_device
-from maskllm4v.errors import ConfigError, TrainingError
-from maskllm4v.processes import end_with_parent, world_size
+from maskllm4v.utils.devices import pick_device
+from maskllm4v.utils.errors import ConfigError, TrainingError
+from maskllm4v.utils.processes import end_with_parent, world_size
 
 T = TypeVar("T")
 

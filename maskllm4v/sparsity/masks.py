@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v.errors import CheckpointError, PatternError
-from maskllm4v.gates import gate_of
-from maskllm4v.gumbel import masked_weight
-from maskllm4v.patterns import NMPattern
-from maskllm4v.randomness import generator, philox_key
+from maskllm4v.sparsity.gumbel import masked_weight
+from maskllm4v.sparsity.parameterization import gate_of
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import CheckpointError, PatternError
+from maskllm4v.utils.rng import generator, philox_key
 
 if TYPE_CHECKING:
-    from maskllm4v.joined import JoinedDraw
+    from maskllm4v.sparsity.joined import JoinedDraw
 
 
 def _new_like(cls: type[nn.Linear], linear: nn.Linear, **kwargs: Any) -> Any:
@@ -131,7 +131,8 @@ class LearnableMaskedLinear(nn.Linear):
     Args:
         in_features, out_features, bias: as in ``nn.Linear``.
         N, M: the pattern.
-        gate: what logits stand for (:mod:`maskllm4v.gates`): ``"candidates"``, K = C(M, N), or ``"positions"``, K = M.
+        gate: what logits stand for (:mod:`maskllm4v.sparsity.parameterization`): ``"candidates"``, K = C(M, N), or
+            ``"positions"``, K = M.
         hard: straight-through: arg-max forward, soft gradient backward.
         tau: temperature τ.
         scaling: factor s on the logits.
@@ -142,8 +143,8 @@ class LearnableMaskedLinear(nn.Linear):
     Attributes:
         kept_energy: Σ(masked weight)² of the last training forward, for the sparse-weight regulariser; None while the
             layer is ``joined``.
-        joined: what draws its masks together with those of other layers (:mod:`maskllm4v.joined`), if anything.
-        backend: of the mask operation, one of :data:`maskllm4v.gumbel.BACKENDS`.
+        joined: what draws its masks together with other layers' (:mod:`maskllm4v.sparsity.joined`), if anything.
+        backend: of the mask operation, one of :data:`maskllm4v.sparsity.gumbel.BACKENDS`.
         draw: the noise used next. Training loops set it (:func:`set_draw`); where nobody does, each
             training forward moves on to the next step by itself.
     """

@@ -1,7 +1,7 @@
 """What a learned mask's logits stand for: a number a candidate mask, or a number a position.
 
-A gate knows how many logits a group has, where they start, and which mask they mean; what is drawn from them while
-learning, :mod:`maskllm4v.gumbel` computes. Logits are ``[K, groups]``, groups in row-major order of the weight.
+A gate knows how many logits a group has, where they start, and which mask they mean; what is drawn from them,
+:mod:`maskllm4v.sparsity.gumbel` computes. Logits are ``[K, groups]``, groups in row-major order of the weight.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from maskllm4v.errors import ConfigError, PatternError
-from maskllm4v.gumbel import positions
-from maskllm4v.patterns import MAX_CANDIDATES, NMPattern
+from maskllm4v.sparsity.gumbel import topn
+from maskllm4v.sparsity.patterns import MAX_CANDIDATES, NMPattern
+from maskllm4v.utils.errors import ConfigError, PatternError
 
 GATES = ("candidates", "positions")
 
@@ -133,7 +133,7 @@ class PositionGate(Gate):
         return torch.where(behind, torch.maximum(logits, ahead), logits)
 
     def top_chance(self, scaled: Tensor) -> Tensor:
-        return positions.top_chance(scaled, self.pattern.n)
+        return topn.top_chance(scaled, self.pattern.n)
 
 
 def gate_of(name: str, pattern: NMPattern) -> Gate:

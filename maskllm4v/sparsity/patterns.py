@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from maskllm4v.errors import PatternError
+from maskllm4v.utils.errors import PatternError
 
 MAX_CANDIDATES = 70  # C(8, 4): beyond it one logit a candidate stops making sense
 MAX_WIDE = 16  # positions of groups with more candidates: a table of all 2^M groups numbers them

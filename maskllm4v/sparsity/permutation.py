@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.errors import ConfigError
-from maskllm4v.surgery import masked_layers
+from maskllm4v.sparsity.surgery import masked_layers
+from maskllm4v.utils.errors import ConfigError
 
 Model = TypeVar("Model", bound=nn.Module)
 ROUNDING = 1e-9  # by which outputs of order 1 may differ in float64; those of a wrong order differ by order 1

@@ -11,9 +11,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.errors import ConfigError, PatternError
-from maskllm4v.layers import Draw, LearnableMaskedLinear, MaskedLinear
-from maskllm4v.patterns import NMPattern
+from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear, MaskedLinear
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import ConfigError, PatternError
 
 Exclude = Iterable[nn.Module | str]
 OnMisfit = Literal["error", "skip"]
@@ -190,7 +190,7 @@ def make_learnable(
         seed: seed of the logits and of the Gumbel noise.
         exclude: with ``prior_masks=None``: layers that stay dense.
         hard: straight-through masks.
-        gate: what logits stand for, ``"candidates"`` or ``"positions"`` (:mod:`maskllm4v.gates`).
+        gate: what logits stand for, ``"candidates"`` or ``"positions"`` (:mod:`maskllm4v.sparsity.parameterization`).
 
     Raises:
         PatternError: a prior mask is of another shape or pattern.

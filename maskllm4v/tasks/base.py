@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from maskllm4v.calibration import Calibration
 from maskllm4v.config import Experiment
-from maskllm4v.share import Share
+from maskllm4v.sparsity.calibration import Calibration
+from maskllm4v.utils.sharding import Share
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,8 +12,8 @@ from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
 
 from maskllm4v.config import ModelSettings
-from maskllm4v.errors import CheckpointError, ConfigError
-from maskllm4v.randomness import torch_seed
+from maskllm4v.utils.errors import CheckpointError, ConfigError
+from maskllm4v.utils.rng import torch_seed
 
 PLAIN_VIT = "VisionTransformer"
 

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import CheckpointError, UserError
-from maskllm4v.layout import checkpoint, data_folder
 from maskllm4v.reporting.aggregate import best_row
+from maskllm4v.runs.paths import checkpoint, data_folder
+from maskllm4v.runs.workspace import SERVER
 from maskllm4v.tracking.store import insisting
-from maskllm4v.workspace import SERVER
+from maskllm4v.utils.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
-    from maskllm4v.tasks import Deployable
+    from maskllm4v.tasks.base import Deployable
 
 ALIAS = "champion"
 BATCH = 2  # of the example that graphs are traced with; they take any
@@ -83,10 +83,10 @@ def _measured_model(experiment: Experiment, row: str, record: Mapping[str, Any])
     Raises:
         UserError: its files are not those that the record was measured on, or not here.
     """
-    from maskllm4v.checkpoints import load_masks
+    from maskllm4v.checkpoints.masks import load_masks
     from maskllm4v.export.writing import folded_row
-    from maskllm4v.origin import read_origin
-    from maskllm4v.tasks import open_task
+    from maskllm4v.runs.provenance import read_origin
+    from maskllm4v.tasks.base import open_task
 
     read_origin(experiment, row)
     task = open_task(experiment, data_folder(experiment.data.name))

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskllm4v.curves import read_curve
-from maskllm4v.metrics import METRICS, by_timestep
+from maskllm4v.reporting.metrics import METRICS, by_timestep
+from maskllm4v.runs.curves import read_curve
 
 if TYPE_CHECKING:
     import pandas as pd

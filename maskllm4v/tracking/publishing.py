@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
-from maskllm4v.layout import ARTIFACTS, REPORTS, evaluation_folder, run_folder
-from maskllm4v.metrics import METRICS
-from maskllm4v.pictures import read_picture
-from maskllm4v.progress import bar
-from maskllm4v.records import run_digest
 from maskllm4v.reporting.aggregate import aggregate, current_records
+from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.names import short_names
+from maskllm4v.runs.paths import ARTIFACTS, REPORTS, evaluation_folder, run_folder
+from maskllm4v.runs.records import run_digest
+from maskllm4v.runs.workspace import is_copy
 from maskllm4v.tracking import writers
 from maskllm4v.tracking.champion import publish_champion
 from maskllm4v.tracking.points import Point, as_metrics, as_stored, curve_points, final_points, timestep_points
@@ -41,7 +40,8 @@ from maskllm4v.tracking.runs import (
 )
 from maskllm4v.tracking.store import experiment_id, insisting, open_store, runs_of
 from maskllm4v.tracking.views import publish_view
-from maskllm4v.workspace import is_copy
+from maskllm4v.utils.images import read_picture
+from maskllm4v.utils.progress import bar
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from maskllm4v.config import Experiment
-from maskllm4v.files import file_digest, value_digest
-from maskllm4v.layout import ARTIFACTS, REPORTS, export_folder, run_folder
+from maskllm4v.runs.paths import ARTIFACTS, REPORTS, export_folder, run_folder
+from maskllm4v.utils.io import file_digest, value_digest
 
 LARGEST_ARTIFACT = 32 * 2**20  # bytes of masks; with updated weights of a large model they stay in DVC's cache
 LIVE = "live"  # the tag of a run that is written while its row trains

@@ -1,4 +1,4 @@
-"""Sends the curves of a row to a run while they grow: ``python -m maskllm4v.tracking.live ROW``, started by a training.
+"""Sends a row's curves to a run while they grow: ``python -m maskllm4v.tracking.sender ROW``, started by a training.
 
 Standard input says what the row is (an experiment, as JSON on one line), then ``done`` if the training came to its end;
 the stream ends with the training, whatever ended that. The publication of the row's record goes on in the same run.
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskllm4v.config import Experiment
-from maskllm4v.curves import FollowedCurve
-from maskllm4v.layout import live_file
 from maskllm4v.reporting.names import short_names
+from maskllm4v.runs.curves import FollowedCurve
+from maskllm4v.runs.paths import live_file
 from maskllm4v.tracking import writers
 from maskllm4v.tracking.points import Point, as_metrics, mean_points, seed_points
 from maskllm4v.tracking.runs import LIVE, identity, parameters, settings_tags

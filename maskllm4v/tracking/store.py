@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import UserError
-from maskllm4v.workspace import SERVER, STORE, main_root
+from maskllm4v.runs.workspace import SERVER, STORE, main_root
+from maskllm4v.utils.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from maskllm4v.files import value_digest
-from maskllm4v.workspace import main_root
+from maskllm4v.runs.workspace import main_root
+from maskllm4v.utils.io import value_digest
 
 TAG = "writer"
 OLD = 24 * 3600.0  # seconds without a sign of life after which a writer on another host counts as dead

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from torch import nn
 
-from maskllm4v.checkpoints import load_state
+from maskllm4v.checkpoints.masks import load_state
 from maskllm4v.config import Experiment
-from maskllm4v.errors import ConfigError
-from maskllm4v.resume import Resume
-from maskllm4v.tasks import Task
-from maskllm4v.weights import train_dense
+from maskllm4v.tasks.base import Task
+from maskllm4v.training.finetuning import train_dense
+from maskllm4v.training.resume import Resume
+from maskllm4v.utils.errors import ConfigError
 
 
 def obtain_dense(

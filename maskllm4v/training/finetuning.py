@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.averaging import Average
 from maskllm4v.config import DenseSettings, FinetunedSettings, TrainingSettings
-from maskllm4v.loop import Cost, Learner, optimizer_for, run
-from maskllm4v.resume import Resume
-from maskllm4v.tasks import Task, train_mode
-from maskllm4v.training import freeze_statistics
+from maskllm4v.tasks.base import Task, train_mode
+from maskllm4v.training.averaging import Average
+from maskllm4v.training.mask_learning import freeze_statistics
+from maskllm4v.training.resume import Resume
+from maskllm4v.training.trainer import Cost, Learner, optimizer_for, run
 
 CURVE_COLUMNS = ("step", "loss", "lr", "grad_norm")
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints import MaskCheckpoint
-from maskllm4v.errors import CheckpointError
-from maskllm4v.surgery import linear
+from maskllm4v.checkpoints.masks import MaskCheckpoint
+from maskllm4v.sparsity.surgery import linear
+from maskllm4v.utils.errors import CheckpointError
 
 
 @torch.no_grad()

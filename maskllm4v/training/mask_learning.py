@@ -1,6 +1,6 @@
 """Learning masks: frozen weights, trained logits (MaskLLM, arXiv 2409.17481).
 
-It knows no images and no labels: a :class:`~maskllm4v.tasks.Task` runs the model and gives the loss.
+It knows no images and no labels: a :class:`~maskllm4v.tasks.base.Task` runs the model and gives the loss.
 Curves are kept on the device and fetched at the end.
 """
 
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.averaging import Average
 from maskllm4v.config import LearningSettings
-from maskllm4v.errors import TrainingError
-from maskllm4v.joined import join_layers
-from maskllm4v.layers import Draw, LearnableMaskedLinear
-from maskllm4v.loop import Cost, Learner, optimizer_for, run
-from maskllm4v.processes import world_size
-from maskllm4v.resume import Resume
-from maskllm4v.schedule import linear
-from maskllm4v.surgery import as_dense, current_masks, learnable_layers
-from maskllm4v.tasks import Task, train_mode
+from maskllm4v.sparsity.joined import join_layers
+from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear
+from maskllm4v.sparsity.surgery import as_dense, current_masks, learnable_layers
+from maskllm4v.tasks.base import Task, train_mode
+from maskllm4v.training.averaging import Average
+from maskllm4v.training.resume import Resume
+from maskllm4v.training.schedule import linear
+from maskllm4v.training.trainer import Cost, Learner, optimizer_for, run
+from maskllm4v.utils.errors import TrainingError
+from maskllm4v.utils.processes import world_size
 
 CURVE_COLUMNS = (
     "step",
@@ -76,7 +76,7 @@ def learn_masks(
             with its masks off, which is right as long as its weights are the dense ones.
         resume: where the state of an interrupted run is kept; None: nowhere.
         on_point: called with the step whenever a point of the curve has been taken.
-        watch: given the points themselves, see :func:`maskllm4v.loop.run`.
+        watch: given the points themselves, see :func:`maskllm4v.training.trainer.run`.
 
     Raises:
         TrainingError: nothing is learnable, or the loss stopped being finite; names row, seed and step.

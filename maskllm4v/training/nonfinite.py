@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskllm4v.errors import TrainingError
+from maskllm4v.utils.errors import TrainingError
 
 _NAMES = ("loss", "gradient")
 

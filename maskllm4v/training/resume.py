@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import CheckpointError
-from maskllm4v.files import replacing, value_digest
-from maskllm4v.layout import resume_folder
-from maskllm4v.processes import is_main
-from maskllm4v.records import versions
+from maskllm4v.runs.paths import resume_folder
+from maskllm4v.runs.records import versions
+from maskllm4v.utils.errors import CheckpointError
+from maskllm4v.utils.io import replacing, value_digest
+from maskllm4v.utils.processes import is_main
 
 IMPATIENCE = 2.0  # seconds after which a second Ctrl-C means: at once
 _DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)

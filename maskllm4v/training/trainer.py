@@ -1,7 +1,7 @@
 """The training loop: whatever is trained, on one process or many, interrupted or not.
 
 Accelerate does mixed precision, gradient scaling and the averaging of gradients over processes. What is
-trained, and by which loss, a :class:`Learner` knows; batches come from a :class:`~maskllm4v.tasks.Task`.
+trained, and by which loss, a :class:`Learner` knows; batches come from a :class:`~maskllm4v.tasks.base.Task`.
 The loop never waits for the device in a step.
 """
 
@@ -21,17 +21,17 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from maskllm4v.config import TrainingSettings
-from maskllm4v.distributed import same_everywhere
-from maskllm4v.errors import CheckpointError, ConfigError
-from maskllm4v.finite import FiniteLoss
-from maskllm4v.layers import Draw
-from maskllm4v.processes import is_main, rank, world_size
-from maskllm4v.progress import bar
-from maskllm4v.randomness import seeded_steps
-from maskllm4v.resume import Resume, stopping
-from maskllm4v.schedule import cosine, progress, warm_up
-from maskllm4v.share import WHOLE, Share
-from maskllm4v.tasks import Task
+from maskllm4v.sparsity.masks import Draw
+from maskllm4v.tasks.base import Task
+from maskllm4v.training.nonfinite import FiniteLoss
+from maskllm4v.training.resume import Resume, stopping
+from maskllm4v.training.schedule import cosine, progress, warm_up
+from maskllm4v.utils.distributed import same_everywhere
+from maskllm4v.utils.errors import CheckpointError, ConfigError
+from maskllm4v.utils.processes import is_main, rank, world_size
+from maskllm4v.utils.progress import bar
+from maskllm4v.utils.rng import seeded_steps
+from maskllm4v.utils.sharding import WHOLE, Share
 
 
 class Learner(ABC):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from maskllm4v.errors import ConfigError
+from maskllm4v.utils.errors import ConfigError
 
 
 def pick_device(wanted: str) -> torch.device:

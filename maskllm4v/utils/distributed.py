@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from maskllm4v.processes import end_with_parent, rank, world_size
+from maskllm4v.utils.processes import end_with_parent, rank, world_size
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from maskllm4v.errors import UserError
-from maskllm4v.files import replacing
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import replacing
 
 COMPRESSION = 9  # zlib's level; Pillow's own default may change
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from maskllm4v.errors import UserError
+from maskllm4v.utils.errors import UserError
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from maskllm4v.processes import is_main
+from maskllm4v.utils.processes import is_main
 
 T = TypeVar("T")
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.gumbel import masked_weight
-from maskllm4v.layers import LearnableMaskedLinear
-from maskllm4v.patterns import NMPattern
-from maskllm4v.randomness import philox_key
-from maskllm4v.surgery import make_learnable
+from maskllm4v.sparsity.gumbel import masked_weight
+from maskllm4v.sparsity.masks import LearnableMaskedLinear
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import make_learnable
+from maskllm4v.utils.rng import philox_key
 
 PATTERN = NMPattern("2:4")
 WEIGHTS = (0.31, -0.52, 0.08, 0.44)  # magnitude keeps the second and the fourth

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from maskllm4v.config import PARAMS, load_experiment
-from maskllm4v.schedule import linear
+from maskllm4v.training.schedule import linear
 from scripts.drawings.card import BLUE, INK, LINE, MUTED, Card, shade
 from scripts.drawings.example import PATTERN, group
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskllm4v.files import file_digest, value_digest
+from maskllm4v.utils.io import file_digest, value_digest
 
 ASIDE = ".cache"  # timings and resumable states: no results
 FORMATS = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B", "BOOL": "?"}

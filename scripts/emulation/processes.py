@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from maskllm4v.errors import UserError
+from maskllm4v.utils.errors import UserError
 from scripts.emulation.pipeline import Call
 
 NATIVE = "native"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maskllm4v.config import Experiment
-from maskllm4v.errors import UserError
-from maskllm4v.files import write_json
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import write_json
 from scripts.emulation.comparing import Difference, differences, digest
 from scripts.emulation.kinds import needed, representatives
 from scripts.emulation.pipeline import Call, calls

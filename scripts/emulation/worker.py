@@ -22,8 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from maskllm4v import exact
-from maskllm4v.processes import end_with_parent
+from maskllm4v.utils import determinism
+from maskllm4v.utils.processes import end_with_parent
 
 PATIENCE = 1200  # seconds that a call may take, far more than any does
 LOG, IMPORTED = "log.txt", "imported.json"  # beside a call's project: what it printed, and its modules
@@ -35,9 +35,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     before = threads()  # an emulator has some of its own
-    exact.pin()  # before numpy and torch, as a stage has it
+    determinism.pin()  # before numpy and torch, as a stage has it
     about = _kernels()
-    exact.pin_torch()
+    determinism.pin_torch()
     print(json.dumps(about), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

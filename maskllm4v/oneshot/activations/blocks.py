@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from maskllm4v.errors import DataError
+from maskllm4v.utils.errors import DataError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by keyword
 Contents = list[tuple[Any, int]]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.chains import Call
-from maskllm4v.errors import DataError
-from maskllm4v.processes import world_size
-from maskllm4v.statistics import Statistic
+from maskllm4v.oneshot.activations.blocks import Call
+from maskllm4v.oneshot.activations.statistics import Statistic
+from maskllm4v.utils.errors import DataError
+from maskllm4v.utils.processes import world_size
 
 
 class _ReachedError(Exception):

@@ -1,8 +1,8 @@
 """Statistics of one layer's inputs after the other, in a network that changes meanwhile and in its dense twin.
 
-:func:`maskllm4v.calibration.stream_statistics` shows all layers of a block at once, as they are before any of them
-changes. Here each layer is seen behind all that come before it, those of its own block included, and both networks
-run on the same batches, block by block, so that no more than the inputs of two blocks are kept of each.
+:func:`maskllm4v.oneshot.activations.sequential.stream_statistics` shows all layers of a block at once, as they are
+before any of them changes. Here each layer is seen behind all that come before it, those of its own block included, and
+both networks run on the same batches, block by block, so that no more than the inputs of two blocks are kept of each.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.calibration import Calibration, names_by_part
-from maskllm4v.chains import Call, find_units, step
-from maskllm4v.errors import DataError
-from maskllm4v.processes import world_size
-from maskllm4v.statistics import Hessian, Paired
-from maskllm4v.surgery import linear
-from maskllm4v.watching import Watch, calls_of, evaluating, observe
+from maskllm4v.oneshot.activations.blocks import Call, find_units, step
+from maskllm4v.oneshot.activations.hooks import Watch, calls_of, evaluating, observe
+from maskllm4v.oneshot.activations.statistics import Hessian, Paired
+from maskllm4v.sparsity.calibration import Calibration, names_by_part
+from maskllm4v.sparsity.surgery import linear
+from maskllm4v.utils.errors import DataError
+from maskllm4v.utils.processes import world_size
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def layer_statistics(
     Args:
         model: put into evaluation mode for the time being.
         layers: the linear layers of interest, by module name.
-        parts: come in their order; see :class:`~maskllm4v.calibration.Calibration`.
+        parts: come in their order; see :class:`~maskllm4v.sparsity.calibration.Calibration`.
         dense: a model of the same architecture, which stays as it is. With it, each layer has :class:`Paired`.
 
     Raises:
@@ -120,7 +120,7 @@ def _observe_both(
     *,
     inputs_only: bool = False,
 ) -> dict[str, Paired]:
-    """Like :func:`maskllm4v.watching.observe`, of two networks at once; one batch's inputs are held."""
+    """Like :func:`~maskllm4v.oneshot.activations.hooks.observe`, of two networks at once; holds one batch's inputs."""
     found = {name: Paired(layer.in_features, layer.weight.device) for name, layer in layers.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in layers}
     of_twin: dict[str, list[Tensor]] = {name: [] for name in layers}

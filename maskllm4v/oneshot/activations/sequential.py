@@ -7,87 +7,20 @@ hooks on the layers at hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from maskllm4v.chains import Call, find_units, step
-from maskllm4v.errors import ConfigError, DataError
-from maskllm4v.statistics import Statistic
-from maskllm4v.watching import calls_of, evaluating, observe
+from maskllm4v.oneshot.activations.blocks import Call, find_units, step
+from maskllm4v.oneshot.activations.hooks import calls_of, evaluating, observe
+from maskllm4v.oneshot.activations.statistics import Statistic
+from maskllm4v.sparsity.calibration import Calibration, Forward, default_forward, names_by_part
+from maskllm4v.utils.errors import DataError
 
-Forward = Callable[[nn.Module, Any], Any]
 Propagate = Literal["dense", "pruned"]
-
-
-def default_forward(model: nn.Module, batch: Any) -> Any:
-    """``model(x)`` for a tensor, ``model(batch[0])`` for an (inputs, labels) pair, ``model(**batch)`` for a dict."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Batches that show layers their inputs, and the layers that see them.
-
-    Several of them are the parts of one calibration. A layer belongs to the first part that names it; its inputs may
-    depend on the layers of its own part and of parts before that, never on those of later ones.
-
-    Attributes:
-        batches: iterated over once at most.
-        forward: how to run the model on a batch; it may run a piece of it.
-        layers: name patterns as in shells.
-        independent: no layer's input depends on another layer's output, so that one pass shows all of them.
-    """
-
-    batches: Iterable[Any]
-    forward: Forward = default_forward
-    layers: tuple[str, ...] = ("*",)
-    independent: bool = False
-
-
-def as_parts(calibration: Iterable[Any] | Tensor | Calibration, forward: Forward | None) -> Sequence[Calibration]:
-    """The parts of a calibration that may also be an input tensor or batches, which ``forward`` runs.
-
-    Raises:
-        ConfigError: parts among batches, or a ``forward`` beside parts, which have their own.
-    """
-    if isinstance(calibration, Calibration):
-        calibration = [calibration]
-    if isinstance(calibration, list | tuple) and any(isinstance(part, Calibration) for part in calibration):
-        if not all(isinstance(part, Calibration) for part in calibration):
-            raise ConfigError("calibration holds both parts and batches; wrap the batches in a Calibration")
-        if forward is not None:
-            raise ConfigError("forward is given, but each part of the calibration has its own")
-        return calibration
-    batches = [calibration] if isinstance(calibration, Tensor) else calibration
-    return [Calibration(batches, forward or default_forward)]
-
-
-def names_by_part(names: Iterable[str], parts: Sequence[Calibration]) -> list[list[str]]:
-    """Which layers belong to each part, in the order given.
-
-    Raises:
-        ConfigError: a layer that no part names.
-        DataError: no parts.
-    """
-    if not parts:
-        raise DataError("calibration: no batches given")
-    found: list[list[str]] = [[] for _ in parts]
-    for name in names:
-        for part, own in zip(parts, found, strict=True):
-            if any(fnmatchcase(name, pattern) for pattern in part.layers):
-                own.append(name)
-                break
-        else:
-            raise ConfigError(f"calibration: no part names layer {name!r}; exclude it or add it to one")
-    return found
 
 
 @torch.no_grad()
@@ -143,7 +76,7 @@ def stream_statistics(
         model: put into evaluation mode for the time being.
         layers: the linear layers of interest, by module name.
         batches: calibration batches; kept in memory.
-        statistic: :class:`~maskllm4v.statistics.InputNorm`, :class:`~maskllm4v.statistics.Hessian` or one of your own.
+        statistic: one of :mod:`maskllm4v.oneshot.activations.statistics`, or one of your own.
         propagate: see above.
         forward: how to run the model on a batch.
 

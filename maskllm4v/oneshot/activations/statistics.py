@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from maskllm4v.distributed import sum_
+from maskllm4v.utils.distributed import sum_
 
 
 class Statistic(Protocol):

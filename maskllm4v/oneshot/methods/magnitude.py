@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from maskllm4v.patterns import NMPattern
-from maskllm4v.pruners.result import Pruned
+from maskllm4v.oneshot.methods.result import Pruned
+from maskllm4v.sparsity.patterns import NMPattern
 
 
 def prune_magnitude(

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskllm4v.patterns import NMPattern
-from maskllm4v.pruners.result import Pruned
-from maskllm4v.randomness import generator
+from maskllm4v.oneshot.methods.result import Pruned
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.rng import generator
 
 
 def prune_random(

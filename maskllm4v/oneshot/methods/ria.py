@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from maskllm4v.patterns import NMPattern
-from maskllm4v.pruners.result import Pruned
-from maskllm4v.statistics import InputNorm
+from maskllm4v.oneshot.activations.statistics import InputNorm
+from maskllm4v.oneshot.methods.result import Pruned
+from maskllm4v.sparsity.patterns import NMPattern
 
 EXPONENT = 0.5  # a, the authors' own
 

@@ -19,10 +19,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maskllm4v.errors import DataError, PatternError
-from maskllm4v.patterns import NMPattern
-from maskllm4v.pruners.result import Pruned
-from maskllm4v.statistics import WIDE, Hessian, full_float32
+from maskllm4v.oneshot.activations.statistics import WIDE, Hessian, full_float32
+from maskllm4v.oneshot.methods.result import Pruned
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import DataError, PatternError
 
 DAMPING = 0.01  # share of the mean diagonal, as in the original
 BLOCK_SIZES = (128, 32)  # columns between two propagations to the rest of the row, and of the block

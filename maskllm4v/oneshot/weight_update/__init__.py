@@ -15,16 +15,17 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.calibration import Calibration, Forward, as_parts, part_statistics
-from maskllm4v.errors import ConfigError, DataError
-from maskllm4v.layers import MaskedLinear, unmasked
-from maskllm4v.patterns import NMPattern
-from maskllm4v.progress import bar
-from maskllm4v.side_by_side import layer_statistics
-from maskllm4v.statistics import Hessian
-from maskllm4v.surgery import Masked, Model, linear, masked_layers, replace_
-from maskllm4v.updates.least_squares import update_least_squares
-from maskllm4v.updates.sparsegpt import update_sparsegpt
+from maskllm4v.oneshot.activations.paired import layer_statistics
+from maskllm4v.oneshot.activations.sequential import part_statistics
+from maskllm4v.oneshot.activations.statistics import Hessian
+from maskllm4v.oneshot.weight_update.least_squares import update_least_squares
+from maskllm4v.oneshot.weight_update.sparsegpt import update_sparsegpt
+from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts
+from maskllm4v.sparsity.masks import MaskedLinear, unmasked
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.surgery import Masked, Model, linear, masked_layers, replace_
+from maskllm4v.utils.errors import ConfigError, DataError
+from maskllm4v.utils.progress import bar
 
 Target = Literal["asymmetric", "symmetric"]
 
@@ -78,13 +79,13 @@ def update_weights_(
         model: with :class:`MaskedLinear` layers, or learnable ones, which become :class:`MaskedLinear` under their
             present masks. New weights are new parameters: a model that shared the old ones is left alone.
         method: one of :data:`METHODS`.
-        calibration: an input tensor, an iterable of batches, or :class:`~maskllm4v.calibration.Calibration` parts.
+        calibration: an input tensor, batches, or :class:`~maskllm4v.sparsity.calibration.Calibration` parts.
         dense: the dense model that the masks belong to, which stays as it is. By default the model itself with its
             masks off, which is right as long as no weight was updated or folded.
         target: see :class:`Method`; by default the method's first.
         damping: share of the Hessian's mean diagonal; by default the method's own.
-        forward: ``forward(model, batch)``; by default :func:`maskllm4v.calibration.default_forward`. Parts have
-            their own.
+        forward: ``forward(model, batch)``; by default :func:`maskllm4v.sparsity.calibration.default_forward`. Parts
+            have their own.
 
     Returns:
         The same model. After an error it is as it was.

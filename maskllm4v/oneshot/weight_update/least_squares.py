@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskllm4v.errors import DataError
-from maskllm4v.patterns import NMPattern
-from maskllm4v.statistics import Hessian, Paired, full_float32
+from maskllm4v.oneshot.activations.statistics import Hessian, Paired, full_float32
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import DataError
 
 CHUNK = 2**27  # bytes of systems that are factorised together; three times that is held
 SMALLEST_PIVOT = 4  # in units of the rounding error of what is on the diagonal; below it, a pivot is taken for zero

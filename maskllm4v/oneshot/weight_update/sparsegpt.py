@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from maskllm4v.patterns import NMPattern
-from maskllm4v.pruners.sparsegpt import correct_columns, live_columns, live_hessian, reversed_cholesky, upper_factor
-from maskllm4v.statistics import Hessian, full_float32
+from maskllm4v.oneshot.activations.statistics import Hessian, full_float32
+from maskllm4v.oneshot.methods.sparsegpt import (
+    correct_columns,
+    live_columns,
+    live_hessian,
+    reversed_cholesky,
+    upper_factor,
+)
+from maskllm4v.sparsity.patterns import NMPattern
 
 
 def update_sparsegpt(
@@ -28,7 +34,7 @@ def update_sparsegpt(
         New weights ``[out, in]``, zero where pruned and where inputs never fire.
 
     Raises:
-        DataError: see :func:`~maskllm4v.pruners.sparsegpt.reversed_cholesky`.
+        DataError: see :func:`~maskllm4v.oneshot.methods.sparsegpt.reversed_cholesky`.
     """
     hessian, dead = live_hessian(statistic)
     with full_float32(weight.device):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maskllm4v.config import Experiment
-from maskllm4v.files import read_json
+from maskllm4v.utils.io import read_json
 
 FOLDER = "benchmarks"  # in the reports
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from maskllm4v.files import read_json
-from maskllm4v.reporting.costs import benchmark, machine
-from maskllm4v.reporting.measured import Row, caption, distinct, find, rows_of
+from maskllm4v.reporting.benchmarks.costs import benchmark, machine
+from maskllm4v.reporting.benchmarks.measured import Row, caption, distinct, find, rows_of
 from maskllm4v.reporting.tables import MISSING, markdown, significant
+from maskllm4v.utils.io import read_json
 
 SOURCES = ("inference_cuda", "inference")
 MODELS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from maskllm4v.reporting.measured import Row, distinct, find, rows_of
+from maskllm4v.reporting.benchmarks.measured import Row, distinct, find, rows_of
 from maskllm4v.reporting.tables import MISSING, markdown, significant
 
 KINDS = {"dense": "dense", "ours": "mask learning", "ours_distilled": "mask learning, self-distilled"}

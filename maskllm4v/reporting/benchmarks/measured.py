@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from maskllm4v.reporting.costs import machine
+from maskllm4v.reporting.benchmarks.costs import machine
 
 Row = Mapping[str, Any]
 

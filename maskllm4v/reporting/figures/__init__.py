@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
-from maskllm4v.files import replacing
-from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.figures.bars import bars
 from maskllm4v.reporting.figures.lines import curves, timesteps
 from maskllm4v.reporting.figures.samples import DPI, samples
+from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.utils.io import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from maskllm4v.config import Experiment
-from maskllm4v.metrics import METRICS, Metric
 from maskllm4v.reporting.figures.labels import COLOURS, row_labels
+from maskllm4v.reporting.metrics import METRICS, Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskllm4v.config import Experiment
-from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import timestep_metrics
 from maskllm4v.reporting.curves import read_curves
 from maskllm4v.reporting.figures.labels import COLOURS, row_labels
+from maskllm4v.reporting.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maskllm4v.config import Experiment
-from maskllm4v.layout import picture_file
-from maskllm4v.pictures import read_picture
 from maskllm4v.reporting.figures.labels import row_labels
+from maskllm4v.runs.paths import picture_file
+from maskllm4v.utils.images import read_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 from markupsafe import Markup
 
-from maskllm4v.reporting.costs import trained_length, whole_costs
+from maskllm4v.reporting.benchmarks.costs import trained_length, whole_costs
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import linear, logarithmic

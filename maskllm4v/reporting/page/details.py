@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from maskllm4v.records import DIGITS
 from maskllm4v.reporting.page.results import Results
+from maskllm4v.runs.records import DIGITS
 
 ABSENT = object()
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from maskllm4v.files import read_json
-from maskllm4v.layout import export_file
-from maskllm4v.reporting.deployment import ratio_to_dense
+from maskllm4v.reporting.benchmarks.deployment import ratio_to_dense
 from maskllm4v.reporting.page.results import Results
+from maskllm4v.runs.paths import export_file
+from maskllm4v.utils.io import read_json
 
 
 def export_manifests(results: Results) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from maskllm4v.layout import layers_file
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import Scale, linear
+from maskllm4v.runs.paths import layers_file
 
 ALL = "all"  # the column with the mean over layers
 

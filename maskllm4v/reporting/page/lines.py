@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import pandas as pd
 from markupsafe import Markup
 
-from maskllm4v.metrics import METRICS
 from maskllm4v.reporting.aggregate import timestep_metrics
 from maskllm4v.reporting.curves import read_curves
+from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import Scale, linear, logarithmic

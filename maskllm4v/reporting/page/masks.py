@@ -6,9 +6,9 @@ import math
 
 import pandas as pd
 
-from maskllm4v.layout import mask_statistics_file
 from maskllm4v.reporting.page.layers import read_diagnostics
 from maskllm4v.reporting.page.results import Results
+from maskllm4v.runs.paths import mask_statistics_file
 
 PLAIN = ("row", "seed", "layer", "groups", "seed_agreement")  # columns that are no shares
 

@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
-from maskllm4v.metrics import METRICS, TaskMetrics
 from maskllm4v.reporting.aggregate import aggregate, current_records
-from maskllm4v.reporting.costs import cost_caption, row_costs
+from maskllm4v.reporting.benchmarks.costs import cost_caption, row_costs
 from maskllm4v.reporting.figures.labels import row_labels
+from maskllm4v.reporting.metrics import METRICS, TaskMetrics
 from maskllm4v.reporting.receipts import claim
 from maskllm4v.reporting.tables import caption
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from base64 import b64encode
 
-from maskllm4v.layout import picture_file
 from maskllm4v.reporting.page.results import Results
+from maskllm4v.runs.paths import picture_file
 
 PICTURE = "samples"
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from maskllm4v.files import read_json
-from maskllm4v.layout import tile_file
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import linear
 from maskllm4v.reporting.page.svg import drawing, tag
 from maskllm4v.reporting.tables import LEARNED
+from maskllm4v.runs.paths import tile_file
+from maskllm4v.utils.io import read_json
 
 CELL, GAP = 13.0, 5.0  # pixels of a weight, and between groups
 PRUNED = 4.0  # what is left of the picture of a pruned weight

@@ -11,9 +11,10 @@ Sᵀp and t are written out: candidate k and 5−k are complements, so three dif
 give all four mask values. Noise is a function of a key and is drawn again in backward: autograd keeps
 the inputs and nothing else.
 
-Backends give the same function of the same noise, up to rounding: :mod:`~maskllm4v.gumbel.chunked` (plain
-PyTorch), :mod:`~maskllm4v.gumbel.fused` (Triton) and :mod:`~maskllm4v.gumbel.compiled` (``torch.compile``).
-With a logit a position in place of one a candidate, it is another function: :mod:`~maskllm4v.gumbel.positions`.
+Backends give the same function of the same noise, up to rounding: :mod:`~maskllm4v.sparsity.gumbel.eager` (plain
+PyTorch), :mod:`~maskllm4v.sparsity.gumbel.triton_op` (Triton) and :mod:`~maskllm4v.sparsity.gumbel.inductor`
+(``torch.compile``). With a logit a position in place of one a candidate, it is another function:
+:mod:`~maskllm4v.sparsity.gumbel.topn`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskllm4v.errors import ConfigError
-from maskllm4v.gumbel.backends import BACKENDS, choose
-from maskllm4v.gumbel.chunked import energy_dtype
-from maskllm4v.gumbel.sampling import Sampling
+from maskllm4v.sparsity.gumbel.backends import BACKENDS, choose
+from maskllm4v.sparsity.gumbel.eager import energy_dtype
+from maskllm4v.sparsity.gumbel.sampling import Sampling
+from maskllm4v.utils.errors import ConfigError
 
 __all__ = ["BACKENDS", "masked_weight"]
 

@@ -8,15 +8,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from maskllm4v.errors import ConfigError
-from maskllm4v.gumbel import chunked, compiled, positions
-from maskllm4v.gumbel.sampling import Sampling
+from maskllm4v.sparsity.gumbel import eager, inductor, topn
+from maskllm4v.sparsity.gumbel.sampling import Sampling
+from maskllm4v.utils.errors import ConfigError
 
 BACKENDS = ("auto", "chunked", "compiled", "triton")
 
 
 class Backend(Protocol):
-    """What a backend does; see :mod:`maskllm4v.gumbel.chunked` for shapes."""
+    """What a backend does; see :mod:`maskllm4v.sparsity.gumbel.eager` for shapes."""
 
     def forward(
         self, weight: Tensor, logits: Tensor, candidates: Any, sampling: Sampling, dtype: torch.dtype
@@ -49,14 +49,14 @@ def choose(name: str, weight: Tensor, logits: Tensor, candidates: Tensor | None,
             raise ConfigError(
                 "backend is 'triton', which needs a logit a candidate; allowed for one a position: 'auto'"
             )
-        return positions
-    if name == "compiled" and compiled.supported(candidates, sampling):
-        return compiled
+        return topn
+    if name == "compiled" and inductor.supported(candidates, sampling):
+        return inductor
     if name == "chunked" or (name != "triton" and not weight.is_cuda):
-        return chunked
-    fused = import_module("maskllm4v.gumbel.fused") if chunked.has_triton() else None
-    if fused is not None and fused.supported(weight, logits, candidates, sampling):
-        return fused
+        return eager
+    triton_op = import_module("maskllm4v.sparsity.gumbel.triton_op") if eager.has_triton() else None
+    if triton_op is not None and triton_op.supported(weight, logits, candidates, sampling):
+        return triton_op
     if name == "triton":
         raise ConfigError("backend is 'triton', which needs a GPU that Triton knows, 2:4, and 16 or 32 bits")
-    return chunked
+    return eager

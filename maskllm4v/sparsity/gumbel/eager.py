@@ -13,8 +13,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from maskllm4v.gumbel.sampling import Sampling
-from maskllm4v.randomness import fill_uniforms
+from maskllm4v.sparsity.gumbel.sampling import Sampling
+from maskllm4v.utils.rng import fill_uniforms
 
 CPU_SPAN = 32_768  # groups: more leave the cache, fewer are not worth a call
 THREAD_SPAN = 16_384  # groups a thread, where there are many
@@ -145,10 +145,10 @@ def noise(like: Tensor, buffer: Tensor, span: slice, sampling: Sampling) -> Tens
     if not sampling.draws:
         return None
     if like.is_cuda and has_triton():
-        from maskllm4v.gumbel import fused
+        from maskllm4v.sparsity.gumbel import triton_op
 
         drawn = [
-            fused.uniforms(key, len(like), part.stop - part.start, like.device, first)
+            triton_op.uniforms(key, len(like), part.stop - part.start, like.device, first)
             for part, key, first in sampling.parts(span)
         ]
         return (drawn[0] if len(drawn) == 1 else torch.cat(drawn, 1)).to(like)

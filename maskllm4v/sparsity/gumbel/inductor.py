@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskllm4v.gumbel.chunked import energy_dtype, from_rows, spans, to_rows, wide
-from maskllm4v.gumbel.philox import uniforms_of
-from maskllm4v.gumbel.sampling import Sampling
+from maskllm4v.sparsity.gumbel.eager import energy_dtype, from_rows, spans, to_rows, wide
+from maskllm4v.sparsity.gumbel.philox import uniforms_of
+from maskllm4v.sparsity.gumbel.sampling import Sampling
 
 SPAN = 2**19  # groups: calls cost more than leaving the cache, for only inputs and results take room
 
@@ -28,7 +28,7 @@ def supported(candidates: Tensor, sampling: Sampling) -> bool:
 def forward(
     weight: Tensor, logits: Tensor, candidates: Tensor, sampling: Sampling, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`maskllm4v.gumbel.chunked.forward`."""
+    """As :func:`maskllm4v.sparsity.gumbel.eager.forward`."""
     masked = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     energy = torch.zeros((), dtype=energy_dtype(weight), device=weight.device)
     scalars, masked_rows, at_one = _scalars(sampling, logits), _compiled(_masked_rows), sampling.tau == 1
@@ -48,7 +48,7 @@ def backward(
     grad_energy: Tensor,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`maskllm4v.gumbel.chunked.backward`."""
+    """As :func:`maskllm4v.sparsity.gumbel.eager.backward`."""
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if weight_grad else None
     scalars, gradients, at_one = _scalars(sampling, logits), _compiled(_gradients), sampling.tau == 1

@@ -1,4 +1,4 @@
-"""The noise of :func:`maskllm4v.randomness.uniforms` in PyTorch's operations, for ``torch.compile`` to fuse.
+"""The noise of :func:`maskllm4v.utils.rng.uniforms` in PyTorch's operations, for ``torch.compile`` to fuse.
 
 Uncompiled it is slow: hundreds of passes over 64-bit integers. NumPy draws the same numbers faster.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskllm4v.randomness import CHUNK
+from maskllm4v.utils.rng import CHUNK
 
 # Philox4x64-10: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", Table 2
 MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157

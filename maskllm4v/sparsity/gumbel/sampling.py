@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Key = tuple[int, int]  # of Philox (:func:`maskllm4v.randomness.philox_key`): two unsigned 64-bit integers
+Key = tuple[int, int]  # of Philox (:func:`maskllm4v.utils.rng.philox_key`): two unsigned 64-bit integers
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from maskllm4v.gumbel.chunked import energy_dtype, from_rows, noise, spans, to_rows, wide
-from maskllm4v.gumbel.sampling import Sampling
-from maskllm4v.patterns import NMPattern
+from maskllm4v.sparsity.gumbel.eager import energy_dtype, from_rows, noise, spans, to_rows, wide
+from maskllm4v.sparsity.gumbel.sampling import Sampling
+from maskllm4v.sparsity.patterns import NMPattern
 
 # Numbers that one recursion over a span of groups writes: more leave the cache of a CPU, fewer are not worth a call.
 CPU_NUMBERS = 2**18
@@ -37,7 +37,7 @@ CUDA_NUMBERS = 2**26
 def forward(
     weight: Tensor, logits: Tensor, candidates: Tensor | None, sampling: Sampling, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`maskllm4v.gumbel.chunked.forward`, with logits ``[M, G]``; ``candidates`` are not looked at."""
+    """As :func:`maskllm4v.sparsity.gumbel.eager.forward`, with logits ``[M, G]``; ``candidates`` are not looked at."""
     masked = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     energy = torch.zeros((), dtype=energy_dtype(weight), device=weight.device)
     with torch.inference_mode():  # calls cost less
@@ -58,7 +58,7 @@ def backward(
     grad_energy: Tensor,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`maskllm4v.gumbel.chunked.backward`, with logits ``[M, G]``; ``candidates`` are not looked at."""
+    """As :func:`maskllm4v.sparsity.gumbel.eager.backward`, with logits ``[M, G]``; ``candidates`` are not looked at."""
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if weight_grad else None
     slope, twice = sampling.scaling / sampling.tau, 2 * grad_energy

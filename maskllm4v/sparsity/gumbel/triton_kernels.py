@@ -1,4 +1,4 @@
-"""Triton kernels of the 2:4 mask operation and of its noise. :mod:`maskllm4v.gumbel.fused` launches them.
+"""Triton kernels of the 2:4 mask operation and of its noise. :mod:`maskllm4v.sparsity.gumbel.triton_op` launches them.
 
 Arithmetic counts here: a group's Philox block and its six logarithms cost more instructions than all else, so that
 only a lean kernel waits for memory. The six candidates keep the weights (01)(02)(03)(12)(13)(23) of a group.
@@ -12,7 +12,7 @@ import math
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-from maskllm4v.randomness import CHUNK
+from maskllm4v.utils.rng import CHUNK
 
 _CHUNK = tl.constexpr(CHUNK)
 # Philox4x64: two multipliers, and what is added to the two halves of the key after every round.

@@ -12,8 +12,8 @@ import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
-from maskllm4v.gumbel import triton_kernels
-from maskllm4v.gumbel.sampling import Sampling
+from maskllm4v.sparsity.gumbel import triton_kernels
+from maskllm4v.sparsity.gumbel.sampling import Sampling
 
 # A thread has one whole group. Its mask, its four weights, its six logits and their gradients then stay in its
 # own 32 registers, which lets a multiprocessor hold 2,048 threads; with two or four groups a thread, loads
@@ -120,7 +120,7 @@ def backward(
 
 
 def uniforms(key: tuple[int, int], candidates: int, groups: int, device: torch.device | str, first: int = 0) -> Tensor:
-    """The numbers of :func:`maskllm4v.randomness.uniforms` over all chunks, on ``device``.
+    """The numbers of :func:`maskllm4v.utils.rng.uniforms` over all chunks, on ``device``.
 
     Args:
         key: Philox key, two unsigned 64-bit integers.

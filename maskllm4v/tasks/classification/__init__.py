@@ -12,21 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v.calibration import Calibration
+from maskllm4v.checkpoints.third_party import dense_state
 from maskllm4v.config import Experiment, ModelSettings, TaskSettings
 from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
 from maskllm4v.data.decoded import seeded_globals
-from maskllm4v.devices import pick_device
-from maskllm4v.errors import ConfigError
-from maskllm4v.models import build_model, image_settings, num_classes
-from maskllm4v.original import dense_state
-from maskllm4v.processes import rank, world_size
-from maskllm4v.progress import bar
-from maskllm4v.randomness import generator, torch_seed
-from maskllm4v.share import WHOLE, Share
-from maskllm4v.tasks import Deployable
+from maskllm4v.sparsity.calibration import Calibration
+from maskllm4v.tasks.base import Deployable
 from maskllm4v.tasks.classification.accuracy import Tally
+from maskllm4v.tasks.models import build_model, image_settings, num_classes
+from maskllm4v.utils.devices import pick_device
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.processes import rank, world_size
+from maskllm4v.utils.progress import bar
+from maskllm4v.utils.rng import generator, torch_seed
+from maskllm4v.utils.sharding import WHOLE, Share
 
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W]; labels [B], or their mixture [B, classes]
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}

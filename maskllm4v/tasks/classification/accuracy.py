@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskllm4v import distributed
+from maskllm4v.utils import distributed
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 

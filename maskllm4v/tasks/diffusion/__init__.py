@@ -13,24 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v.calibration import Calibration
 from maskllm4v.config import DiffusionSettings, DiTSettings, Experiment, SamplingSettings
 from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
-from maskllm4v.devices import pick_device
-from maskllm4v.distributed import rows_of_all
-from maskllm4v.errors import ConfigError
-from maskllm4v.files import file_digest, value_digest
-from maskllm4v.processes import rank, world_size
-from maskllm4v.randomness import generator
-from maskllm4v.share import WHOLE, Share
-from maskllm4v.tasks import Deployable
+from maskllm4v.sparsity.calibration import Calibration
+from maskllm4v.tasks.base import Deployable
 from maskllm4v.tasks.diffusion import noising
 from maskllm4v.tasks.diffusion.dit import build_dit, condition, read_weights
 from maskllm4v.tasks.diffusion.images import Bank, Latents, Space
 from maskllm4v.tasks.diffusion.measuring import Measuring
 from maskllm4v.tasks.diffusion.noising import Draws, NoisyBatch
 from maskllm4v.tasks.diffusion.sampling import Sampler
+from maskllm4v.utils.devices import pick_device
+from maskllm4v.utils.distributed import rows_of_all
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.io import file_digest, value_digest
+from maskllm4v.utils.processes import rank, world_size
+from maskllm4v.utils.rng import generator
+from maskllm4v.utils.sharding import WHOLE, Share
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MODULATION = ("transformer_blocks.*.norm1.linear",)  # see one row a sample

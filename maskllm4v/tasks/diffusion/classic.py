@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints import load_plain_state
-from maskllm4v.errors import CheckpointError
-from maskllm4v.original import read_torch
+from maskllm4v.checkpoints.masks import load_plain_state
+from maskllm4v.checkpoints.third_party import read_torch
+from maskllm4v.utils.errors import CheckpointError
 
 # Classic layer: diffusers' layers.
 ENDS = {

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints import load_plain_state
+from maskllm4v.checkpoints.masks import load_plain_state
+from maskllm4v.checkpoints.third_party import read_torch
 from maskllm4v.config import DiTSettings
-from maskllm4v.errors import CheckpointError, ConfigError
-from maskllm4v.files import read_json
-from maskllm4v.original import read_torch
-from maskllm4v.randomness import torch_seed
 from maskllm4v.tasks.diffusion.classic import from_classic, is_classic, read_classic, set_freq_shift
+from maskllm4v.utils.errors import CheckpointError, ConfigError
+from maskllm4v.utils.io import read_json
+from maskllm4v.utils.rng import torch_seed
 
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # in a diffusers folder
 

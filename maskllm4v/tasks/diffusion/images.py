@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maskllm4v.data import ImageData
-from maskllm4v.errors import CheckpointError
+from maskllm4v.utils.errors import CheckpointError
 
 GREY = 128  # between pictures
 CHUNK = 8  # images that an autoencoder works on at a time

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints import load_dense
+from maskllm4v.checkpoints.masks import load_dense
 from maskllm4v.config import Experiment
 from maskllm4v.data.batches import plain_loader
-from maskllm4v.distributed import rows_of_all
-from maskllm4v.models import image_settings
-from maskllm4v.processes import rank, world_size
-from maskllm4v.randomness import torch_seed
 from maskllm4v.tasks.classification import Classification
+from maskllm4v.tasks.models import image_settings
+from maskllm4v.utils.distributed import rows_of_all
+from maskllm4v.utils.processes import rank, world_size
+from maskllm4v.utils.rng import torch_seed
 
 SUBSETS = 100  # of the kernel distance (Bińkowski et al. 2018)
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.data.batches import plain_loader
-from maskllm4v.distributed import rows_of_all, sum_
-from maskllm4v.layout import judge_file
-from maskllm4v.processes import rank, world_size
-from maskllm4v.progress import bar
-from maskllm4v.randomness import generator
+from maskllm4v.runs.paths import judge_file
 from maskllm4v.tasks.diffusion.images import picture
 from maskllm4v.tasks.diffusion.judge import Judge, distances
 from maskllm4v.tasks.diffusion.noising import NoisyBatch, normal, on
+from maskllm4v.utils.distributed import rows_of_all, sum_
+from maskllm4v.utils.processes import rank, world_size
+from maskllm4v.utils.progress import bar
+from maskllm4v.utils.rng import generator
 
 if TYPE_CHECKING:
     from maskllm4v.tasks.diffusion import Diffusion

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from maskllm4v.config import DiffusionSettings
-from maskllm4v.errors import ConfigError
-from maskllm4v.files import read_json
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.io import read_json
 
 
 class NoisyBatch(NamedTuple):

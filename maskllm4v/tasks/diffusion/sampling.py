@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.config import SamplingSettings
-from maskllm4v.errors import ConfigError
-from maskllm4v.progress import bar
-from maskllm4v.randomness import generator, torch_seed
 from maskllm4v.tasks.diffusion.noising import normal
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.progress import bar
+from maskllm4v.utils.rng import generator, torch_seed
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_t, timesteps, labels -> the model's outputs
 

@@ -3,7 +3,7 @@
 Libraries choose their kernels by the CPU they find, and sums in another order give other bits. The pin
 holds them all to one choice. It has to be set before numpy or torch is imported, which is why stages
 enter this module first; it imports neither. Receipts (reports/receipts/) say on which CPUs that was tried.
-What differs even so, and MKL's slow products, :mod:`~maskllm4v.exact.portable` replaces.
+What differs even so, and MKL's slow products, :mod:`~maskllm4v.utils.determinism.portable` replaces.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def pin_torch() -> None:
     """The part of the pin that torch keeps in its own state."""
     import torch
 
-    from maskllm4v.exact import portable
+    from maskllm4v.utils.determinism import portable
 
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")  # as use_deterministic_algorithms, which imports torch's compiler

@@ -1,8 +1,8 @@
 """Operations on the CPU that give the same bits whoever made it, in place of those of MKL's that do not.
 
-Under the pin (:mod:`maskllm4v.exact`) MKL's matrix products agree on all CPUs, at a third of their speed. Its square
-roots and its float32 Cholesky factors of up to 16 rows do not: they start from the processor's own approximation of
-1/√x, which Intel and AMD compute differently. An exact process replaces both kinds, below autograd:
+Under the pin (:mod:`maskllm4v.utils.determinism`) MKL's matrix products agree on all CPUs, at a third of their speed.
+Its square roots and its float32 Cholesky factors of up to 16 rows do not: they start from the processor's own
+approximation of 1/√x, which Intel and AMD compute differently. An exact process replaces both kinds, below autograd:
 
 * float32 products by NumPy's OpenBLAS, which the pin holds to one set of kernels: about twice as fast;
 * square roots by NumPy's, which are the processor's and correctly rounded (IEEE 754);
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskllm4v.errors import ExactnessError
+from maskllm4v.utils.errors import ExactnessError
 
 _FLOAT, _DOUBLE = torch.float32, torch.float64
 # Operations of aten whose last bit differs at some values of these dtypes, and what to use instead.

@@ -1,0 +1,79 @@
+"""Batches that show a model's layers their inputs, for one-shot methods and whoever provides such batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from maskllm4v.utils.errors import ConfigError, DataError
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """``model(x)`` for a tensor, ``model(batch[0])`` for an (inputs, labels) pair, ``model(**batch)`` for a dict."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches that show layers their inputs, and the layers that see them.
+
+    Several of them are the parts of one calibration. A layer belongs to the first part that names it; its inputs may
+    depend on the layers of its own part and of parts before that, never on those of later ones.
+
+    Attributes:
+        batches: iterated over once at most.
+        forward: how to run the model on a batch; it may run a piece of it.
+        layers: name patterns as in shells.
+        independent: no layer's input depends on another layer's output, so that one pass shows all of them.
+    """
+
+    batches: Iterable[Any]
+    forward: Forward = default_forward
+    layers: tuple[str, ...] = ("*",)
+    independent: bool = False
+
+
+def as_parts(calibration: Iterable[Any] | Tensor | Calibration, forward: Forward | None) -> Sequence[Calibration]:
+    """The parts of a calibration that may also be an input tensor or batches, which ``forward`` runs.
+
+    Raises:
+        ConfigError: parts among batches, or a ``forward`` beside parts, which have their own.
+    """
+    if isinstance(calibration, Calibration):
+        calibration = [calibration]
+    if isinstance(calibration, list | tuple) and any(isinstance(part, Calibration) for part in calibration):
+        if not all(isinstance(part, Calibration) for part in calibration):
+            raise ConfigError("calibration holds both parts and batches; wrap the batches in a Calibration")
+        if forward is not None:
+            raise ConfigError("forward is given, but each part of the calibration has its own")
+        return calibration
+    batches = [calibration] if isinstance(calibration, Tensor) else calibration
+    return [Calibration(batches, forward or default_forward)]
+
+
+def names_by_part(names: Iterable[str], parts: Sequence[Calibration]) -> list[list[str]]:
+    """Which layers belong to each part, in the order given.
+
+    Raises:
+        ConfigError: a layer that no part names.
+        DataError: no parts.
+    """
+    if not parts:
+        raise DataError("calibration: no batches given")
+    found: list[list[str]] = [[] for _ in parts]
+    for name in names:
+        for part, own in zip(parts, found, strict=True):
+            if any(fnmatchcase(name, pattern) for pattern in part.layers):
+                own.append(name)
+                break
+        else:
+            raise ConfigError(f"calibration: no part names layer {name!r}; exclude it or add it to one")
+    return found
