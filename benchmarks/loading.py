@@ -30,7 +30,7 @@ from maskllm4v.data import ImageData, open_data, prepare
 from maskllm4v.data.decoded import decode, seeded_globals, training_transform
 from maskllm4v.data.folder import reader
 from maskllm4v.data.shrink import Recipe, shrink
-from maskllm4v.tasks.models import image_settings
+from maskllm4v.tasks.classification.models import image_settings
 from maskllm4v.utils.rng import generator
 
 EXPERIMENT = Path(__file__).resolve().parent.parent / "experiments" / "imagenet_vit_b16.yaml"

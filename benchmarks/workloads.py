@@ -15,7 +15,7 @@ from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.classification import Batch, Classification
 from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
-from maskllm4v.tasks.models import image_settings, num_classes
+from maskllm4v.tasks.classification.models import image_settings, num_classes
 from maskllm4v.utils.sharding import WHOLE, Share
 
 EXPERIMENTS = Path("experiments")

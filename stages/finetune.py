@@ -11,8 +11,8 @@ from stages.entry import run
 def main(experiment: Experiment, row: str) -> None:
     from dataclasses import asdict, replace
 
+    from maskllm4v.checkpoints.apply import install
     from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, load_masks, save_masks
-    from maskllm4v.evaluation.evaluate import install
     from maskllm4v.runs.curves import GrowingCurve, write_curve
     from maskllm4v.runs.live import watched
     from maskllm4v.runs.provenance import write_origin

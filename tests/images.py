@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maskllm4v.config import DataSettings, ModelSettings, TaskSettings
 from maskllm4v.data import ImageData, open_data, prepare
-from maskllm4v.tasks.models import image_settings
+from maskllm4v.tasks.classification.models import image_settings
 
 TRANSFORM = image_settings(ModelSettings(name="vit_tiny_patch16_224", args={"img_size": 32}))
 COUNTS = {"train": (5, 6), "val": (2, 2)}

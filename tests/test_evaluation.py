@@ -14,14 +14,15 @@ import torch
 from small_digits import checkpoint, experiment, metrics_by_hand, random_masks
 from torch import Tensor, nn
 
+from maskllm4v.checkpoints.apply import install
 from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, load_masks, save_dense, save_masks
 from maskllm4v.config import ModelSettings
 from maskllm4v.data import prepare
-from maskllm4v.evaluation.evaluate import install, measure
+from maskllm4v.evaluation.evaluate import measure
 from maskllm4v.evaluation.layer_errors import COLUMNS, layer_diagnostics
 from maskllm4v.sparsity.masks import MaskedLinear
 from maskllm4v.tasks.classification import Classification
-from maskllm4v.tasks.models import PLAIN_VIT, build_model
+from maskllm4v.tasks.classification.models import PLAIN_VIT, build_model
 from maskllm4v.utils.errors import CheckpointError
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from small_pipeline import copied, digests, run, small_params, stage, write_params
 
+from maskllm4v.checkpoints.apply import install
 from maskllm4v.checkpoints.masks import load_dense, load_masks
 from maskllm4v.checkpoints.packed import load_packed, load_packed_file
 from maskllm4v.config import Experiment, load_experiment
-from maskllm4v.evaluation.evaluate import install
 from maskllm4v.export.onnx import about_graph
 from maskllm4v.export.verify import passes, verify_file
 from maskllm4v.sparsity.surgery import fold_
 from maskllm4v.tasks.base import open_task
-from maskllm4v.tasks.models import build_model
+from maskllm4v.tasks.classification.models import build_model
 from maskllm4v.utils.io import file_digest, read_json
 
 pytestmark = pytest.mark.slow

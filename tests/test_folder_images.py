@@ -17,7 +17,7 @@ from torch import Tensor
 from maskllm4v.config import ModelSettings
 from maskllm4v.data import ImageData
 from maskllm4v.data.batches import step_loader
-from maskllm4v.tasks.models import image_settings
+from maskllm4v.tasks.classification.models import image_settings
 from maskllm4v.utils.errors import ConfigError, DataError
 from maskllm4v.utils.rng import generator
 

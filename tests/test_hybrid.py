@@ -12,8 +12,8 @@ from small_layers import images
 from torch import Tensor, nn
 
 from maskllm4v import apply_masks_, prune, update_weights_
+from maskllm4v.checkpoints.apply import install
 from maskllm4v.checkpoints.masks import MaskCheckpoint
-from maskllm4v.evaluation.evaluate import install
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.training.hybrid import kept_weights, start_from_updated_
 from maskllm4v.utils.errors import CheckpointError, ConfigError

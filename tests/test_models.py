@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from maskllm4v.config import ModelSettings
-from maskllm4v.tasks.models import build_model, image_settings, num_classes
+from maskllm4v.tasks.classification.models import build_model, image_settings, num_classes
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 
 SMALL = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depth": 2, "num_heads": 4}

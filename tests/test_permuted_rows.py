@@ -24,11 +24,12 @@ import stages.prepare
 import stages.prior
 import stages.train
 import stages.update
+from maskllm4v.checkpoints.apply import install
 from maskllm4v.checkpoints.format import load_sealed
 from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, load_masks, save_masks
 from maskllm4v.checkpoints.packed import load_packed
 from maskllm4v.config import Experiment, parse_experiment
-from maskllm4v.evaluation.evaluate import install, measure
+from maskllm4v.evaluation.evaluate import measure
 from maskllm4v.export.verify import passes, verify_file
 from maskllm4v.runs.paths import (
     checkpoint,
@@ -40,7 +41,7 @@ from maskllm4v.runs.paths import (
 )
 from maskllm4v.sparsity.surgery import fold_
 from maskllm4v.tasks.base import open_task
-from maskllm4v.tasks.models import build_model
+from maskllm4v.tasks.classification.models import build_model
 from maskllm4v.utils.errors import CheckpointError
 from maskllm4v.utils.io import file_digest, read_json
 

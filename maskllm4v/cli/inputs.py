@@ -13,15 +13,15 @@ from pathlib import Path
 
 from torch import nn
 
+from maskllm4v.checkpoints.apply import check_fits, install
 from maskllm4v.checkpoints.format import tensors_digest
 from maskllm4v.checkpoints.masks import MaskCheckpoint, load_state, save_dense
 from maskllm4v.checkpoints.third_party import State, dense_state, load_any, unpruned
 from maskllm4v.config import DataSettings, Experiment, ModelSettings
 from maskllm4v.data import prepare
-from maskllm4v.evaluation.evaluate import check_fits, install
 from maskllm4v.sparsity.surgery import prunable_linears
 from maskllm4v.tasks.base import Task, open_task
-from maskllm4v.tasks.models import num_classes
+from maskllm4v.tasks.classification.models import num_classes
 from maskllm4v.training.dense import obtain_dense
 from maskllm4v.utils.devices import pick_device
 from maskllm4v.utils.distributed import same_everywhere

@@ -102,9 +102,9 @@ def _sampling(a: argparse.Namespace, experiment: Experiment) -> EvaluationSettin
 
 def _models(a: argparse.Namespace, experiment: Experiment, task: Diffusion) -> Iterator[tuple[str, nn.Module]]:
     """One model after the other, with its name."""
+    from maskllm4v.checkpoints.apply import install
     from maskllm4v.checkpoints.format import tensors_digest
     from maskllm4v.checkpoints.masks import load_dense, load_masks, load_state
-    from maskllm4v.evaluation.evaluate import install
     from maskllm4v.sparsity.surgery import fold_
 
     if a.checkpoint:

@@ -52,9 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
     import copy
     from dataclasses import replace
 
+    from maskllm4v.checkpoints.apply import install
     from maskllm4v.checkpoints.masks import save_masks
     from maskllm4v.cli import inputs
-    from maskllm4v.evaluation.evaluate import install
     from maskllm4v.oneshot.weight_update import update_weights_
     from maskllm4v.sparsity.surgery import linear
     from maskllm4v.utils.distributed import leave

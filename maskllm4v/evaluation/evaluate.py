@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, load_masks
+from maskllm4v.checkpoints.apply import overlay, permute
+from maskllm4v.checkpoints.masks import load_dense, load_masks
 from maskllm4v.config import Experiment
 from maskllm4v.evaluation.layer_errors import layer_diagnostics
 from maskllm4v.sparsity.parameterization import gate_of
-from maskllm4v.sparsity.permutation import apply_permutations_
-from maskllm4v.sparsity.surgery import apply_masks_, fold_, linear
+from maskllm4v.sparsity.surgery import fold_, linear
 from maskllm4v.tasks.base import Task
-from maskllm4v.utils.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -63,9 +60,9 @@ def measure(
         pictures = task.pictures(model) if first else {}
         return Measured(metrics, task.summary(model, metrics, 0), [], counts, base, None, pictures)
     found = load_masks(masks, pattern=pattern, base=base)
-    _permute(model, found, str(masks))  # it gives the same outputs; the layers' errors are measured against it
+    permute(model, found, str(masks))  # it gives the same outputs; the layers' errors are measured against it
     layers = layer_diagnostics(model, found, task.calibration(experiment.task.eval_batch_size, seed))
-    sparse = fold_(_lay_on(copy.deepcopy(model), found))
+    sparse = fold_(overlay(copy.deepcopy(model), found))
     metrics = task.evaluate(sparse, dense=model)
     pruned = sum(int((~mask).sum()) for mask in found.masks.values())
     logits = 0
@@ -76,42 +73,3 @@ def measure(
     summary, pictures = task.summary(model, metrics, logits), task.pictures(sparse) if first else {}
     weight = linear(model, layers[0][0]).weight.detach().float().cpu().numpy() if first and layers else None
     return Measured(metrics, summary, layers, counts, base, found.digest, pictures, weight)
-
-
-def install(model: nn.Module, checkpoint: MaskCheckpoint, origin: str) -> nn.Module:
-    """Put a checkpoint's permutations, updated weights and masks into a dense model, in place; returns it.
-
-    Raises:
-        CheckpointError: a layer or tensor is missing or has another shape, or its channels cannot be permuted so.
-    """
-    return _lay_on(_permute(model, checkpoint, origin), checkpoint)
-
-
-def _permute(model: nn.Module, checkpoint: MaskCheckpoint, origin: str) -> nn.Module:
-    check_fits(model, checkpoint, origin)
-    try:
-        return apply_permutations_(model, checkpoint.permutations)
-    except ConfigError as error:
-        raise CheckpointError(f"{origin}: {error}") from error
-
-
-def _lay_on(model: nn.Module, checkpoint: MaskCheckpoint) -> nn.Module:
-    state = model.state_dict()
-    with torch.no_grad():
-        for name, weight in checkpoint.weights.items():
-            state[name].copy_(weight)
-    if checkpoint.pattern is not None:
-        apply_masks_(model, checkpoint.masks, checkpoint.pattern)
-    return model
-
-
-def check_fits(model: nn.Module, checkpoint: MaskCheckpoint, origin: str) -> None:
-    """Raise :class:`CheckpointError` unless every mask and tensor has its place in the model."""
-    modules, state = dict(model.named_modules()), model.state_dict()
-    for name, mask in checkpoint.masks.items():
-        layer = modules.get(name)
-        if not isinstance(layer, nn.Linear) or mask.shape != layer.weight.shape:
-            raise CheckpointError(f"{origin}: layer {name!r} does not fit the model")
-    for name, weight in checkpoint.weights.items():
-        if name not in state or state[name].shape != weight.shape:
-            raise CheckpointError(f"{origin}: tensor {name!r} does not fit the model")

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from maskllm4v.checkpoints.apply import install
 from maskllm4v.checkpoints.format import load_sealed
 from maskllm4v.checkpoints.masks import load_dense, load_masks
 from maskllm4v.checkpoints.packed import load_packed_file
 from maskllm4v.config import Experiment
-from maskllm4v.evaluation.evaluate import install
 from maskllm4v.export.files import Folded, write_folded, write_masks, write_packed
 from maskllm4v.export.onnx import export_onnx
 from maskllm4v.runs.paths import checkpoint, record_file

@@ -1,0 +1,144 @@
+"""Bring the code that ``dvc.lock`` names up to date, without running a stage.
+
+    python -m scripts.relock cifar10            the stages of one table
+    python -m scripts.relock                    all tables, and the rendering stages of the active one
+
+A recording (``exact: false``) took hours on a machine whose artifacts nobody else has, so that neither ``dvc repro`` nor
+``dvc commit`` can lock it again where code was only moved or renamed. This writes down the dependencies that
+``dvc.yaml`` declares now, with the digests of the working tree; commands, data, settings and outputs stay as they are.
+It is for changes that alter no result, and proves nothing: for exact tables ``make proof`` has to agree afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from maskllm4v.config import PARAMS, load_experiment
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import write_text
+from scripts.proof_records import RENDERING, Stages, declared_stages, files_below, path_of
+
+CODE = ("maskllm4v/", "stages/")
+_STAGE = re.compile(r"  (\S+):")
+_DEP = re.compile(r"    - path: (.+)")
+
+
+def relock(root: Path, tables: Collection[str] = ()) -> list[str]:
+    """Rewrite ``dvc.lock``; returns the stages that changed.
+
+    Args:
+        root: of the repository.
+        tables: whose stages; none: all tables' and the rendering stages.
+
+    Raises:
+        UserError: no such table.
+    """
+    declared = _declared(root, tables)
+    path = root / "dvc.lock"
+    before = path.read_text(encoding="utf-8")
+    changed: list[str] = []
+    blocks = []
+    for name, block in _blocks(before):
+        renewed = _renewed(root, block, declared[name]) if name in declared else block
+        if renewed != block:
+            changed.append(name)
+        blocks.append(renewed)
+    after = "".join(blocks)
+    if after != before:
+        write_text(path, after)
+    return changed
+
+
+def _declared(root: Path, tables: Collection[str]) -> Stages:
+    """What ``dvc.yaml`` says of each stage, by name."""
+    files = {load_experiment(path).table: path for path in sorted((root / "experiments").glob("*.yaml"))}
+    if unknown := [table for table in tables if table not in files]:
+        raise UserError(f"no table {unknown[0]!r}; allowed: {', '.join(files)}")
+    found: Stages = {}
+    for table, path in files.items():
+        if table in tables or not tables:
+            found |= declared_stages(root, path)
+    if not tables:
+        active = declared_stages(root, root / PARAMS, rendering=True)
+        found |= {name: stage for name, stage in active.items() if name in RENDERING}
+    return found
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """The file in pieces: its head under no name, then each stage, from its name to the next one's."""
+    name, lines = "", []
+    for line in text.splitlines(keepends=True):
+        if found := _STAGE.fullmatch(line.rstrip("\n")):
+            yield name, "".join(lines)
+            name, lines = found[1], []
+        lines.append(line)
+    yield name, "".join(lines)
+
+
+def _renewed(root: Path, block: str, stage: Mapping[str, Any]) -> str:
+    """A stage's piece with today's code; other dependencies keep their entries."""
+    begin, entries, end = _dependencies(block)
+    if begin is None:
+        return block
+    kept = {path: entry for path, entry in entries.items() if not path.startswith(CODE)}
+    now = [path_of(dep) for dep in stage.get("deps", [])]  # one that is declared twice is written down twice
+    kept |= {path: _entry(root, path) * now.count(path) for path in now if path.startswith(CODE)}
+    return begin + "".join(kept[path] for path in sorted(kept)) + end
+
+
+def _dependencies(block: str) -> tuple[str | None, dict[str, str], str]:
+    """What comes before a stage's dependencies, each of them as text by path, and what follows."""
+    lines = block.splitlines(keepends=True)
+    if "    deps:\n" not in lines:
+        return None, {}, ""
+    first = last = lines.index("    deps:\n") + 1
+    entries: dict[str, str] = {}
+    path = ""
+    while last < len(lines) and lines[last].startswith(("    - ", "      ")):
+        if found := _DEP.fullmatch(lines[last].rstrip("\n")):
+            path = found[1]
+        entries[path] = entries.get(path, "") + lines[last]
+        last += 1
+    return "".join(lines[:first]), entries, "".join(lines[last:])
+
+
+@cache
+def _entry(root: Path, path: str) -> str:
+    """A file or folder as DVC writes it down: a folder's digest is that of the list of its files."""
+    names = files_below(root, [path])
+    sizes = sum((root / name).stat().st_size for name in names)
+    if (root / path).is_file():
+        found: dict[str, Any] = {"md5": _md5((root / path).read_bytes()), "size": sizes}
+    else:
+        listed = sorted((name.removeprefix(f"{path}/"), _md5((root / name).read_bytes())) for name in names)
+        text = json.dumps([{"md5": digest, "relpath": name} for name, digest in listed])
+        found = {"md5": f"{_md5(text.encode())}.dir", "size": sizes, "nfiles": len(names)}
+    return "".join(
+        [f"    - path: {path}\n", "      hash: md5\n", *(f"      {key}: {value}\n" for key, value in found.items())]
+    )
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.relock", description=__doc__.partition("\n")[0])
+    parser.add_argument("tables", nargs="*", help="default: all")
+    try:
+        changed = relock(Path(), parser.parse_args().tables)
+    except UserError as error:
+        sys.exit(f"relock: {error}")
+    print("\n".join(changed) or "dvc.lock is up to date")
+
+
+if __name__ == "__main__":
+    main()
