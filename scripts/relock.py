@@ -3,8 +3,8 @@
     python -m scripts.relock cifar10            the stages of one table
     python -m scripts.relock                    all tables, and the rendering stages of the active one
 
-A recording (``exact: false``) took hours on a machine whose artifacts nobody else has, so that neither ``dvc repro`` nor
-``dvc commit`` can lock it again where code was only moved or renamed. This writes down the dependencies that
+A recording (``exact: false``) took hours on a machine whose artifacts nobody else has, so that neither ``dvc repro``
+nor ``dvc commit`` can lock it again where code was only moved or renamed. This writes down the dependencies that
 ``dvc.yaml`` declares now, with the digests of the working tree; commands, data, settings and outputs stay as they are.
 It is for changes that alter no result, and proves nothing: for exact tables ``make proof`` has to agree afterwards.
 """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import maskllm4v
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.tasks.base import Deployable
+from maskllm4v.tasks import Deployable
 
 Case = tuple[Deployable, dict[str, Tensor]]
 

@@ -8,7 +8,7 @@ import pytest
 import small_digits
 import torch
 
-from maskllm4v.tasks.base import Deployable
+from maskllm4v.tasks import Deployable
 from maskllm4v.tasks.classification import Classification
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
 

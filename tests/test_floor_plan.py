@@ -10,115 +10,46 @@ import pytest
 import yaml
 from import_graph import ROOT, closure, imported_names, imports, modules
 
-LOWEST = {"maskllm4v", "maskllm4v.utils.errors"}  # open to all
-ROOMS = {  # from the ground up: a module, or a package as a whole, and all of ours that it opens to
-    "averaging": set(),
-    "exact": set(),
-    "files": set(),
-    "finite": set(),
-    "layout": set(),
-    "metrics": set(),
-    "patterns": set(),
-    "processes": set(),
-    "randomness": set(),
-    "schedule": set(),
-    "share": set(),
-    "workspace": set(),
-    "config": set(),
-    "curves": {"files"},
-    "pictures": {"files"},
-    "records": {"files"},
-    "receipts": {"config", "exact", "files", "layout", "records"},
-    "devices": set(),
-    "distributed": {"processes"},
-    "progress": {"processes"},
-    "gumbel": {"patterns", "randomness"},
-    "gates": {"gumbel", "patterns"},
-    "layers": {"gates", "gumbel", "patterns", "randomness"},
-    "joined": {"gumbel", "layers"},
-    "surgery": {"layers", "patterns"},
-    "channels": {"surgery"},
-    "chains": set(),
-    "statistics": {"distributed"},
-    "watching": {"chains", "processes", "statistics"},
-    "calibration": {"chains", "statistics", "watching"},
-    "side_by_side": {"calibration", "chains", "processes", "statistics", "surgery", "watching"},
-    "pruners": {"calibration", "layers", "patterns", "progress", "randomness", "statistics", "surgery"},
-    "permutation": {"calibration", "channels", "patterns", "progress", "statistics", "surgery"},
-    "updates": {
-        *("calibration", "layers", "patterns", "progress", "pruners", "side_by_side", "statistics", "surgery"),
-    },
-    "sealed": {"files"},
-    "checkpoints": {"patterns", "sealed"},
-    "hybrid": {"checkpoints", "surgery"},
-    "packed": {"checkpoints", "patterns", "sealed"},
-    "original": {"checkpoints", "packed", "patterns", "sealed"},
-    "models": {"config", "randomness"},
-    "origin": {"config", "devices", "files", "layout", "processes"},
-    "parallel": {"config", "devices", "processes"},
-    "live": {"config", "layout", "processes", "workspace"},
-    "resume": {"config", "files", "layout", "processes", "records"},
-    "data": {"config", "files", "processes", "progress", "randomness", "share"},
-    "tasks": {
-        *("calibration", "checkpoints", "config", "data", "devices", "distributed", "files", "layout", "models"),
-        *("original", "processes", "progress", "randomness", "share"),
-    },
-    "loop": {
-        *("config", "distributed", "finite", "layers", "processes", "progress"),
-        *("randomness", "resume", "schedule", "share", "tasks"),
-    },
-    "training": {
-        *("averaging", "config", "joined", "layers", "loop", "processes", "resume", "schedule", "surgery", "tasks"),
-    },
-    "weights": {"averaging", "config", "loop", "resume", "tasks", "training"},
-    "dense": {"checkpoints", "config", "resume", "tasks", "weights"},
-    "diagnostics": {"calibration", "checkpoints", "distributed", "surgery"},
-    "mask_statistics": {"checkpoints", "patterns"},
-    "evaluation": {"channels", "checkpoints", "config", "diagnostics", "gates", "surgery", "tasks"},
-    "export": {
-        *("checkpoints", "config", "evaluation", "files", "layers", "layout", "original", "packed", "patterns"),
-        *("sealed", "surgery", "tasks"),
-    },
-    "reporting": {"config", "files", "layout", "metrics", "pictures", "receipts", "records"},
-    "tracking": {
-        *("checkpoints", "config", "curves", "export", "files", "layout", "metrics", "origin", "pictures", "progress"),
-        *("records", "reporting", "tasks", "workspace"),
-    },
-    "cli": {
-        *("channels", "checkpoints", "config", "curves", "data", "dense", "devices", "distributed", "evaluation"),
-        *("export", "files", "gates", "layout", "models", "original", "packed", "patterns", "permutation", "pictures"),
-        *("processes", "pruners", "receipts", "records", "resume", "sealed", "surgery", "tasks", "training", "updates"),
-    },
-    "__main__": {"cli", "config", "files", "layout", "reporting", "tracking"},
-}
+STOREYS = (  # from the ground up; a folder imports from those below its storey, never from a neighbour
+    "utils",
+    "config sparsity",
+    "data checkpoints oneshot runs",
+    "tasks receipts",
+    "training evaluation export reporting",
+    "tracking",
+    "cli",
+    "__main__",
+)
+CLOSED = {"oneshot": {"config"}}  # below, and not to be imported all the same: pruning knows no experiment
 ALL = sorted(modules())
+FOLDERS = [name for storey in STOREYS for name in storey.split()]
 
 
-def room(module: str) -> str:
+def folder(module: str) -> str:
     """``data`` for ``maskllm4v.data.folder``."""
     return module.split(".")[1]
-
-
-def ours(module: str) -> bool:
-    return module.startswith("maskllm4v.") and module not in LOWEST
 
 
 def roots(module: str) -> set[str]:
     return {name.partition(".")[0] for name in imported_names(modules()[module])}
 
 
-@pytest.mark.parametrize("name", [*ROOMS, *sorted({room(m) for m in ALL if ours(m)} - ROOMS.keys())])
-def test_room_has_the_doors_of_the_plan(name: str) -> None:
-    inside = [module for module in ALL if ours(module) and room(module) == name]
-    assert inside, "no such room"
-    doors = {room(other) for module in inside for other in imports(module) if ours(other)} - {name}
-    assert doors == ROOMS[name]
+def test_the_package_has_these_folders() -> None:
+    assert {folder(module) for module in ALL if module.startswith("maskllm4v.")} == set(FOLDERS)
 
 
-def test_doors_lead_down() -> None:
-    storeys = list(ROOMS)
-    for name, doors in ROOMS.items():
-        assert doors <= set(storeys[: storeys.index(name)]), name
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_import_from_storeys_below(name: str) -> None:
+    storey = next(i for i, names in enumerate(STOREYS) if name in names.split())
+    below = {other for names in STOREYS[:storey] for other in names.split()} - CLOSED.get(name, set())
+    inside = [module for module in ALL if module.startswith("maskllm4v.") and folder(module) == name]
+    found = {(m, other) for m in inside for other in imports(m) - {"maskllm4v"} if folder(other) not in below | {name}}
+    assert not found
+
+
+@pytest.mark.parametrize("name", ["utils", "runs"])
+def test_the_pin_can_come_before_numpy_and_torch(name: str) -> None:
+    assert (ROOT / "maskllm4v" / name / "__init__.py").read_text() == ""
 
 
 LIBRARIES = {  # who may speak to it: a module, or a package as a whole
@@ -139,12 +70,10 @@ def test_one_room_speaks_to_each_library(library: str) -> None:
 
 
 @pytest.mark.parametrize("module", ALL)
-def test_arrows_point_down(module: str) -> None:
-    assert "benchmarks" not in roots(module)
+def test_the_package_knows_nothing_of_what_uses_it(module: str) -> None:
+    assert not {"benchmarks", "scripts", "tests"} & roots(module)
     if module.startswith("maskllm4v"):
         assert "stages" not in roots(module)
-    if module.startswith(("maskllm4v.oneshot.prune", "maskllm4v.oneshot.weight_update")):
-        assert not any(name.startswith(("maskllm4v.tasks.base", "maskllm4v.data")) for name in closure(module))
 
 
 LIGHT = ("maskllm4v.receipts", "maskllm4v.reporting", "maskllm4v.runs.live", "maskllm4v.tracking.sender")
@@ -152,10 +81,8 @@ LIGHT = ("maskllm4v.receipts", "maskllm4v.reporting", "maskllm4v.runs.live", "ma
 
 @pytest.mark.parametrize("module", [m for m in ALL if m.startswith(LIGHT)])
 def test_reports_need_no_torch(module: str) -> None:
-    late = {
-        "maskllm4v.utils.determinism",
-        "maskllm4v.utils.determinism.portable",
-    }  # its pin_torch imports torch, in stages; receipts read the pin's variables
+    pin = "maskllm4v.utils.determinism"  # pin_torch imports torch, in stages; receipts read the pin's variables
+    late = {pin, f"{pin}.portable"}
     assert not any({"torch", "timm"} & roots(name) for name in closure(module) - late)
 
 

@@ -93,17 +93,13 @@ RECORD = "reports/dit_digits/runs/dit-wanda/evaluation/record.json"
 LEARNED = "digits-maskllm-short-magnitude: {prior: digits-magnitude, steps: 200}"
 CHANGES: dict[str, tuple[Edit, str, set[str]]] = {
     "a module of every stage": (appended("maskllm4v/utils/errors.py"), "code", ALL),
-    "a module of a stage that a table lacks": (
-        appended("maskllm4v/oneshot/weight_update/least_squares.py"),
-        "code",
-        DIGITS,
-    ),
+    "the script of a stage that a table lacks": (appended("stages/update.py"), "code", DIGITS),
     "a task": (appended("maskllm4v/tasks/diffusion/noising.py"), "code", {"dit_digits"}),
     "the script of a stage": (appended("stages/evaluate.py"), "code", ALL),
     "a new file in a declared folder": (appended("maskllm4v/config/more.py"), "code", ALL),
     "a removed file": (removed("maskllm4v/sparsity/gumbel/triton_op.py"), "code", ALL),
     "a new dependency": (
-        replaced("dvc.yaml", "maskllm4v/updates\n", "maskllm4v/updates\n        - requirements.lock\n"),
+        replaced("dvc.yaml", "stages/update.py\n", "stages/update.py\n        - requirements.lock\n"),
         "code",
         DIGITS,
     ),

@@ -81,7 +81,7 @@ def open_data(folder: Path, data: DataSettings, task: TaskSettings, transform: M
         folder: of the manifest.
         data: how images are kept.
         task: how they are augmented.
-        transform: size, mean, std, crop and interpolation (:func:`maskllm4v.tasks.classification.models.image_settings`).
+        transform: size, mean, std, crop and interpolation, as :mod:`maskllm4v.tasks.classification.models` has them.
 
     Raises:
         DataError: the manifest is missing, damaged or of another source, or the source is not what it says.

@@ -27,7 +27,7 @@ class DecodedImages:
         manifest: of the source.
         read: opens an entry.
         task: augmentation, by timm's training transform.
-        transform: size, mean, std, crop and interpolation (:func:`maskllm4v.tasks.classification.models.image_settings`).
+        transform: size, mean, std, crop and interpolation, as :mod:`maskllm4v.tasks.classification.models` has them.
     """
 
     def __init__(self, manifest: Manifest, read: Read, task: TaskSettings, transform: Mapping[str, Any]) -> None:

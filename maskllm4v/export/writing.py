@@ -17,7 +17,7 @@ from maskllm4v.export.files import Folded, write_folded, write_masks, write_pack
 from maskllm4v.export.onnx import export_onnx
 from maskllm4v.runs.paths import checkpoint, record_file
 from maskllm4v.sparsity.surgery import fold_
-from maskllm4v.tasks.base import Task
+from maskllm4v.tasks import Task
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 from maskllm4v.utils.io import file_digest, replacing
 

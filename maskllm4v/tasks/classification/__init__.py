@@ -18,7 +18,7 @@ from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
 from maskllm4v.data.decoded import seeded_globals
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.tasks.base import Deployable
+from maskllm4v.tasks import Deployable
 from maskllm4v.tasks.classification.accuracy import Tally
 from maskllm4v.tasks.classification.models import build_model, image_settings, num_classes
 from maskllm4v.utils.devices import pick_device

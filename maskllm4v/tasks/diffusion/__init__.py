@@ -17,7 +17,7 @@ from maskllm4v.config import DiffusionSettings, DiTSettings, Experiment, Samplin
 from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.tasks.base import Deployable
+from maskllm4v.tasks import Deployable
 from maskllm4v.tasks.diffusion import noising
 from maskllm4v.tasks.diffusion.dit import build_dit, condition, read_weights
 from maskllm4v.tasks.diffusion.images import Bank, Latents, Space
