@@ -189,8 +189,8 @@ def sessions(model: Model, log: Log) -> dict[str, Any]:
         with log.attempt(cell, candidate=name), tempfile.TemporaryDirectory() as folder:
             export, tasks = import_module("maskllm4v.export.onnx"), import_module("maskllm4v.tasks")
             runtime, path = import_module("onnxruntime"), Path(folder) / "model.onnx"
-            deployable = tasks.Deployable(module, {"images": model.images(2)}, "logits")
-            export.export_onnx(path, deployable, masks=masks, pattern=PATTERN if masks else None)
+            exportable = tasks.ExportableModel(module, {"images": model.images(2)}, "logits")
+            export.export_onnx(path, exportable, masks=masks, pattern=PATTERN if masks else None)
             options = runtime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
             options.log_severity_level = 3

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two repetitions of a step: does it run at all?")
     parser.add_argument("--out", type=Path, help="JSON file")
     given = parser.parse_args(arguments)
-    determinism.pin()
+    determinism.pin_kernels()
     import torch
 
     determinism.pin_torch()

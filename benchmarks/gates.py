@@ -18,10 +18,10 @@ from torch import nn
 
 from benchmarks.measure import Timing, interleaved, peak_bytes, ratio
 from benchmarks.results import Row, save
-from maskllm4v.sparsity.masks import Draw
+from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.parameterization import GATES
 from maskllm4v.sparsity.patterns import MAX_CANDIDATES, NMPattern
-from maskllm4v.sparsity.surgery import make_learnable, set_draw
+from maskllm4v.sparsity.surgery import make_learnable, set_noise_key
 from maskllm4v.utils.devices import pick_device
 
 PATTERNS = ("2:4", "4:8", "8:16")
@@ -53,7 +53,7 @@ class Learning:
 
     def step(self) -> None:
         """Forward, backward and optimiser, with new noise."""
-        set_draw(self.model, Draw(0, next(self.draws)))
+        set_noise_key(self.model, NoiseKey(0, next(self.draws)))
         self.model(self.inputs).square().mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

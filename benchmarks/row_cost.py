@@ -20,7 +20,7 @@ from maskllm4v.oneshot.weight_update import update_weights_
 from maskllm4v.sparsity.surgery import make_learnable
 from maskllm4v.training.finetuning import WeightLearner
 from maskllm4v.training.mask_learning import MaskLearner
-from maskllm4v.training.trainer import Learner, run
+from maskllm4v.training.trainer import TrainTarget, run
 
 # Nothing of it changes how long a step takes, so rows that differ in nothing else are measured once.
 TIMELESS = {"steps", "epochs", "prior", "init", "prior_strength", "gate_std", "lr", "min_lr", "start"}
@@ -95,7 +95,7 @@ class Rows:
 
     def _prune(self, model: nn.Module, row: str) -> Any:
         settings, pattern = self.experiment.priors[row], self.experiment.pattern_of(row) or ""
-        layers: Any = {"exclude": self.experiment.model.dense_layers, "on_misfit": self.experiment.model.on_misfit}
+        layers: Any = {"exclude": self.experiment.model.excluded_layers, "on_misfit": self.experiment.model.on_misfit}
         if settings.permutation == "greedy":
             shown = self.task.calibration(settings.batch_size, 0) if calibrates(settings.method) else None
             permute_channels_(model, pattern, calibration=shown, **layers)
@@ -115,7 +115,7 @@ class Rows:
         masks = (
             None if start is None else self._prune(model if row in self.experiment.finetuned else self._model(), start)
         )
-        learner: Learner
+        learner: TrainTarget
         if isinstance(training, LearnedSettings):
             how = training.model_dump(include={"init", "hard", "gate"})
             make_learnable(model, masks, pattern=self.experiment.pattern_of(row) or "", **how)
@@ -131,7 +131,7 @@ class Rows:
         return Timing.of((after - before) / block for before, after in itertools.pairwise(marks))
 
 
-def _clocked(learner: Learner) -> list[float]:
+def _clocked(learner: TrainTarget) -> list[float]:
     """The times at which the learner's steps will have ended."""
     ends: list[float] = []
     end_step: Callable[[int], None] = learner.end_step

@@ -70,7 +70,7 @@ def measure(table: str, out: Path, repeats: int, *, quick: bool) -> None:
     """Measure all rows of a table in this process, which has not imported torch yet."""
     experiment = load_experiment(Path("experiments") / f"{table}.yaml")
     if experiment.exact:
-        determinism.pin()
+        determinism.pin_kernels()
     import torch
 
     from benchmarks.results import rounded_row

@@ -23,10 +23,10 @@ from benchmarks.measure import Timing, ceilings, interleaved, peak_bytes, ratio,
 from benchmarks.results import Row, save
 from benchmarks.workloads import RandomImages, Workload, workloads
 from maskllm4v.config import LearnedSettings
-from maskllm4v.sparsity.masks import Draw
+from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.surgery import make_learnable, prunable_linears
 from maskllm4v.training.mask_learning import MaskLearner
-from maskllm4v.training.trainer import Learner
+from maskllm4v.training.trainer import TrainTarget
 from maskllm4v.utils.devices import pick_device
 
 VARIANTS = {
@@ -51,7 +51,7 @@ class Step:
     """
 
     def __init__(
-        self, learner: Learner, task: RandomImages, learning: LearnedSettings, *, compiled: bool = False
+        self, learner: TrainTarget, task: RandomImages, learning: LearnedSettings, *, compiled: bool = False
     ) -> None:
         self.learner, self.task, self.clip = learner, task, learning.clip_grad
         self.batch = task.batch(learning.batch_size)
@@ -63,7 +63,7 @@ class Step:
     def forward(self) -> Tensor:
         """What is minimised, with its graph."""
         self.learner.begin_step(self.number, 0.0, 0.0)
-        self.learner.begin_micro_step(Draw(0, self.number))
+        self.learner.begin_micro_step(NoiseKey(0, self.number))
         self.number += 1
         return self.learner.loss(self.model, self.task, self.batch)[0]
 
@@ -105,7 +105,7 @@ def make(variant: str, workload: Workload, device: torch.device) -> Step:
     """A variant's step on a model of its own."""
     experiment, learning = workload.experiment, workload.learning
     model, task = workload.build(device), RandomImages(experiment, device)
-    exclude = experiment.model.dense_layers
+    exclude = experiment.model.excluded_layers
     if variant == "dense":
         return Step(Dense(model), task, learning)
     if variant == "textbook":
@@ -134,7 +134,7 @@ def measure(
     torch.compiler.reset()  # or a second model is compiled for shapes that vary
     steps = {variant: make(variant, workload, device) for variant in variants}
     times = interleaved(dict[str, Callable[[], Any]](steps), repeats=repeats, warmup=warmup)
-    linears = prunable_linears(workload.build(device), exclude=workload.experiment.model.dense_layers)
+    linears = prunable_linears(workload.build(device), exclude=workload.experiment.model.excluded_layers)
     weights = sum(linear.weight.numel() for linear in linears.values())
     first, rows, roof = variants[0], list[Row](), list[Row]()
     precision = {"no": "fp32"}.get(workload.learning.amp, workload.learning.amp)

@@ -16,7 +16,7 @@ from maskllm4v.tasks.classification import Batch, Classification
 from maskllm4v.tasks.classification.models import image_settings, num_classes
 from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
-from maskllm4v.utils.sharding import WHOLE, Share
+from maskllm4v.utils.sharding import WHOLE, BatchShard
 
 EXPERIMENTS = Path("experiments")
 
@@ -41,7 +41,7 @@ class RandomImages(Classification):
         return images, torch.randint(num_classes(self.model), (size,), device=self.device)
 
     def train_batches(
-        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: Share = WHOLE
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: BatchShard = WHOLE
     ) -> Iterator[Batch]:
         parts = [self.batch(batch_size // share.count) for _ in share.parts]
         for _ in range(start, steps):
@@ -69,7 +69,7 @@ class RandomNoise(Diffusion):
         return NoisyBatch(inputs, timesteps, torch.randint(self.classes, (size,), device=self.device), noise)
 
     def train_batches(
-        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: Share = WHOLE
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: BatchShard = WHOLE
     ) -> Iterator[NoisyBatch]:
         parts = [self.random_batch(batch_size // share.count) for _ in share.parts]
         for _ in range(start, steps):

@@ -41,7 +41,7 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
         if "LOCAL_WORLD_SIZE" in os.environ:  # started by somebody else's launcher
             share_cores(int(os.environ["LOCAL_WORLD_SIZE"]))
         if experiment.exact:
-            determinism.pin()
+            determinism.pin_kernels()
             if torch:
                 determinism.pin_torch()
         main(experiment, key)

@@ -17,7 +17,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.sparsity.patterns import NMPattern
-    from maskllm4v.sparsity.surgery import linear
+    from maskllm4v.sparsity.surgery import get_linear
     from maskllm4v.tasks import open_task
     from maskllm4v.utils.processes import is_main
 
@@ -30,7 +30,7 @@ def main(experiment: Experiment, row: str) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))
         base = load_dense(dense, model, experiment.model.name)
         calibrated_on = task if settings.inputs == "data" else task.generated(model, seed)
-        layers: Any = {"exclude": experiment.model.dense_layers, "on_misfit": experiment.model.on_misfit}
+        layers: Any = {"exclude": experiment.model.excluded_layers, "on_misfit": experiment.model.on_misfit}
         shown = calibrated_on.calibration(settings.batch_size, seed) if calibrates(settings.method) else None
         greedy = settings.permutation == "greedy"  # by the method's score: of its inputs, or of the weights alone
         permutations = permute_channels_(model, pattern, calibration=shown, **layers) if greedy else {}
@@ -44,7 +44,7 @@ def main(experiment: Experiment, row: str) -> None:
             seed=seed,
             **layers,
         )
-        weights = {f"{name}.weight": linear(model, name).weight for name in masks if settings.update_weights}
+        weights = {f"{name}.weight": get_linear(model, name).weight for name in masks if settings.update_weights}
         if is_main():
             made = MaskCheckpoint(pattern, masks, base, settings.method, weights, prior={}, permutations=permutations)
             save_masks(checkpoint(row, seed), made)

@@ -16,7 +16,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.sparsity.permutation import apply_permutations_
-    from maskllm4v.sparsity.surgery import apply_masks_, linear
+    from maskllm4v.sparsity.surgery import apply_masks_, get_linear
     from maskllm4v.tasks import open_task
     from maskllm4v.utils.processes import is_main
 
@@ -40,7 +40,7 @@ def main(experiment: Experiment, row: str) -> None:
                 target=settings.target,
                 damping=settings.damping,
             )
-            weights = {f"{name}.weight": linear(model, name).weight for name in found.masks}
+            weights = {f"{name}.weight": get_linear(model, name).weight for name in found.masks}
             made = replace(found, method=settings.update, weights=weights)
         if is_main():
             save_masks(checkpoint(row, seed), made)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import maskllm4v
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.tasks import Deployable
+from maskllm4v.tasks import ExportableModel
 
-Case = tuple[Deployable, dict[str, Tensor]]
+Case = tuple[ExportableModel, dict[str, Tensor]]
 
 
 class Toy(nn.Module):
@@ -37,7 +37,7 @@ class Toy(nn.Module):
 
 def toy(pattern: str = "2:4") -> Case:
     model = seeded(Toy)
-    return Deployable(model, {"tokens": draw(4, 3, 8)}, "scores"), fold(model, pattern)
+    return ExportableModel(model, {"tokens": draw(4, 3, 8)}, "scores"), fold(model, pattern)
 
 
 def digits() -> Case:
@@ -60,7 +60,7 @@ def dit() -> Case:
     model = build()
     masks = fold(model, exclude=["pos_embed", "proj_out_*"])
     inputs = {"sample": draw(3, 1, 8, 8), "timestep": torch.tensor([999, 0, 417]), "class_labels": torch.arange(8, 11)}
-    return Deployable(Denoiser(model), inputs, "noise_pred"), masks
+    return ExportableModel(Denoiser(model), inputs, "noise_pred"), masks
 
 
 CASES = {"digits": digits, "vit_tiny": vit_tiny, "dit": dit}
@@ -69,7 +69,7 @@ CASES = {"digits": digits, "vit_tiny": vit_tiny, "dit": dit}
 def classifier(model: nn.Module, channels: int, size: int) -> Case:
     """With a head whose logits differ."""
     nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
-    return Deployable(model, {"images": draw(2, channels, size, size)}, "logits"), fold(model, exclude=["head"])
+    return ExportableModel(model, {"images": draw(2, channels, size, size)}, "logits"), fold(model, exclude=["head"])
 
 
 def fold(model: nn.Module, pattern: str = "2:4", exclude: list[str] | None = None) -> dict[str, Tensor]:
@@ -90,9 +90,9 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def enlarged(deployable: Deployable, count: int) -> dict[str, Tensor]:
+def enlarged(exportable: ExportableModel, count: int) -> dict[str, Tensor]:
     """So many samples, other ones than the example where they are not integers."""
-    inputs = {name: x.repeat(count, *[1] * (x.ndim - 1))[:count] for name, x in deployable.inputs.items()}
+    inputs = {name: x.repeat(count, *[1] * (x.ndim - 1))[:count] for name, x in exportable.inputs.items()}
     return {name: x + draw(*x.shape) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
@@ -107,8 +107,8 @@ def run(path: Path, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def in_torch(deployable: Deployable, inputs: dict[str, Tensor]) -> Tensor:
-    outputs: Tensor = deployable.module(*inputs.values())
+def in_torch(exportable: ExportableModel, inputs: dict[str, Tensor]) -> Tensor:
+    outputs: Tensor = exportable.module(*inputs.values())
     return outputs
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskllm4v.checkpoints.third_party import State, load_any
+from maskllm4v.checkpoints.third_party import LoadedWeights, load_any
 
 PAIRS = list(itertools.combinations(range(4), 2))  # the original's candidates of 2:4, in its order
 LAYERS = {"blocks.0.fc": (8, 16), "blocks.1.fc": (6, 8)}
@@ -75,9 +75,9 @@ def saved(path: Path, state: Any, **options: Any) -> Path:
     return path
 
 
-def state_at(path: Path, **options: Any) -> State:
+def state_at(path: Path, **options: Any) -> LoadedWeights:
     found = load_any(path, **options)
-    assert isinstance(found, State)
+    assert isinstance(found, LoadedWeights)
     return found
 
 

@@ -16,8 +16,8 @@ from maskllm4v.checkpoints.third_party import dense_state
 from maskllm4v.config import LearningSettings
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.sparsity.surgery import learnable_layers, make_learnable
-from maskllm4v.training.mask_learning import CURVE_COLUMNS, Learned, learn_masks
-from maskllm4v.utils.sharding import WHOLE, Share
+from maskllm4v.training.mask_learning import CURVE_COLUMNS, MaskResult, learn_masks
+from maskllm4v.utils.sharding import WHOLE, BatchShard
 
 NAMES = ("0", "2")  # of the model's linear layers
 STEPS_PER_EPOCH = 8
@@ -62,7 +62,7 @@ class Regression:
         return dense_state(path)
 
     def train_batches(
-        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: Share = WHOLE
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: BatchShard = WHOLE
     ) -> Iterator[Batch]:
         for step in range(start, steps):
             self.steps_taken = step
@@ -153,16 +153,16 @@ def logits(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.logits.detach().clone() for name, layer in learnable_layers(model).items()}
 
 
-def column(learned: Learned, name: str) -> list[float]:
+def column(learned: MaskResult, name: str) -> list[float]:
     return [point[CURVE_COLUMNS.index(name)] for point in learned.curve]
 
 
-def trained(task: Regression | None = None, *, seed: int = 0, **changes: Any) -> tuple[nn.Module, Learned]:
+def trained(task: Regression | None = None, *, seed: int = 0, **changes: Any) -> tuple[nn.Module, MaskResult]:
     model = learnable(seed=seed)
     return model, learn_masks(model, task or Regression(), settings(**changes), seed=seed)
 
 
-def same_curves(found: Learned, wanted: Learned) -> None:
+def same_curves(found: MaskResult, wanted: MaskResult) -> None:
     """Equal but for Σ(masked weight)², which is summed in another order where layers draw their masks one by one."""
     energy = CURVE_COLUMNS.index("kept_energy")
     assert len(found.curve) == len(wanted.curve)

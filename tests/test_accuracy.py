@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskllm4v.tasks.classification.accuracy import BINS, Tally
+from maskllm4v.tasks.classification.accuracy import BINS, ClassificationMetrics
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def by_hand(logits: Tensor, labels: Tensor, dense: Tensor) -> dict[str, float]:
 
 
 def tallied(logits: Tensor, labels: Tensor, dense: Tensor | None, sizes: list[int]) -> dict[str, float]:
-    tally = Tally(CPU)
+    tally = ClassificationMetrics(CPU)
     parts = zip(*(x.split(sizes) for x in (logits, labels, logits if dense is None else dense)), strict=True)
     for own, wanted, other in parts:
         tally.add(own, wanted, None if dense is None else other)
@@ -71,7 +71,7 @@ def test_division_into_batches_changes_nothing(sizes: list[int]) -> None:
 def test_each_bin_stands_for_itself(number: int, confidence: float) -> None:
     """Two classes, one confidence, three of four right: the error is the distance between the two."""
     logits = torch.tensor([[confidence, 1 - confidence]]).log().repeat(4, 1)
-    tally = Tally(CPU)
+    tally = ClassificationMetrics(CPU)
     tally.add(logits, torch.tensor([0, 0, 0, 1]))
     assert tally.metrics()["ece"] == pytest.approx(100 * abs(confidence - 0.75), rel=1e-5)
     assert tally._bins[0].tolist() == [4.0 * (k == number) for k in range(15)]
@@ -80,7 +80,7 @@ def test_each_bin_stands_for_itself(number: int, confidence: float) -> None:
 def test_errors_of_one_bin_cancel_and_those_of_two_do_not() -> None:
     def error(first: float, second: float) -> float:
         rows = torch.tensor([[first, 1 - first], [second, 1 - second]], dtype=torch.float64)
-        tally = Tally(CPU)
+        tally = ClassificationMetrics(CPU)
         tally.add(rows.log(), torch.tensor([0, 1]))  # the first is right, the second wrong
         return tally.metrics()["ece"]
 
@@ -89,7 +89,7 @@ def test_errors_of_one_bin_cancel_and_those_of_two_do_not() -> None:
 
 
 def test_certain_answers_lie_in_the_last_bin() -> None:
-    tally = Tally(CPU)
+    tally = ClassificationMetrics(CPU)
     tally.add(torch.tensor([[1000.0, 0.0]]), torch.tensor([0]))
     assert tally._bins[0].tolist() == [0.0] * 14 + [1.0]
     assert tally.metrics()["ece"] == 0
@@ -120,7 +120,7 @@ def test_sums_of_all_processes_are_added(monkeypatch: pytest.MonkeyPatch) -> Non
     """Here: of one other process, which has seen the other half."""
     given = samples(100)
     wanted = tallied(*given, [100])
-    here, there = Tally(CPU), Tally(CPU)
+    here, there = ClassificationMetrics(CPU), ClassificationMetrics(CPU)
     for tally, half in ((here, slice(0, 37)), (there, slice(37, None))):
         tally.add(*(tensor[half] for tensor in given))
 

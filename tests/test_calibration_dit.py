@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 from diffusers import DiTTransformer2DModel
 
 from maskllm4v import prune
-from maskllm4v.oneshot.activations.blocks import find_units
+from maskllm4v.oneshot.activations.blocks import find_sequential_blocks
 from maskllm4v.oneshot.activations.sequential import part_statistics, stream_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.sparsity.calibration import Calibration, names_by_part
@@ -76,7 +76,7 @@ def test_blocks_are_a_chain_whichever_of_their_layers_are_of_interest(alone: str
     model, (batch,) = dit(), noisy(2)
     layers = {name: layer for name, layer in prunable_linears(model, exclude=DENSE).items() if alone in name}
     with torch.no_grad():
-        units, chain = find_units(model, layers, lambda: model(**batch))
+        units, chain = find_sequential_blocks(model, layers, lambda: model(**batch))
     assert chain == list(model.transformer_blocks) == [unit.block for unit in units]
 
 
@@ -101,7 +101,7 @@ def test_embedders_are_seen_outside_the_blocks_too(propagate: str) -> None:
     if propagate == "dense":
         check_stream(model, batches, propagate, layers=layers)
     with torch.no_grad():
-        assert find_units(model, layers, lambda: model(**batches[0]))[1] == []
+        assert find_sequential_blocks(model, layers, lambda: model(**batches[0]))[1] == []
 
 
 @both_ways

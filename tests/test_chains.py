@@ -14,7 +14,7 @@ from streaming import both_ways, check, check_stream, images, shrink, whole_mode
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from maskllm4v.oneshot.activations.blocks import find_units
+from maskllm4v.oneshot.activations.blocks import find_sequential_blocks
 from maskllm4v.oneshot.activations.sequential import stream_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.sparsity.calibration import default_forward
@@ -124,7 +124,7 @@ NO_CHAINS = {  # some only because the proof asks for the very same objects
 def test_chains_are_found_where_nothing_speaks_against_them(kind: str) -> None:
     model = AWKWARD[kind]().eval()
     with torch.no_grad():
-        units, chain = find_units(model, prunable_linears(model), lambda: model(torch.randn(2, 8)))
+        units, chain = find_sequential_blocks(model, prunable_linears(model), lambda: model(torch.randn(2, 8)))
     blocks = [block for name, block in model.named_modules() if re.fullmatch(r"(blocks\.)?\d", name)]
     if kind == "skips along":
         assert chain in ([], blocks)
@@ -141,7 +141,7 @@ def test_parts_of_feed_forwards_are_streamed_alone_too() -> None:
     model = AWKWARD["feed-forwards"]().eval()
     layers = prunable_linears(model, exclude=["embed", "blocks.*.net.2"])
     assert len(layers) == 3
-    units, chain = find_units(model, layers, lambda: model(torch.randn(2, 8)))
+    units, chain = find_sequential_blocks(model, layers, lambda: model(torch.randn(2, 8)))
     assert chain == list(model.blocks) == [unit.block for unit in units]
 
 

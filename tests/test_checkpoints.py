@@ -13,7 +13,7 @@ from mask_files import BASE, checkpoint, model, random_mask, same
 from safetensors.torch import save_file
 from torch import nn
 
-from maskllm4v.checkpoints.format import load_sealed, tensors_digest
+from maskllm4v.checkpoints.format import load_verified, tensors_digest
 from maskllm4v.checkpoints.masks import (
     MaskCheckpoint,
     load_dense,
@@ -61,7 +61,7 @@ def test_gate_round_trip(tmp_path: Path) -> None:
         assert load_masks(tmp_path / name).gate == gate
     save_masks(tmp_path / "c", given)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()  # as before there was a choice
-    assert "gate" not in load_sealed(tmp_path / "a", "masks")[1]
+    assert "gate" not in load_verified(tmp_path / "a", "masks")[1]
 
 
 def test_masks_take_less_than_a_bit_a_weight(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from original_files import gated, gates_of, pruned, timm_file, winners
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints.format import save_sealed
+from maskllm4v.checkpoints.format import save_verified
 from maskllm4v.checkpoints.masks import save_dense, save_masks
 from maskllm4v.export.files import Folded, write_folded, write_packed
 from maskllm4v.sparsity.patterns import NMPattern
@@ -143,9 +143,9 @@ def test_our_weights_where_a_named_layer_is_dense() -> None:
     """Of others it would be taken for one that was never pruned."""
     weights = state(fc2=torch.ones(4, 8))
     about = {"kind": "dense", "model": "mlp", "pattern": "2:4", "layers": ["fc1", "fc2"]}
-    save_sealed(Path("m.safetensors"), weights, about)
+    save_verified(Path("m.safetensors"), weights, about)
     assert verdicts(checks("m.safetensors", code=1)) == {"fc1": "holds", "fc2": "violated", "head": "dense"}
-    save_sealed(Path("n.safetensors"), weights, {**about, "layers": ["fc1", "fc3"]})
+    save_verified(Path("n.safetensors"), weights, {**about, "layers": ["fc1", "fc3"]})
     assert refused("n.safetensors") == "verify: n.safetensors is damaged: it names layer 'fc3', but has no weight of it"
 
 
@@ -222,11 +222,11 @@ def test_our_graphs() -> None:
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library)
     from maskllm4v.export.onnx import export_onnx
-    from maskllm4v.tasks import Deployable
+    from maskllm4v.tasks import ExportableModel
 
     ours = folded()
-    deployable = Deployable(ours.model.eval(), {"images": torch.rand(2, 16)}, "logits")
-    export_onnx(Path("m.onnx"), deployable, masks=ours.masks, pattern=P24, about=ours.about("onnx"))
+    exportable = ExportableModel(ours.model.eval(), {"images": torch.rand(2, 16)}, "logits")
+    export_onnx(Path("m.onnx"), exportable, masks=ours.masks, pattern=P24, about=ours.about("onnx"))
     found = checks("m.onnx")
     assert verdicts(found) == {"0": "holds", "1": "holds", "2": "dense"}
     assert [check["required"] for check in found.values()] == [True, True, False]

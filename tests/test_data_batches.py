@@ -14,7 +14,7 @@ from torch import Tensor
 from maskllm4v.data import ImageData, prepare
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
 from maskllm4v.utils.errors import ConfigError, DataError
-from maskllm4v.utils.sharding import WHOLE, Share
+from maskllm4v.utils.sharding import WHOLE, BatchShard
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def source(request: pytest.FixtureRequest, digits_folder: Path, tmp_path: Path) 
 def joined(data: ImageData, processes: int, micro_batches: int, **how: Any) -> list[tuple[Tensor, Tensor]]:
     """The global batches that processes and their micro-batches make together."""
     loaders = [
-        step_loader(data, seed=1, batch_size=SIZE, share=Share.of(rank, processes, micro_batches), **how)
+        step_loader(data, seed=1, batch_size=SIZE, share=BatchShard.of(rank, processes, micro_batches), **how)
         for rank in range(processes)
     ]
     steps = range(how.get("start", 0), how["steps"])
@@ -157,15 +157,15 @@ def test_division_workers_and_resuming_together_change_no_bit(source: ImageData)
 
 @pytest.mark.parametrize(("processes", "micro_batches"), SHARES)
 def test_shares_are_all_parts_once(processes: int, micro_batches: int) -> None:
-    shares = [Share.of(rank, processes, micro_batches) for rank in range(processes)]
+    shares = [BatchShard.of(rank, processes, micro_batches) for rank in range(processes)]
     assert [part for share in shares for part in share.parts] == list(range(processes * micro_batches))
     assert {share.count for share in shares} == {processes * micro_batches}
-    assert Share.of(0, 1, 1) == WHOLE
+    assert BatchShard.of(0, 1, 1) == WHOLE
 
 
 @pytest.mark.parametrize(("size", "processes", "micro_batches"), [(5, 2, 1), (6, 1, 4), (6, 2, 2), (2, 3, 1)])
 def test_indivisible_batch_is_a_config_error(size: int, processes: int, micro_batches: int) -> None:
-    share = Share.of(0, processes, micro_batches)
+    share = BatchShard.of(0, processes, micro_batches)
     with pytest.raises(ConfigError, match=rf"batch_size is {size}, which {share.count} processes"):
         StepBatches(Numbers(23), seed=0, batch_size=size, share=share)  # type: ignore[arg-type]
 

@@ -8,12 +8,12 @@ import pytest
 import small_digits
 import torch
 
-from maskllm4v.tasks import Deployable
+from maskllm4v.tasks import ExportableModel
 from maskllm4v.tasks.classification import Classification
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
 
 
-def assert_same(one: Deployable, other: Deployable) -> None:
+def assert_same(one: ExportableModel, other: ExportableModel) -> None:
     assert list(one.inputs) == list(other.inputs)
     assert all(torch.equal(x, other.inputs[name]) for name, x in one.inputs.items())
 
@@ -21,15 +21,15 @@ def assert_same(one: Deployable, other: Deployable) -> None:
 def test_classification(tmp_path: Path) -> None:
     task = Classification(small_digits.experiment(), tmp_path / "nothing here")
     model = task.build_model(0)
-    deployable = task.deployable(model, 3)
-    assert {name: (x.shape, x.dtype) for name, x in deployable.inputs.items()} == {
+    exportable = task.exportable(model, 3)
+    assert {name: (x.shape, x.dtype) for name, x in exportable.inputs.items()} == {
         "images": ((3, 1, 8, 8), torch.float32)
     }
-    assert deployable.output == "logits"
-    assert_same(deployable, task.deployable(model, 3))
-    images = deployable.inputs["images"]
-    assert torch.equal(deployable.module(images), task.forward(model, (images, torch.arange(3))))
-    assert deployable.module(images).shape == (3, 10)
+    assert exportable.output == "logits"
+    assert_same(exportable, task.exportable(model, 3))
+    images = exportable.inputs["images"]
+    assert torch.equal(exportable.module(images), task.forward(model, (images, torch.arange(3))))
+    assert exportable.module(images).shape == (3, 10)
 
 
 def test_diffusion(tmp_path: Path) -> None:
@@ -38,17 +38,17 @@ def test_diffusion(tmp_path: Path) -> None:
 
     task = open_small(tmp_path / "nothing here")
     model = awake(task.build_model(0))
-    deployable = task.deployable(model, 3)
-    assert {name: (x.shape, x.dtype) for name, x in deployable.inputs.items()} == {
+    exportable = task.exportable(model, 3)
+    assert {name: (x.shape, x.dtype) for name, x in exportable.inputs.items()} == {
         "sample": ((3, 1, 8, 8), torch.float32),
         "timestep": ((3,), torch.int64),
         "class_labels": ((3,), torch.int64),
     }
-    assert deployable.output == "noise_pred"
-    assert_same(deployable, task.deployable(model, 3))
-    many = task.deployable(model, 500).inputs
+    assert exportable.output == "noise_pred"
+    assert_same(exportable, task.exportable(model, 3))
+    many = task.exportable(model, 500).inputs
     assert many["timestep"].unique().numel() > 300
     assert sorted(many["class_labels"].unique()) == list(range(11))  # the last one stands for none
-    sample, timestep, labels = deployable.inputs.values()
+    sample, timestep, labels = exportable.inputs.values()
     wanted = task.forward(model, NoisyBatch(sample, timestep, labels, sample))
-    assert torch.equal(deployable.module(sample, timestep, labels), wanted)
+    assert torch.equal(exportable.module(sample, timestep, labels), wanted)

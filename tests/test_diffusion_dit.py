@@ -109,10 +109,10 @@ def test_layers_that_stay_dense() -> None:
     model = build_dit(settings(), 0)
     body = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"]
     for adaln, names in ((True, ["norm1.linear", *body]), (False, body)):
-        found = prunable_linears(model, exclude=settings(adaln=adaln).dense_layers)
+        found = prunable_linears(model, exclude=settings(adaln=adaln).excluded_layers)
         assert list(found) == [name for name in dict(model.named_modules()) if name in found]
         assert set(found) == {f"transformer_blocks.{i}.{name}" for i in range(2) for name in names}
-    assert "transformer_blocks.1.attn1.*" in settings(exclude=["transformer_blocks.1.attn1.*"]).dense_layers
+    assert "transformer_blocks.1.attn1.*" in settings(exclude=["transformer_blocks.1.attn1.*"]).excluded_layers
 
 
 def test_conditions_run_the_modulation_layers_alone_on_their_own_inputs() -> None:

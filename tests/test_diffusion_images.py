@@ -18,7 +18,7 @@ pytest.importorskip("diffusers")
 from diffusers import AutoencoderKL
 from small_diffusion import make_autoencoder
 
-from maskllm4v.tasks.diffusion.images import CHUNK, Bank, Latents, Space, picture
+from maskllm4v.tasks.diffusion.images import CHUNK, GeneratedDataset, PixelSpace, VAELatents, picture
 from maskllm4v.utils.errors import CheckpointError
 
 CPU = torch.device("cpu")
@@ -31,8 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def latents(folder: Path) -> Latents:
-    return Latents(folder, CPU)
+def latents(folder: Path) -> VAELatents:
+    return VAELatents(folder, CPU)
 
 
 def colours(count: int, size: int = 16) -> Tensor:
@@ -44,14 +44,14 @@ def colours(count: int, size: int = 16) -> Tensor:
 
 def test_pixels_are_what_they_are() -> None:
     images = torch.randn(2, 1, 4, 4)
-    space = Space()
+    space = PixelSpace()
     assert space.factor == 1
     assert space.encode(images, torch.randn(2, 1, 4, 4)) is images
     assert torch.equal(space.decode(images), images.clamp(-1, 1))
 
 
 @pytest.mark.parametrize("count", [1, CHUNK, CHUNK + 3])
-def test_latents_are_mean_and_spread(count: int, latents: Latents) -> None:
+def test_latents_are_mean_and_spread(count: int, latents: VAELatents) -> None:
     images, noise = colours(count), torch.randn(count, 4, 4, 4)
     assert latents.factor == 4
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_latents_are_mean_and_spread(count: int, latents: Latents) -> None:
     assert (found - latents.encode(images, torch.zeros_like(noise))).abs().max() > 0.1
 
 
-def test_decoded_images_are_scaled_back_and_clamped(latents: Latents) -> None:
+def test_decoded_images_are_scaled_back_and_clamped(latents: VAELatents) -> None:
     samples = 10 * torch.randn(CHUNK + 1, 4, 4, 4)
     with torch.no_grad():
         plain = torch.cat([latents.vae.decode(sample[None] / SCALE).sample for sample in samples])
@@ -73,7 +73,7 @@ def test_decoded_images_are_scaled_back_and_clamped(latents: Latents) -> None:
     torch.testing.assert_close(found, plain.clamp(-1, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_autoencoder_is_not_trained(latents: Latents) -> None:
+def test_autoencoder_is_not_trained(latents: VAELatents) -> None:
     assert not any(parameter.requires_grad for parameter in latents.vae.parameters())
     assert not any(module.training for module in latents.vae.modules())
     images = colours(1).requires_grad_()
@@ -90,7 +90,7 @@ def test_folder_without_an_autoencoder(kind: str, folder: Path, tmp_path: Path) 
     if kind == "damaged":
         (path / "diffusion_pytorch_model.safetensors").write_bytes(b"\x10\x00")
     with pytest.raises(CheckpointError) as caught:
-        Latents(path, CPU)
+        VAELatents(path, CPU)
     assert str(caught.value).startswith(f"task.vae: {path} holds no diffusers autoencoder: ")
     assert "\n" not in str(caught.value)
 
@@ -120,15 +120,15 @@ def test_autoencoder_that_is_not_whole_or_of_another_kind(
 ) -> None:
     path = changed(folder, tmp_path / "vae", config, drop, cut)
     with pytest.raises(CheckpointError) as caught:
-        Latents(path, CPU)
+        VAELatents(path, CPU)
     assert str(caught.value).startswith(f"task.vae: {path}{expected}")
     assert "\n" not in str(caught.value)
 
 
 def test_autoencoder_that_is_whole_is_taken(folder: Path, tmp_path: Path) -> None:
     images, noise = colours(1), torch.zeros(1, 4, 4, 4)
-    found = Latents(changed(folder, tmp_path / "vae", {"scaling_factor": 2 * SCALE}), CPU).encode(images, noise)
-    torch.testing.assert_close(found, 2 * Latents(folder, CPU).encode(images, noise))
+    found = VAELatents(changed(folder, tmp_path / "vae", {"scaling_factor": 2 * SCALE}), CPU).encode(images, noise)
+    torch.testing.assert_close(found, 2 * VAELatents(folder, CPU).encode(images, noise))
 
 
 # Samples in the place of data
@@ -137,7 +137,7 @@ def test_autoencoder_that_is_whole_is_taken(folder: Path, tmp_path: Path) -> Non
 def test_bank_is_a_training_split() -> None:
     data: Any = SimpleNamespace(manifest=object(), mean=torch.zeros(1), std=torch.ones(1))
     samples, labels = torch.randn(5, 1, 2, 2), torch.arange(5) % 2
-    bank = Bank(samples, labels, data)
+    bank = GeneratedDataset(samples, labels, data)
     assert (bank.manifest, bank.mean, bank.std) == (data.manifest, data.mean, data.std)
     assert torch.equal(bank.labels("train"), labels)
     indices = np.array([4, 0, 3])

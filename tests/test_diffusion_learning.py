@@ -16,10 +16,10 @@ from small_diffusion import dit, experiment, open_small
 
 from maskllm4v.config import LearningSettings
 from maskllm4v.data import prepare
-from maskllm4v.sparsity.masks import Draw
-from maskllm4v.sparsity.surgery import fold_, learnable_layers, make_learnable, set_draw
+from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.surgery import fold_, learnable_layers, make_learnable, set_noise_key
 from maskllm4v.tasks.diffusion import Diffusion
-from maskllm4v.training.mask_learning import CURVE_COLUMNS, Learned, learn_masks
+from maskllm4v.training.mask_learning import CURVE_COLUMNS, MaskResult, learn_masks
 
 DATA = {"name": "digits", "source": "digits", "calibration": 30, "holdout": 40}
 
@@ -33,7 +33,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Diffusion:
 
 def learnable(task: Diffusion) -> nn.Module:
     """Undecided masks: what they let through depends on the noise."""
-    return make_learnable(dit(), None, pattern="2:4", exclude=task.model.dense_layers, seed=3)
+    return make_learnable(dit(), None, pattern="2:4", exclude=task.model.excluded_layers, seed=3)
 
 
 def settings(**changes: Any) -> LearningSettings:
@@ -51,7 +51,7 @@ def test_score_is_of_the_arg_max_masks(task: Diffusion) -> None:
     for step in (0, 1):
         for layer in learnable_layers(model).values():
             layer.train()
-        set_draw(model, Draw(0, step, 0, 0))
+        set_noise_key(model, NoiseKey(0, step, 0, 0))
         with torch.no_grad():
             soft.append(task.forward(model, batch))
         assert task.score(model, "holdout") == pytest.approx(wanted, rel=1e-6)
@@ -80,7 +80,7 @@ def test_best_masks_are_those_of_the_best_score(task: Diffusion, monkeypatch: py
 # Activations
 
 
-def learned(task: Diffusion, *, again: bool) -> tuple[nn.Module, Learned, int]:
+def learned(task: Diffusion, *, again: bool) -> tuple[nn.Module, MaskResult, int]:
     """With the number of times that the last block was run."""
     model, runs = learnable(task), []
     model.transformer_blocks[-1].register_forward_pre_hook(lambda *_: runs.append(1))

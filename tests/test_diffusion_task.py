@@ -32,7 +32,7 @@ from maskllm4v.tasks import open_task, train_mode
 from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
 from maskllm4v.utils.errors import ConfigError
-from maskllm4v.utils.sharding import Share
+from maskllm4v.utils.sharding import BatchShard
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,9 @@ def test_shares_of_a_batch_make_the_whole(processes: int, micro_batches: int, ta
     whole = list(task.train_batches(seed=1, batch_size=40, steps=3, start=1))
     shares = [
         list(
-            task.train_batches(seed=1, batch_size=40, steps=3, start=1, share=Share.of(rank, processes, micro_batches))
+            task.train_batches(
+                seed=1, batch_size=40, steps=3, start=1, share=BatchShard.of(rank, processes, micro_batches)
+            )
         )
         for rank in range(processes)
     ]
@@ -142,7 +144,7 @@ def test_shares_of_a_batch_make_the_whole(processes: int, micro_batches: int, ta
 
 
 def test_modulation_is_calibrated_on_conditions_of_its_own(task: Diffusion) -> None:
-    layers = prunable_linears(dit(), exclude=task.model.dense_layers)
+    layers = prunable_linears(dit(), exclude=task.model.excluded_layers)
     first, second = names_by_part(layers, parts(task))
     assert first == ["transformer_blocks.0.norm1.linear", "transformer_blocks.1.norm1.linear"]
     assert len(second) == 2 * 6
@@ -187,7 +189,7 @@ def test_pruning_takes_the_layers_that_the_settings_name(adaln: bool, folder: Pa
         model,
         "sparsegpt",
         calibration=task.calibration(20, 0),
-        exclude=task.model.dense_layers,
+        exclude=task.model.excluded_layers,
         update_weights=True,
     )
     assert len(masks) == 2 * (6 + adaln)

@@ -61,7 +61,7 @@ def test_pin_sets_every_variable_and_imports_neither() -> None:
         "import json, os, sys\n"
         "from maskllm4v.utils import determinism\n"
         "before = dict(os.environ)\n"
-        "determinism.pin()\n"
+        "determinism.pin_kernels()\n"
         "changed = {k: v for k, v in os.environ.items() if before.get(k) != v}\n"
         "print(json.dumps([changed, [m for m in ('numpy', 'torch') if m in sys.modules]]))"
     )
@@ -69,7 +69,7 @@ def test_pin_sets_every_variable_and_imports_neither() -> None:
 
 
 def test_pin_overrides_what_is_set() -> None:
-    code = "import json, os\nfrom maskllm4v.utils import determinism\nexact.pin()\nprint(json.dumps(dict(os.environ)))"
+    code = "import json, os, maskllm4v.utils.determinism as d; d.pin_kernels(); print(json.dumps(dict(os.environ)))"
     found = answer(code, OMP_NUM_THREADS="8", MKL_CBWR="AVX2")
     assert {key: found[key] for key in PIN} == PIN
 
@@ -78,7 +78,7 @@ def test_pin_reaches_numpy_and_torch() -> None:
     found = answer(
         "import json\n"
         "from maskllm4v.utils import determinism\n"
-        "determinism.pin()\n"
+        "determinism.pin_kernels()\n"
         "import torch\n"
         "try:\n"
         "    from numpy._core._multiarray_umath import __cpu_features__ as features\n"
@@ -88,7 +88,7 @@ def test_pin_reaches_numpy_and_torch() -> None:
         "determinism.pin_torch()\n"
         "print(json.dumps([torch.backends.cpu.get_cpu_capability(), threads, features.get('X86_V4', False)]))"
     )
-    if determinism.promised():
+    if determinism.is_supported():
         assert found[0] == "AVX2"
     assert found[1:] == [1, False]
 
@@ -100,8 +100,8 @@ def test_late_pin_is_an_error_and_sets_nothing(name: str, monkeypatch: pytest.Mo
     for other in ("numpy", "torch"):
         monkeypatch.delitem(sys.modules, other, raising=False)
     monkeypatch.setitem(sys.modules, name, object())
-    with pytest.raises(RuntimeError, match=rf"exact\.pin\(\) has to come before the import of {name}$"):
-        determinism.pin()
+    with pytest.raises(RuntimeError, match=rf"pin_kernels\(\) has to come before the import of {name}$"):
+        determinism.pin_kernels()
     assert not set(PIN) & set(os.environ)
 
 
@@ -109,20 +109,20 @@ def test_late_pin_is_an_error_and_sets_nothing(name: str, monkeypatch: pytest.Mo
 def test_every_variable_counts_once_torch_is_there(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in PIN.items():
         monkeypatch.setenv(name, value)
-    determinism.pin()  # torch is there, but everything was set
+    determinism.pin_kernels()  # torch is there, but everything was set
     monkeypatch.setenv(key, "other")
     with pytest.raises(RuntimeError, match="numpy and torch"):
-        determinism.pin()
+        determinism.pin_kernels()
     assert os.environ[key] == "other"
     monkeypatch.delenv(key)
     with pytest.raises(RuntimeError, match="numpy and torch"):
-        determinism.pin()
+        determinism.pin_kernels()
 
 
 def test_late_pin_in_a_fresh_interpreter() -> None:
-    done = python("import torch\nfrom maskllm4v.utils import determinism\nexact.pin()")
+    done = python("import torch\nfrom maskllm4v.utils import determinism\ndeterminism.pin_kernels()")
     assert done.returncode == 1
-    assert "RuntimeError: determinism.pin() has to come before the import of" in done.stderr
+    assert "RuntimeError: determinism.pin_kernels() has to come before the import of" in done.stderr
 
 
 def test_pin_torch_sets_one_thread_and_determinism() -> None:
@@ -147,8 +147,8 @@ def test_other_machines_get_a_warning_and_no_promise(
     for name, value in PIN.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    assert not determinism.promised()
-    determinism.pin()
+    assert not determinism.is_supported()
+    determinism.pin_kernels()
     streams = capsys.readouterr()
     assert "not on this machine" in streams.err
     assert not streams.out
@@ -156,16 +156,16 @@ def test_other_machines_get_a_warning_and_no_promise(
 
 @pytest.mark.parametrize(("flags", "promised"), [("sse4_2 avx avx2 bmi", True), ("sse4_2 avx bmi", False)])
 def test_promise_needs_avx2(
-    flags: str, promised: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: str, is_supported: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in PIN.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(Path, "exists", lambda _: True)
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags\t\t: fpu {flags} erms\n")
-    assert determinism.promised() is promised
-    determinism.pin()
-    assert bool(capsys.readouterr().err) is not promised
+    assert determinism.is_supported() is is_supported
+    determinism.pin_kernels()
+    assert bool(capsys.readouterr().err) is not is_supported
 
 
 LIGHT = [

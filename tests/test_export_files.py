@@ -15,10 +15,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import maskllm4v
-from maskllm4v.checkpoints.format import save_sealed
+from maskllm4v.checkpoints.format import save_verified
 from maskllm4v.checkpoints.masks import load_masks, load_plain_state
 from maskllm4v.checkpoints.packed import load_packed, load_packed_file
-from maskllm4v.checkpoints.third_party import State, load_any
+from maskllm4v.checkpoints.third_party import LoadedWeights, load_any
 from maskllm4v.export.files import DTYPES, Folded, write_folded, write_masks, write_packed
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import CheckpointError, PatternError
@@ -151,7 +151,7 @@ def test_every_file_of_ours_is_read_as_what_it_is(tmp_path: Path) -> None:
     write_packed(tmp_path / "packed", folded)
     write_folded(tmp_path / "dense", folded)
     found = load_any(tmp_path / "packed", pattern="2:4")
-    assert isinstance(found, State)
+    assert isinstance(found, LoadedWeights)
     assert (found.learned, found.zeroed, str(found.pattern)) == (True, True, "2:4")
     check(dict(found.weights), folded.model.state_dict())
     check(load_plain_state(tmp_path / "dense"), folded.model.state_dict())
@@ -200,11 +200,11 @@ def test_files_that_are_not_packed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a folder"):
         load_packed(other, tmp_path)
     about = {"kind": "packed", "pattern": "2:4", "layers": ["row"]}
-    save_sealed(tmp_path / "sealed", {"row.weight.values": torch.ones(1, 10)}, about)
+    save_verified(tmp_path / "sealed", {"row.weight.values": torch.ones(1, 10)}, about)
     with pytest.raises(CheckpointError, match=r"'row\.weight\.positions' is missing"):
         load_packed_file(tmp_path / "sealed")
     bad = {"row.weight.values": torch.ones(1, 2), "row.weight.positions": torch.zeros(1, 1, dtype=torch.uint8)}
-    save_sealed(tmp_path / "sealed", bad, about)
+    save_verified(tmp_path / "sealed", bad, about)
     with pytest.raises(CheckpointError, match="sealed: layer 'row': positions do not rise"):
         load_packed_file(tmp_path / "sealed")
 

@@ -120,9 +120,9 @@ def test_types_that_numpy_lacks_come_as_float32(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    deployable, masks = deployed.toy()
+    exportable, masks = deployed.toy()
     path = tmp_path_factory.mktemp("ours") / "ours.onnx"
-    export_onnx(path, deployable, masks=masks, pattern=NMPattern("2:4"), about={"row": "a row"})
+    export_onnx(path, exportable, masks=masks, pattern=NMPattern("2:4"), about={"row": "a row"})
     return path
 
 

@@ -20,7 +20,7 @@ import maskllm4v
 import maskllm4v.export.onnx as exporter
 from maskllm4v.export.onnx import about_graph, export_onnx, graph_weights
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.tasks import Deployable
+from maskllm4v.tasks import ExportableModel
 from maskllm4v.utils.errors import CheckpointError, ConfigError, PatternError, UserError
 
 pytest.importorskip("onnx")
@@ -30,27 +30,29 @@ P24 = NMPattern("2:4")
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], tuple[Path, Deployable, dict[str, Any]]]:
+def files(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, bool], tuple[Path, ExportableModel, dict[str, Any]]]:
     """Each model exported once."""
     folder = tmp_path_factory.mktemp("onnx")
     made: dict[str, deployed.Case] = {}
 
-    def export(name: str, half: bool) -> tuple[Path, Deployable, dict[str, Any]]:
-        deployable, masks = made.setdefault(name, deployed.CASES[name]())
+    def export(name: str, half: bool) -> tuple[Path, ExportableModel, dict[str, Any]]:
+        exportable, masks = made.setdefault(name, deployed.CASES[name]())
         path = folder / f"{name}-{half}.onnx"
         if not path.exists():
-            export_onnx(path, deployable, half=half, masks=masks, pattern=P24, about={"model": name})
-        return path, deployable, masks
+            export_onnx(path, exportable, half=half, masks=masks, pattern=P24, about={"model": name})
+        return path, exportable, masks
 
     return export
 
 
 @pytest.mark.parametrize("name", deployed.CASES)
 def test_computes_what_the_model_computes(name: str, files: Any) -> None:
-    path, deployable, _ = files(name, False)
+    path, exportable, _ = files(name, False)
     for count in (1, 2, 5):
-        inputs = deployed.enlarged(deployable, count)
-        found, wanted = deployed.run(path, inputs), deployed.in_torch(deployable, inputs)
+        inputs = deployed.enlarged(exportable, count)
+        found, wanted = deployed.run(path, inputs), deployed.in_torch(exportable, inputs)
         assert found.shape == wanted.shape
         assert found.dtype == torch.float32
         assert float((found - wanted).abs().max() / wanted.abs().max()) <= 1e-5
@@ -61,10 +63,10 @@ def test_computes_what_the_model_computes(name: str, files: Any) -> None:
 def test_half_computes_in_float16(name: str, files: Any) -> None:
     import onnx
 
-    path, deployable, _ = files(name, True)
+    path, exportable, _ = files(name, True)
     for count in (1, 2, 5):
-        inputs = deployed.enlarged(deployable, count)
-        found, wanted = deployed.run(path, inputs), deployed.in_torch(deployable, inputs)
+        inputs = deployed.enlarged(exportable, count)
+        found, wanted = deployed.run(path, inputs), deployed.in_torch(exportable, inputs)
         assert found.dtype == torch.float32
         assert float((found - wanted).abs().max() / wanted.abs().max()) <= 1e-2
     model = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
@@ -77,9 +79,9 @@ def test_half_computes_in_float16(name: str, files: Any) -> None:
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name", deployed.CASES)
 def test_holds_the_masked_weights(name: str, half: bool, files: Any) -> None:
-    path, deployable, masks = files(name, half)
+    path, exportable, masks = files(name, half)
     found = {weight.layer: weight for weight in graph_weights(path)}
-    model = getattr(deployable.module, "dit", deployable.module)
+    model = getattr(exportable.module, "dit", exportable.module)
     for layer, mask in masks.items():
         weight = model.get_submodule(layer).weight
         assert torch.equal(found[layer].weight, weight.half() if half else weight)
@@ -96,8 +98,8 @@ def test_holds_the_masked_weights(name: str, half: bool, files: Any) -> None:
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8"])
 def test_every_kind_of_linear_layer(pattern: str, tmp_path: Path) -> None:
-    deployable, masks = deployed.toy(pattern)
-    export_onnx(tmp_path / "m.onnx", deployable, masks=masks, pattern=NMPattern(pattern))
+    exportable, masks = deployed.toy(pattern)
+    export_onnx(tmp_path / "m.onnx", exportable, masks=masks, pattern=NMPattern(pattern))
     found = {weight.node: weight for weight in graph_weights(tmp_path / "m.onnx")}
     assert {name: (w.op, w.k_axis) for name, w in found.items()} == {
         **dict.fromkeys(("tokens", "free"), ("MatMul", 0)),
@@ -105,10 +107,10 @@ def test_every_kind_of_linear_layer(pattern: str, tmp_path: Path) -> None:
     }
     assert found["tied"].name == found["last"].name
     for layer in masks:
-        assert torch.equal(found[layer].weight, deployable.module.get_submodule(layer).weight)
+        assert torch.equal(found[layer].weight, exportable.module.get_submodule(layer).weight)
     assert all(deployed.sparse_matrices(tmp_path / "m.onnx", pattern).values())
-    inputs = deployed.enlarged(deployable, 5)
-    torch.testing.assert_close(deployed.run(tmp_path / "m.onnx", inputs), deployed.in_torch(deployable, inputs))
+    inputs = deployed.enlarged(exportable, 5)
+    torch.testing.assert_close(deployed.run(tmp_path / "m.onnx", inputs), deployed.in_torch(exportable, inputs))
 
 
 def test_same_bytes_wherever_exported(tmp_path: Path) -> None:
@@ -127,8 +129,8 @@ def test_same_bytes_wherever_exported(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=clone, env=environment, check=True)
     for name, half in (("digits", False), ("toy", True)):
-        deployable, masks = getattr(deployed, name)()
-        export_onnx(tmp_path / "here.onnx", deployable, half=half, masks=dict(reversed(masks.items())), pattern=P24)
+        exportable, masks = getattr(deployed, name)()
+        export_onnx(tmp_path / "here.onnx", exportable, half=half, masks=dict(reversed(masks.items())), pattern=P24)
         content = (tmp_path / "here.onnx").read_bytes()
         assert content == (clone / f"{name}.onnx").read_bytes()
         for text in (b".py", b"stack_trace", b"site-packages", str(ROOT).encode()):
@@ -136,41 +138,41 @@ def test_same_bytes_wherever_exported(tmp_path: Path) -> None:
 
 
 def test_leaves_the_model_as_it_is(tmp_path: Path) -> None:
-    deployable, masks = deployed.toy()
-    before = copy.deepcopy(deployable.module.state_dict())
-    deployable.module.train()
+    exportable, masks = deployed.toy()
+    before = copy.deepcopy(exportable.module.state_dict())
+    exportable.module.train()
     with torch.no_grad():
-        deployable.module.tokens.weight[masks["tokens"].logical_not()] = -0.0
-    export_onnx(tmp_path / "m.onnx", deployable, half=True, masks=masks, pattern=P24)
-    assert deployable.module.training
-    assert all(torch.equal(tensor, before[name]) for name, tensor in deployable.module.state_dict().items())
-    assert deployable.module.tokens.weight[~masks["tokens"]].signbit().all()
+        exportable.module.tokens.weight[masks["tokens"].logical_not()] = -0.0
+    export_onnx(tmp_path / "m.onnx", exportable, half=True, masks=masks, pattern=P24)
+    assert exportable.module.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in exportable.module.state_dict().items())
+    assert exportable.module.tokens.weight[~masks["tokens"]].signbit().all()
 
 
 def test_example_of_one_sample_fixes_no_batch_size(tmp_path: Path) -> None:
-    deployable, masks = deployed.toy()
-    one = Deployable(deployable.module, {"tokens": deployable.inputs["tokens"][:1]}, "scores")
+    exportable, masks = deployed.toy()
+    one = ExportableModel(exportable.module, {"tokens": exportable.inputs["tokens"][:1]}, "scores")
     export_onnx(tmp_path / "m.onnx", one, masks=masks, pattern=P24)
-    assert len(deployed.run(tmp_path / "m.onnx", deployed.enlarged(deployable, 7))) == 7
+    assert len(deployed.run(tmp_path / "m.onnx", deployed.enlarged(exportable, 7))) == 7
 
 
 def test_dense_models_need_no_masks(tmp_path: Path) -> None:
-    deployable, _ = deployed.toy()
-    export_onnx(tmp_path / "m.onnx", deployable)
+    exportable, _ = deployed.toy()
+    export_onnx(tmp_path / "m.onnx", exportable)
     assert {weight.layer for weight in graph_weights(tmp_path / "m.onnx")} == {None}
     assert (about_graph(tmp_path / "m.onnx")["pattern"], about_graph(tmp_path / "m.onnx")["weights"]) == (None, {})
 
 
 def test_tensors_beyond_the_limit_stand_next_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter, "LIMIT", 0)
-    deployable, masks = deployed.digits()
+    exportable, masks = deployed.digits()
     for folder in ("a", "b"):
-        export_onnx(tmp_path / folder / "m.onnx", deployable, masks=masks, pattern=P24)
+        export_onnx(tmp_path / folder / "m.onnx", exportable, masks=masks, pattern=P24)
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["m.onnx", "m.onnx.data"]
     for name in ("m.onnx", "m.onnx.data"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    inputs = deployed.enlarged(deployable, 2)
-    wanted = deployed.in_torch(deployable, inputs)
+    inputs = deployed.enlarged(exportable, 2)
+    wanted = deployed.in_torch(exportable, inputs)
     torch.testing.assert_close(deployed.run(tmp_path / "a" / "m.onnx", inputs), wanted)
     data = tmp_path / "a" / "m.onnx.data"
     assert len(graph_weights(tmp_path / "a" / "m.onnx")) == len(masks) + 1
@@ -190,32 +192,32 @@ def refused(folder: Path, error: type[UserError], match: str, *arguments: Any, *
 
 
 def test_refuses_a_layer_that_is_not_folded(tmp_path: Path) -> None:
-    deployable, masks = deployed.toy()
+    exportable, masks = deployed.toy()
     with torch.no_grad():
         row, column = (~masks["pooled"]).nonzero()[0].tolist()
-        deployable.module.pooled.weight[row, column] = 1e-30
-    refused(tmp_path, CheckpointError, "'pooled': the weight is not zero", deployable, masks=masks, pattern=P24)
-    deployable, masks = deployed.toy()
-    maskllm4v.apply_masks_(deployable.module, {"free": masks["free"]}, "2:4")
-    refused(tmp_path, ConfigError, "'free' is a MaskedLinear", deployable, masks=masks, pattern=P24)
+        exportable.module.pooled.weight[row, column] = 1e-30
+    refused(tmp_path, CheckpointError, "'pooled': the weight is not zero", exportable, masks=masks, pattern=P24)
+    exportable, masks = deployed.toy()
+    maskllm4v.apply_masks_(exportable.module, {"free": masks["free"]}, "2:4")
+    refused(tmp_path, ConfigError, "'free' is a MaskedLinear", exportable, masks=masks, pattern=P24)
 
 
 def test_refuses_masks_that_do_not_fit(tmp_path: Path) -> None:
-    deployable, masks = deployed.toy()
+    exportable, masks = deployed.toy()
     refused(
-        tmp_path, ConfigError, "no linear layer 'nowhere'", deployable, masks={"nowhere": masks["free"]}, pattern=P24
+        tmp_path, ConfigError, "no linear layer 'nowhere'", exportable, masks={"nowhere": masks["free"]}, pattern=P24
     )
-    refused(tmp_path, ConfigError, "without a pattern", deployable, masks=masks)
-    refused(tmp_path, PatternError, "layer 'alone'|layer 'tokens'", deployable, masks=masks, pattern=NMPattern("1:4"))
+    refused(tmp_path, ConfigError, "without a pattern", exportable, masks=masks)
+    refused(tmp_path, PatternError, "layer 'alone'|layer 'tokens'", exportable, masks=masks, pattern=NMPattern("1:4"))
     wrong = {"pooled": masks["pooled"].T}
-    refused(tmp_path, CheckpointError, r"'pooled': mask \(24, 16\)", deployable, masks=wrong, pattern=P24)
+    refused(tmp_path, CheckpointError, r"'pooled': mask \(24, 16\)", exportable, masks=wrong, pattern=P24)
 
 
 def test_refuses_what_float16_cannot_hold(tmp_path: Path) -> None:
-    deployable, masks = deployed.toy()
+    exportable, masks = deployed.toy()
     with torch.no_grad():
-        deployable.module.last.bias[0] = 1e5
-    refused(tmp_path, CheckpointError, "'last.bias' holds values", deployable, half=True, masks=masks, pattern=P24)
+        exportable.module.last.bias[0] = 1e5
+    refused(tmp_path, CheckpointError, "'last.bias' holds values", exportable, half=True, masks=masks, pattern=P24)
 
 
 class Choosy(nn.Linear):
@@ -224,8 +226,8 @@ class Choosy(nn.Linear):
 
 
 def test_refuses_what_torch_cannot_export(tmp_path: Path) -> None:
-    deployable = Deployable(Choosy(4, 4), {"x": torch.ones(2, 4)}, "y")
-    refused(tmp_path, ConfigError, r"torch\.onnx cannot export the model", deployable)
+    exportable = ExportableModel(Choosy(4, 4), {"x": torch.ones(2, 4)}, "y")
+    refused(tmp_path, ConfigError, r"torch\.onnx cannot export the model", exportable)
 
 
 def broken(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +266,7 @@ def fixed(graph: Any) -> None:
 
 
 def test_refuses_a_graph_that_is_not_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    deployable, masks = deployed.toy()
+    exportable, masks = deployed.toy()
     for change, match in [
         (changed("module.pooled.weight", 1e-7), "layer 'pooled': no node of the graph multiplies by its weight"),
         (changed("module.pooled.bias", 1e-3), r"for 1 samples onnxruntime's outputs are off by"),
@@ -272,7 +274,7 @@ def test_refuses_a_graph_that_is_not_the_model(tmp_path: Path, monkeypatch: pyte
     ]:
         with monkeypatch.context() as patch:
             broken(change, patch)
-            refused(tmp_path, CheckpointError, match, deployable, masks=masks, pattern=P24)
+            refused(tmp_path, CheckpointError, match, exportable, masks=masks, pattern=P24)
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])

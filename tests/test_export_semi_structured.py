@@ -19,7 +19,7 @@ from maskllm4v.export.semi_structured import (
     conversion_table,
     to_semi_structured_,
 )
-from maskllm4v.export.sparse_fit import fault, misfit, pick_backend
+from maskllm4v.export.sparse_fit import layer_incompatibility, pick_backend, weight_incompatibility
 from maskllm4v.export.sparse_speed import tokens_by_layer
 from maskllm4v.utils.errors import ConfigError
 
@@ -28,26 +28,26 @@ from maskllm4v.utils.errors import ConfigError
 
 def test_pattern_names_the_first_group_at_fault() -> None:
     weight = pruned(8, 16).weight.detach().clone()
-    assert fault(weight) == ""
+    assert weight_incompatibility(weight) == ""
     weight[3, 8:12] = torch.tensor([1.0, 0.0, 2.0, 3.0])
     weight[5, :4] = 1.0
-    assert fault(weight) == "not 2:4: row 3 keeps 3 of inputs 8 to 11"
+    assert weight_incompatibility(weight) == "not 2:4: row 3 keeps 3 of inputs 8 to 11"
     weight[3, 8] = -0.0
-    assert fault(weight) == "not 2:4: row 5 keeps 4 of inputs 0 to 3"
+    assert weight_incompatibility(weight) == "not 2:4: row 5 keeps 4 of inputs 0 to 3"
     weight[5, :2] = 0.0
-    assert fault(weight) == ""
+    assert weight_incompatibility(weight) == ""
     weight[0, :4] = torch.tensor([torch.nan, 1.0, 1.0, 0.0])
-    assert "row 0 keeps 3" in fault(weight)
+    assert "row 0 keeps 3" in weight_incompatibility(weight)
 
 
 @pytest.mark.parametrize(("pattern", "fits"), [("1:4", True), ("2:4", True), ("3:4", False), ("4:8", False)])
 def test_sparser_patterns_fit_too(pattern: str, fits: bool) -> None:
-    assert (fault(pruned(32, 64, pattern).weight) == "") == fits
+    assert (weight_incompatibility(pruned(32, 64, pattern).weight) == "") == fits
 
 
 @pytest.mark.parametrize("width", [6, 7, 9])
 def test_odd_widths_do_not_fit(width: int) -> None:
-    assert fault(torch.zeros(4, width)) == f"its {width} inputs are no multiple of 4"
+    assert weight_incompatibility(torch.zeros(4, width)) == f"its {width} inputs are no multiple of 4"
 
 
 @pytest.mark.parametrize(
@@ -66,16 +66,16 @@ def test_shapes_are_those_of_the_backend(
 ) -> None:
     monkeypatch.setattr(sparse_fit, "on_gpu", lambda _: True)
     for dtype in (torch.float16, torch.bfloat16):
-        assert misfit(pruned(out, width).to(dtype), backend, "no way") == reason
+        assert layer_incompatibility(pruned(out, width).to(dtype), backend, "no way") == reason
 
 
 def test_pattern_comes_before_type_and_type_before_device() -> None:
-    assert misfit(nn.Linear(16, 16), "cusparselt").startswith("not 2:4: row 0 keeps 4")
-    assert misfit(pruned(16, 16), "cusparselt") == "its weight is float32, not float16 or bfloat16"
-    assert misfit(pruned(16, 16).half(), "cusparselt") == "its weight is on cpu, not on a GPU"
+    assert layer_incompatibility(nn.Linear(16, 16), "cusparselt").startswith("not 2:4: row 0 keeps 4")
+    assert layer_incompatibility(pruned(16, 16), "cusparselt") == "its weight is float32, not float16 or bfloat16"
+    assert layer_incompatibility(pruned(16, 16).half(), "cusparselt") == "its weight is on cpu, not on a GPU"
     model = nn.Sequential(nn.Linear(16, 16))
     maskllm4v.prune(model, "magnitude")
-    assert misfit(linears(model)["0"], "cusparselt") == "its mask is not folded yet: call fold_ first"
+    assert layer_incompatibility(linears(model)["0"], "cusparselt") == "its mask is not folded yet: call fold_ first"
 
 
 # --- backends ----------------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ from mask_oracle import table
 from torch import Tensor, nn
 
 from maskllm4v import LearnableMaskedLinear, current_masks, make_learnable
-from maskllm4v.sparsity.masks import Draw
-from maskllm4v.sparsity.parameterization import GATES, CandidateGate, Gate, PositionGate, gate_of
+from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.parameterization import GATES, CandidateGate, MaskParameterization, PositionGate, gate_of
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import learnable_layers, set_draw
+from maskllm4v.sparsity.surgery import learnable_layers, set_noise_key
 from maskllm4v.utils.errors import ConfigError, PatternError
 
 PATTERNS = [(2, 4), (4, 8), (2, 8), (3, 5), (1, 4), (16, 17)]
@@ -19,7 +19,7 @@ every_pattern = pytest.mark.parametrize(("n", "m"), PATTERNS, ids=[f"{n}:{m}" fo
 both = pytest.mark.parametrize("gate", GATES)
 
 
-def masks_of(gate: Gate, logits: Tensor) -> Tensor:
+def masks_of(gate: MaskParameterization, logits: Tensor) -> Tensor:
     return gate.mask(logits, gate.candidates(logits.device, logits.dtype))
 
 
@@ -46,7 +46,7 @@ def test_one_of_m_is_the_same_layer(init: str, hard: bool) -> None:
         model = nn.Sequential(nn.Linear(16, 6))
         masks = {"0": NMPattern("1:4").topn_mask(torch.randn(6, 16))}
         make_learnable(model, masks, pattern="1:4", init=init, hard=hard, gate=gate, seed=3).train()
-        set_draw(model, Draw(step=5))
+        set_noise_key(model, NoiseKey(step=5))
         model[0].tau = 0.7
         output = model(torch.randn(3, 16))
         output.square().sum().backward()
@@ -61,7 +61,7 @@ def test_the_gates_of_one_of_m_agree() -> None:
     assert torch.equal(masks_of(a, logits), masks_of(b, logits))
     assert torch.equal(a.shift(mask), b.shift(mask))
     assert torch.equal(a.magnitude(weight), b.magnitude(weight))
-    torch.testing.assert_close(a.top_chance(logits), b.top_chance(logits), rtol=1e-12, atol=0)
+    torch.testing.assert_close(a.max_probability(logits), b.max_probability(logits), rtol=1e-12, atol=0)
 
 
 # A candidate's logit is the sum over the positions that it keeps
@@ -85,7 +85,9 @@ def test_chance_and_mask_are_those_of_the_sums(n: int, m: int) -> None:
     sums = table(n, m, torch.float64) @ logits
     by_candidate, by_position = CandidateGate(pattern), PositionGate(pattern)
     assert torch.equal(masks_of(by_position, logits), masks_of(by_candidate, sums))
-    torch.testing.assert_close(by_position.top_chance(logits), by_candidate.top_chance(sums), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        by_position.max_probability(logits), by_candidate.max_probability(sums), rtol=1e-12, atol=0
+    )
 
 
 # Masks and their numbers
@@ -171,7 +173,7 @@ def test_optimising_logits_finds_the_mask(pattern: str, hard: bool) -> None:
     make_learnable(model, None, pattern=pattern, hard=hard, gate="positions").train()
     optimizer = torch.optim.Adam([model[0].logits], lr=0.1)
     for step in range(150):
-        set_draw(model, Draw(step=step))
+        set_noise_key(model, NoiseKey(step=step))
         model[0].tau, model[0].scaling = 4.0 - 0.026 * step, 10.0
         x = torch.randn(64, 16)
         (model(x) - x @ answer.t()).square().mean().backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maskllm4v.oneshot.prune import available, prune
-from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear
+from maskllm4v.sparsity.masks import LearnableMaskedLinear, NoiseKey
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("hard", [False, True])
 def test_mask_operation(hard: bool) -> None:
     layer = LearnableMaskedLinear(64, 48, hard=hard, tau=0.7, scaling=20.0, name="fc1")
-    layer.draw = Draw(seed=3, step=5)
+    layer.draw = NoiseKey(seed=3, step=5)
     found = []
     for device in ("cpu", "cuda"):
         layer.to(device).zero_grad()

@@ -229,10 +229,10 @@ def test_autocast_changes_nothing(hard: bool) -> None:
 def test_spans_change_nothing(hard: bool, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case, how = Positions(2, 4), {"tau": 0.7, "scaling": 10.0, "hard": hard}
     whole, theta = case.drawn("auto", torch.float64, **how), 3 * torch.randn(4, 30, dtype=torch.float64)
-    chances = topn.top_chance(theta, 2)
+    chances = topn.max_probability(theta, 2)
     monkeypatch.setattr(topn, "CPU_NUMBERS", numbers)
     equal_in_float64(case.drawn("auto", torch.float64, **how), whole)
-    torch.testing.assert_close(topn.top_chance(theta, 2), chances, rtol=1e-13, atol=0)
+    torch.testing.assert_close(topn.max_probability(theta, 2), chances, rtol=1e-13, atol=0)
 
 
 @soft_and_hard
@@ -262,7 +262,7 @@ def test_chance_of_the_likeliest_mask(n: int, m: int) -> None:
     theta = 3 * torch.randn(m, 50, dtype=torch.float64)
     before = theta.clone()
     wanted = torch.softmax(table(n, m, torch.float64) @ theta, 0).amax(0)
-    torch.testing.assert_close(topn.top_chance(theta, n), wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(topn.max_probability(theta, n), wanted, rtol=1e-12, atol=0)
     assert torch.equal(theta, before)
 
 

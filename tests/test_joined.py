@@ -19,8 +19,8 @@ from maskllm4v.sparsity import joined
 from maskllm4v.sparsity.gumbel import masked_weight
 from maskllm4v.sparsity.gumbel.sampling import Sampling
 from maskllm4v.sparsity.joined import JoinedDraw, join_layers
-from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear
-from maskllm4v.sparsity.surgery import learnable_layers, make_learnable, set_draw
+from maskllm4v.sparsity.masks import LearnableMaskedLinear, NoiseKey
+from maskllm4v.sparsity.surgery import learnable_layers, make_learnable, set_noise_key
 from maskllm4v.training.mask_learning import learn_masks
 
 WIDTHS = (32, 64, 32, 96)  # groups in multiples of 64: see joined
@@ -30,7 +30,7 @@ def net(pattern: str = "2:4", widths: Sequence[int] = WIDTHS, **how: Any) -> nn.
     torch.manual_seed(3)
     model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise((*widths, 32))))
     make_learnable(model, None, pattern=pattern, seed=5, **how)
-    set_draw(model, Draw(5, 7, 1, 2))
+    set_noise_key(model, NoiseKey(5, 7, 1, 2))
     for layer in learnable_layers(model).values():
         layer.tau, layer.scaling = 0.7, 10.0
     return model.train()
@@ -111,7 +111,7 @@ def test_weights_that_are_trained_get_their_gradients() -> None:
 def test_a_layer_that_runs_twice_has_one_mask() -> None:
     model, x = net(), torch.randn(5, WIDTHS[0])
     shared = LearnableMaskedLinear.from_linear(nn.Linear(32, 32), name="again")
-    shared.train().draw, shared.advances = Draw(5, 7), False
+    shared.train().draw, shared.auto_advance = NoiseKey(5, 7), False
     shared.tau, shared.scaling = 0.7, 10.0
 
     def run(model: nn.Module, x: Tensor) -> Tensor:
@@ -147,10 +147,10 @@ def test_each_draw_is_new_and_each_mode_its_own() -> None:
     model, x = net(), torch.randn(5, WIDTHS[0])
     join_layers(model)
     first = model(x)
-    set_draw(model, Draw(5, 8))
+    set_noise_key(model, NoiseKey(5, 8))
     second = model(x)
     assert not torch.equal(first, second)
-    set_draw(model, Draw(5, 7, 1, 2))
+    set_noise_key(model, NoiseKey(5, 7, 1, 2))
     assert torch.equal(model(x), first)
     with torch.no_grad():
         assert torch.equal(model(x), first)
@@ -167,7 +167,7 @@ def test_layers_that_move_on_by_themselves_move_together() -> None:
     join_layers(other)
     for model in (one, other):
         for layer in model:
-            layer.draw, layer.advances = Draw(1), True
+            layer.draw, layer.auto_advance = NoiseKey(1), True
     assert all(torch.equal(one(x), other(x)) for _ in range(3))
 
 

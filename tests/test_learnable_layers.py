@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v import LearnableMaskedLinear, MaskedLinear
-from maskllm4v.sparsity.masks import Draw
+from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import set_draw
+from maskllm4v.sparsity.surgery import set_noise_key
 from maskllm4v.utils.rng import philox_key, uniforms
 
 either_class = pytest.mark.parametrize("layer_class", [MaskedLinear, LearnableMaskedLinear])
@@ -106,21 +106,21 @@ def test_runs_repeat_without_saved_state() -> None:
 
 def test_set_draw_fixes_the_noise() -> None:
     layer, x = LearnableMaskedLinear(16, 6, name="a"), torch.randn(3, 16)
-    set_draw(nn.Sequential(layer), Draw(seed=1, step=2))
+    set_noise_key(nn.Sequential(layer), NoiseKey(seed=1, step=2))
     output = layer(x)
     assert torch.equal(layer(x), output)
-    set_draw(layer, Draw(seed=1, step=3))
+    set_noise_key(layer, NoiseKey(seed=1, step=3))
     assert not torch.equal(layer(x), output)
-    set_draw(layer, Draw(seed=1, step=2))
+    set_noise_key(layer, NoiseKey(seed=1, step=2))
     assert torch.equal(layer(x), output)
 
 
 @pytest.mark.parametrize("field", ["seed", "step", "micro_step", "rank"])
 def test_every_part_of_the_draw_counts(field: str) -> None:
     layer, x = LearnableMaskedLinear(16, 6), torch.randn(3, 16)
-    set_draw(layer, Draw())
+    set_noise_key(layer, NoiseKey())
     output = layer(x)
-    set_draw(layer, Draw(**{field: 1}))
+    set_noise_key(layer, NoiseKey(**{field: 1}))
     assert not torch.equal(layer(x), output)
 
 
@@ -132,7 +132,7 @@ def test_name_counts_for_the_noise() -> None:
 
 def test_noise_is_keyed_by_seed_name_step_micro_step_rank() -> None:
     layer = LearnableMaskedLinear(16, 6, name="blocks.0.fc", scaling=5.0)
-    set_draw(layer, Draw(seed=1, step=2, micro_step=3, rank=4))
+    set_noise_key(layer, NoiseKey(seed=1, step=2, micro_step=3, rank=4))
     noise = uniforms(philox_key(1, "gumbel", "blocks.0.fc", 2, 3, 4), 0, 6, 24)
     assert torch.equal(layer.masked_weight()[0], layer.masked_weight(noise)[0])
 
@@ -166,7 +166,7 @@ def test_masked_weight_of_given_noise(hard: bool, tau: float, scaling: float) ->
 def test_kept_energy_of_the_last_forward() -> None:
     layer = LearnableMaskedLinear(8, 6)
     assert layer.kept_energy is None
-    set_draw(layer, Draw())
+    set_noise_key(layer, NoiseKey())
     layer(torch.randn(3, 8))
     masked, _ = layer.masked_weight()
     torch.testing.assert_close(layer.kept_energy, masked.square().sum())
@@ -201,7 +201,7 @@ class TestTemperatureAndScaling:
 
     def test_change_the_output(self, attribute: str) -> None:
         layer, x = LearnableMaskedLinear(8, 6, tau=1.0, scaling=5.0), torch.randn(3, 8)
-        set_draw(layer, Draw())
+        set_noise_key(layer, NoiseKey())
         output = layer(x)
         setattr(layer, attribute, 2.0)
         assert not torch.allclose(layer(x), output)

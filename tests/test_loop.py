@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskllm4v.config import DenseSettings
 from maskllm4v.sparsity.surgery import fold_, learnable_layers, make_learnable
 from maskllm4v.training.finetuning import train_dense
-from maskllm4v.training.mask_learning import Learned, learn_masks
+from maskllm4v.training.mask_learning import MaskResult, learn_masks
 from maskllm4v.utils.errors import ConfigError, TrainingError
 
 
@@ -146,7 +146,7 @@ class Images:
         return (outputs - teacher).square().mean()
 
 
-def learned_by_vit(model: nn.Module, **changes: Any) -> tuple[nn.Module, Learned]:
+def learned_by_vit(model: nn.Module, **changes: Any) -> tuple[nn.Module, MaskResult]:
     nn.init.normal_(model.head.weight, std=0.1)  # timm starts it at zero
     for block in model.blocks:
         block.mlp.drop1.p = 0.2

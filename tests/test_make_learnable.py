@@ -15,9 +15,9 @@ from maskllm4v import (
     current_masks,
     make_learnable,
 )
-from maskllm4v.sparsity.masks import Draw
+from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import as_dense, learnable_layers, set_draw
+from maskllm4v.sparsity.surgery import as_dense, learnable_layers, set_noise_key
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.rng import generator
 
@@ -157,7 +157,7 @@ def test_as_dense(tiny_vit: nn.Module, training: bool) -> None:
     x = torch.randn(IMAGES)
     expected = tiny_vit(x)
     model = make_learnable(tiny_vit, None, pattern="2:4", exclude=["head"]).train(training)
-    set_draw(model, Draw())
+    set_noise_key(model, NoiseKey())
     masked = model(x)
     with as_dense(model):
         assert torch.equal(model(x), expected)
@@ -185,17 +185,17 @@ def test_as_dense_may_be_nested(learnable_vit: nn.Module) -> None:
 def test_dense_forward_takes_no_draw(learnable_vit: nn.Module) -> None:
     with as_dense(learnable_vit):
         learnable_vit(torch.randn(IMAGES))
-    assert all(layer.draw == Draw() for layer in learnable_layers(learnable_vit).values())
+    assert all(layer.draw == NoiseKey() for layer in learnable_layers(learnable_vit).values())
 
 
 # Learning
 
 
 def test_set_draw_reaches_every_layer(learnable_vit: nn.Module) -> None:
-    set_draw(learnable_vit, Draw(step=7))
+    set_noise_key(learnable_vit, NoiseKey(step=7))
     x = torch.randn(IMAGES)
     assert torch.equal(learnable_vit(x), learnable_vit(x))
-    assert all(layer.draw == Draw(step=7) for layer in learnable_layers(learnable_vit).values())
+    assert all(layer.draw == NoiseKey(step=7) for layer in learnable_layers(learnable_vit).values())
 
 
 def test_layers_of_one_shape_get_different_noise(learnable_vit: nn.Module) -> None:
@@ -221,7 +221,7 @@ def test_optimising_logits_reduces_the_loss(tiny_vit: nn.Module, hard: bool) -> 
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     model.train()
     for step in range(20):
-        set_draw(model, Draw(step=step))
+        set_noise_key(model, NoiseKey(step=step))
         optimizer.zero_grad()
         F.mse_loss(model(x), target).backward()
         optimizer.step()

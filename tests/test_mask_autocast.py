@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskllm4v.sparsity.gumbel import masked_weight
-from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear
-from maskllm4v.sparsity.surgery import set_draw
+from maskllm4v.sparsity.masks import LearnableMaskedLinear, NoiseKey
+from maskllm4v.sparsity.surgery import set_noise_key
 
 every_half = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 every_layer = pytest.mark.parametrize(("n", "hard"), [(2, False), (2, True), (1, False)])
@@ -23,7 +23,7 @@ def fixed(n: int = 2, hard: bool = False) -> LearnableMaskedLinear:
     """A layer that draws the same noise each time."""
     layer = LearnableMaskedLinear(32, 12, N=n, hard=hard, scaling=10.0)
     assert isinstance(layer.bias, nn.Parameter)
-    set_draw(layer, Draw())
+    set_noise_key(layer, NoiseKey())
     return layer
 
 

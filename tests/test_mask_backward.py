@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskllm4v.sparsity.gumbel import masked_weight
-from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear
-from maskllm4v.sparsity.surgery import set_draw
+from maskllm4v.sparsity.masks import LearnableMaskedLinear, NoiseKey
+from maskllm4v.sparsity.surgery import set_noise_key
 
 TINY = 64  # bytes: τ, s and the key of a draw are 32
 every_backend = pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def loss_of(layer: LearnableMaskedLinear, x: Tensor) -> Tensor:
 
 def move_on(what: str, layer: LearnableMaskedLinear) -> None:
     if what == "draw":
-        set_draw(layer, Draw(seed=1, step=8))
+        set_noise_key(layer, NoiseKey(seed=1, step=8))
     elif what in ("tau", "scaling"):
         setattr(layer, what, 3.0)
 
@@ -104,7 +104,7 @@ def test_each_forward_has_its_own_draw(what: str, backend: str, hard: bool) -> N
     layer.backend = backend
 
     def restart() -> None:
-        layer.tau, layer.scaling, layer.draw, layer.advances = 2.0, 5.0, Draw(), what == "by itself"
+        layer.tau, layer.scaling, layer.draw, layer.auto_advance = 2.0, 5.0, NoiseKey(), what == "by itself"
 
     restart()
     first = loss_of(layer, x[0])
@@ -149,7 +149,7 @@ def gradients(model: nn.Sequential, run: Callable[[Tensor], Tensor], x: Tensor, 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
 def test_recomputed_layers_give_the_same_gradients(amp: bool) -> None:
     model, x, found = mlp(), torch.randn(5, 16), []
-    set_draw(model, Draw(step=3))
+    set_noise_key(model, NoiseKey(step=3))
     calls: list[int] = []
     model[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):

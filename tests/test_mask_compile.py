@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from maskllm4v.sparsity import gumbel
-from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear
-from maskllm4v.sparsity.surgery import as_dense, learnable_layers, set_draw
+from maskllm4v.sparsity.masks import LearnableMaskedLinear, NoiseKey
+from maskllm4v.sparsity.surgery import as_dense, learnable_layers, set_noise_key
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks
 
@@ -69,7 +69,7 @@ class Counting:
 
 def test_compiled_model_computes_the_same() -> None:
     model, x = small_model(tau=2.0, scaling=10.0), torch.randn(4, 5, 16)
-    set_draw(model, Draw(step=3))
+    set_noise_key(model, NoiseKey(step=3))
     expected = step(model, model, x)
     agree(step(model, torch.compile(model, fullgraph=True), x), expected)
 
@@ -88,7 +88,7 @@ def test_compiled_model_computes_the_same() -> None:
 )
 def test_traced_model_computes_the_same(how: dict[str, Any], changes: dict[str, Any]) -> None:
     model, x = small_model(scaling=10.0, **how), torch.randn(4, 5, 16)
-    set_draw(model, Draw(step=3))
+    set_noise_key(model, NoiseKey(step=3))
     for layer in learnable_layers(model).values():
         layer.backend = changes.get("backend", "auto")
         layer.weight.requires_grad_("trainable" in changes)
@@ -139,24 +139,24 @@ def graphs_so_far() -> int:
 
 
 @pytest.mark.parametrize("advances", [False, True], ids=["set_draw", "by itself"])
-def test_annealing_compiles_nothing_again(advances: bool) -> None:
+def test_annealing_compiles_nothing_again(auto_advance: bool) -> None:
     model, x, counting = small_model(), torch.randn(4, 16), Counting()
     eager = copy.deepcopy(model)
-    compiled = torch.compile(model, fullgraph=not advances, backend=counting)
+    compiled = torch.compile(model, fullgraph=not auto_advance, backend=counting)
     counts = []
     for number, tau in enumerate([4.0, 3.0, 2.0, 1.5, 1.25, 1.0, 1.0, 0.5]):
         for one in (model, eager):
             for layer in learnable_layers(one).values():
                 layer.tau, layer.scaling = tau, 10.0 + number
-            if not advances:
-                set_draw(one, Draw(step=number, micro_step=number % 2))
+            if not auto_advance:
+                set_noise_key(one, NoiseKey(step=number, micro_step=number % 2))
         agree(step(model, compiled, x), step(eager, eager, x), rtol=2e-5)
         counts.append((counting.graphs, graphs_so_far()))
     assert counts[1] == counts[4]
     assert counts[5][0] == counts[4][0]  # τ = 1 is the operation's affair
     assert counts[5][1] <= counts[4][1] + 2
     assert counts[7] == counts[5]
-    assert counts[0][0] == 1 or advances
+    assert counts[0][0] == 1 or auto_advance
 
 
 def test_teacher_is_the_dense_model() -> None:
@@ -166,7 +166,7 @@ def test_teacher_is_the_dense_model() -> None:
     dense = nn.functional.linear(model[1](nn.functional.linear(x, a.weight, a.bias)), b.weight, b.bias)
     counts = []
     for number in range(4):
-        set_draw(model, Draw(step=number))
+        set_noise_key(model, NoiseKey(step=number))
         model.train()
         expected = step(model, model, x)
         agree(step(model, compiled, x), expected)

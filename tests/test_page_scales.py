@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskllm4v.reporting.page.scales import linear, logarithmic
+from maskllm4v.reporting.page.scales import linear_scale, logarithmic
 from maskllm4v.reporting.page.svg import at, attributes, tag
 
 VALUES = st.lists(
@@ -18,7 +18,7 @@ VALUES = st.lists(
 
 @given(VALUES)
 def test_linear_axis_holds_all_values_between_even_ticks(values: list[float]) -> None:
-    scale = linear(values)
+    scale = linear_scale(values)
     low, high = scale.ticks[0], scale.ticks[-1]
     slack = (high - low) * 1e-6
     assert low - slack <= min(values) <= max(values) <= high + slack
@@ -31,7 +31,7 @@ def test_linear_axis_holds_all_values_between_even_ticks(values: list[float]) ->
 
 @given(VALUES)
 def test_places_keep_the_order_of_values(values: list[float]) -> None:
-    scale = linear(values)
+    scale = linear_scale(values)
     places = [scale(value) for value in sorted(values)]
     assert places == sorted(places)
     assert all(0 <= place <= 1 for place in places)
@@ -58,7 +58,7 @@ def test_logarithmic_axis_goes_from_one_power_of_ten_to_another(values: list[flo
     ],
 )
 def test_labels_of_linear_axes(values: list[float], labels: list[str]) -> None:
-    scale = linear(values)
+    scale = linear_scale(values)
     assert [scale.label(tick) for tick in scale.ticks] == labels
 
 
@@ -68,12 +68,12 @@ def test_labels_of_logarithmic_axes() -> None:
 
 
 def test_ends_are_not_passed() -> None:
-    assert linear([83.0, 99.9], high=100.0).ticks[-1] == 100.0
-    assert linear([0.3, 0.5], low=0.0).ticks[0] == 0.0
+    assert linear_scale([83.0, 99.9], high=100.0).ticks[-1] == 100.0
+    assert linear_scale([0.3, 0.5], low=0.0).ticks[0] == 0.0
 
 
 def test_the_last_digit_does_not_move_an_axis() -> None:
-    assert linear([84.2, 96.7]) == linear([84.1, 96.8])
+    assert linear_scale([84.2, 96.7]) == linear_scale([84.1, 96.8])
     assert logarithmic([0.02, 34.0]) == logarithmic([0.021, 35.0])
 
 

@@ -25,7 +25,7 @@ import stages.prior
 import stages.train
 import stages.update
 from maskllm4v.checkpoints.apply import install
-from maskllm4v.checkpoints.format import load_sealed
+from maskllm4v.checkpoints.format import load_verified
 from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, load_masks, save_masks
 from maskllm4v.checkpoints.packed import load_packed
 from maskllm4v.config import Experiment, parse_experiment
@@ -221,7 +221,7 @@ def test_folded_hybrid_is_its_file_put_back_by_hand(here: Experiment) -> None:
 
 
 def test_rows_without_permutation_are_as_they_were(here: Experiment) -> None:
-    tensors = load_sealed(checkpoint("plain", 0), "masks")[0]
+    tensors = load_verified(checkpoint("plain", 0), "masks")[0]
     assert not load_masks(checkpoint("plain", 0)).permutations
     assert {name.partition(".")[0] for name in tensors} == {"mask"}
     assert "permutation" not in here.row_settings("plain")["prior"]
@@ -246,7 +246,7 @@ def test_layers_are_compared_with_the_permuted_dense_model(here: Experiment) -> 
 def test_what_was_measured_is_what_the_file_gives(row: str, here: Experiment) -> None:
     task = open_task(here, data_folder("digits"))
     record = read_json(record_file("t", row))
-    assert record["inputs"]["dense"] == [load_sealed(checkpoint("dense", s), "dense")[1]["digest"] for s in (0, 1)]
+    assert record["inputs"]["dense"] == [load_verified(checkpoint("dense", s), "dense")[1]["digest"] for s in (0, 1)]
     found = task.evaluate(folded(here, row, 1))
     assert record["summaries"]["1"]["top1"] == pytest.approx(found["top1"], abs=1e-3)
 
@@ -260,7 +260,7 @@ def test_every_export_is_an_ordinary_model(here: Experiment) -> None:
     plain = load_packed(build_model(here.model, 7, pretrained=False), files["packed-fp32.safetensors"])  # type: ignore[arg-type]
     for name, tensor in wanted.state_dict().items():
         assert torch.equal(plain.state_dict()[name], tensor)
-    tensors, about = load_sealed(files["dense-fp32.safetensors"], "dense")
+    tensors, about = load_verified(files["dense-fp32.safetensors"], "dense")
     assert sorted(about["permuted"]) == READERS
     plain.load_state_dict(tensors)
     with torch.no_grad():

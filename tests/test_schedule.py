@@ -7,7 +7,7 @@ import math
 import pytest
 
 from maskllm4v.config import LearningSettings
-from maskllm4v.training.schedule import cosine, linear, progress, warm_up
+from maskllm4v.training.schedule import cosine, lerp, progress, warm_up
 
 DEFAULTS = LearningSettings()
 LINEAR = [DEFAULTS.tau, DEFAULTS.scaling, (1.0, 1.0), (0.1, 0.7)]
@@ -47,8 +47,8 @@ def test_nothing_moves_in_a_run_of_one_epoch(steps_per_epoch: int) -> None:
 
 @pytest.mark.parametrize(("first", "last"), LINEAR)
 def test_line_ends_exactly(first: float, last: float) -> None:
-    assert linear(first, last, 0.0) == first
-    assert linear(first, last, 1.0) == last
+    assert lerp(first, last, 0.0) == first
+    assert lerp(first, last, 1.0) == last
 
 
 @pytest.mark.parametrize(("first", "last"), COSINE)
@@ -59,7 +59,7 @@ def test_cosine_ends_exactly(first: float, last: float) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.125, 0.25, 0.5, 0.9, 1.0])
 def test_values_between(share: float) -> None:
-    assert linear(4.0, 0.05, share) == pytest.approx((1 - share) * 4.0 + share * 0.05, abs=1e-15)
+    assert lerp(4.0, 0.05, share) == pytest.approx((1 - share) * 4.0 + share * 0.05, abs=1e-15)
     # (1 + cos x) / 2 = cos²(x / 2)
     weight = math.cos(math.pi * share / 2) ** 2
     assert cosine(1e-2, 1e-3, share) == pytest.approx(weight * 1e-2 + (1 - weight) * 1e-3, rel=1e-13)

@@ -16,7 +16,7 @@ from test_calibration_parts import MODULATION, conditions_alone, model_and_layer
 from torch import Tensor, nn
 
 from maskllm4v.oneshot.activations.paired import layer_statistics
-from maskllm4v.oneshot.activations.statistics import Paired
+from maskllm4v.oneshot.activations.statistics import CrossCovariance
 from maskllm4v.sparsity.calibration import Calibration, default_forward, names_by_part
 from maskllm4v.sparsity.surgery import prunable_linears
 from maskllm4v.utils.errors import ConfigError, DataError
@@ -24,7 +24,7 @@ from maskllm4v.utils.errors import ConfigError, DataError
 both = pytest.mark.parametrize("paired", [False, True], ids=["alone", "paired"])
 
 
-def check_paired(found: Paired, rows: Tensor, twins: Tensor) -> None:
+def check_paired(found: CrossCovariance, rows: Tensor, twins: Tensor) -> None:
     check(found.hessian, rows)
     expected = rows.t() @ twins
     scale = 1e-5 * float(expected.abs().max())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskllm4v.sparsity.masks import Draw
+from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.surgery import make_learnable
 from maskllm4v.training.mask_learning import MaskLearner
 from maskllm4v.training.trainer import run
@@ -146,7 +146,7 @@ def test_frozen_weights_cost_no_gradient(amp: bool, tiny_vit: nn.Module) -> None
 
 def test_draws_are_made_from_numbers_on_the_host() -> None:
     layer = learnable()[0]
-    layer.draw, layer.tau, layer.scaling = Draw(step=4), 2.0, 3.0
+    layer.draw, layer.tau, layer.scaling = NoiseKey(step=4), 2.0, 3.0
     assert {t.device.type for t in (layer._key, layer._tau, layer._scaling)} == {"cpu"}
     moved = layer.to("meta")
     assert {t.device.type for t in (moved._key, moved._tau, moved._scaling)} == {"cpu"}

@@ -18,7 +18,7 @@ from small_project import copied, ready_project, run_stage, said, tiny_params
 from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.export.writing import folded_row
 from maskllm4v.runs.paths import record_file
-from maskllm4v.tasks import Deployable, open_task
+from maskllm4v.tasks import ExportableModel, open_task
 from maskllm4v.tracking.champion import _save
 from maskllm4v.tracking.publishing import publish
 from maskllm4v.utils.io import read_json, write_json
@@ -76,13 +76,13 @@ def settings(folder: Path) -> Experiment:
     return load_experiment(folder / "params.yaml")
 
 
-def folded(folder: Path, row: str, batch: int) -> Deployable:
+def folded(folder: Path, row: str, batch: int) -> ExportableModel:
     with chdir(folder):
         task = open_task(settings(folder), Path("artifacts/data/digits"))
-        return task.deployable(folded_row(settings(folder), task, row).model.eval(), batch)
+        return task.exportable(folded_row(settings(folder), task, row).model.eval(), batch)
 
 
-def loads(model: str, wanted: Deployable, folder: Path, **environment: str) -> None:
+def loads(model: str, wanted: ExportableModel, folder: Path, **environment: str) -> None:
     """Both ways of MLflow give what the folded model gives, in a process of its own, away from the repository."""
     folder.mkdir()
     np.savez(folder / "inputs.npz", **{name: tensor.numpy() for name, tensor in wanted.inputs.items()})
@@ -158,5 +158,5 @@ def test_a_model_of_several_inputs(tmp_path: Path) -> None:
 
     task = open_small(tmp_path / "nothing here")
     model = awake(task.build_model(0)).eval()
-    _save(tmp_path / "model", task.deployable(model, 2), "", "m-0")
-    loads(str(tmp_path / "model"), task.deployable(model, 3), tmp_path / "fresh")
+    _save(tmp_path / "model", task.exportable(model, 2), "", "m-0")
+    loads(str(tmp_path / "model"), task.exportable(model, 3), tmp_path / "fresh")

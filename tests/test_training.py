@@ -16,7 +16,7 @@ from maskllm4v.config import LearningSettings
 from maskllm4v.sparsity.parameterization import GATES
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.surgery import current_masks, learnable_layers, make_learnable
-from maskllm4v.training.mask_learning import CURVE_COLUMNS, Learned, learn_masks
+from maskllm4v.training.mask_learning import CURVE_COLUMNS, MaskResult, learn_masks
 from maskllm4v.training.resume import Resume
 from maskllm4v.utils.errors import TrainingError
 from maskllm4v.utils.rng import philox_key, uniforms
@@ -282,7 +282,7 @@ def test_interrupted_run_ends_with_the_same_bits(gate: str, tmp_path: Path) -> N
         if step == 7:
             raise InterruptedError
 
-    def run(name: str, on_point: Callable[[int], None] | None) -> tuple[Learned, dict[str, Tensor]]:
+    def run(name: str, on_point: Callable[[int], None] | None) -> tuple[MaskResult, dict[str, Tensor]]:
         model, options = learnable(gate=gate), settings(ema=0.9, log_every=1)
         resume = Resume(tmp_path / name, 0, {"gate": gate}, steps=5)
         learned = learn_masks(model, Regression(), options, prior=priors(), resume=resume, on_point=on_point)

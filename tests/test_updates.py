@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_layers import column_loop, every_layer, hessian_of, inverse_factor, layer_case, numbers
 from torch import Tensor
 
-from maskllm4v.oneshot.activations.statistics import Hessian, Paired
+from maskllm4v.oneshot.activations.statistics import CrossCovariance, Hessian
 from maskllm4v.oneshot.methods.sparsegpt import prune_sparsegpt
 from maskllm4v.oneshot.weight_update import least_squares
 from maskllm4v.oneshot.weight_update.least_squares import solve_rows, update_least_squares
@@ -22,13 +22,15 @@ def random_mask(out: int, width: int, pattern: str) -> Tensor:
     return NMPattern(pattern).topn_mask(torch.rand(out, width))
 
 
-def paired_of(inputs: Tensor, twins: Tensor) -> Paired:
-    statistic = Paired(inputs.shape[1], inputs.device)
+def paired_of(inputs: Tensor, twins: Tensor) -> CrossCovariance:
+    statistic = CrossCovariance(inputs.shape[1], inputs.device)
     statistic.update(inputs, twins)
     return statistic
 
 
-def least(weight: Tensor, mask: Tensor, statistic: Hessian | Paired, pattern: str, damping: float = 0.1) -> Tensor:
+def least(
+    weight: Tensor, mask: Tensor, statistic: Hessian | CrossCovariance, pattern: str, damping: float = 0.1
+) -> Tensor:
     return update_least_squares(weight, mask, statistic, NMPattern(pattern), damping=damping, layer="fc1")
 
 
@@ -84,8 +86,8 @@ def test_float32_is_enough(size: float, damping: float, asymmetric: bool) -> Non
     inputs[:, :3] *= size
     twins, mask = inputs * (1 + 0.1 * torch.randn_like(inputs)), random_mask(24, 512, "2:4")
     statistic, exact = (paired_of(inputs, twins) if asymmetric else hessian_of(inputs) for _ in range(2))
-    for sums in (exact.hessian, exact) if isinstance(exact, Paired) else (exact,):
-        name = "sum_of_crosses" if isinstance(sums, Paired) else "sum_of_products"
+    for sums in (exact.hessian, exact) if isinstance(exact, CrossCovariance) else (exact,):
+        name = "sum_of_crosses" if isinstance(sums, CrossCovariance) else "sum_of_products"
         setattr(sums, name, getattr(sums, name).double())
     found = least(weight, mask, statistic, "2:4", damping)
     expected = least(weight.double(), mask, exact, "2:4", damping)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.tasks import Task
-from maskllm4v.training.trainer import Learner
+from maskllm4v.training.trainer import TrainTarget
 
 
-class Dense(Learner):
+class Dense(TrainTarget):
     """Trains all parameters of a model.
 
     Args:

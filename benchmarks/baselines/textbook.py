@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.surgery import prunable_linears, replace_
 from maskllm4v.tasks import Task
-from maskllm4v.training.trainer import Learner
+from maskllm4v.training.trainer import TrainTarget
 
 
 def masked_weight(
@@ -55,7 +55,7 @@ class TextbookLinear(nn.Linear):
         return F.linear(input, weight, self.bias)
 
 
-class Textbook(Learner):
+class Textbook(TrainTarget):
     """Trains the logits of a model's layers, all put in its place here; the default AdamW.
 
     Args:

@@ -34,7 +34,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_sealed(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+def save_verified(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
     """Write tensors and what is said about them, which has to name a ``kind``; returns the tensors' digest."""
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -70,8 +70,8 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def load_sealed(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a file of :func:`save_sealed`, and what it says about them, ``digest`` among it.
+def load_verified(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a file of :func:`save_verified`, and what it says about them, ``digest`` among it.
 
     Raises:
         CheckpointError: missing, damaged, tampered with, not ours, or of another kind.

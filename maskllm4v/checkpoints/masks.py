@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints.format import METADATA_KEY, load_sealed, open_tensors, save_sealed
+from maskllm4v.checkpoints.format import METADATA_KEY, load_verified, open_tensors, save_verified
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import CheckpointError
 
@@ -48,7 +48,7 @@ class MaskCheckpoint:
 
 def save_dense(path: Path, model: nn.Module, name: str) -> str:
     """Write a model's state dict; returns the digest of its tensors."""
-    return save_sealed(path, model.state_dict(), {"kind": "dense", "model": name})
+    return save_verified(path, model.state_dict(), {"kind": "dense", "model": name})
 
 
 def load_dense(path: Path, model: nn.Module, name: str) -> str:
@@ -57,7 +57,7 @@ def load_dense(path: Path, model: nn.Module, name: str) -> str:
     Raises:
         CheckpointError: missing, damaged, or of another model.
     """
-    tensors, about = load_sealed(path, "dense")
+    tensors, about = load_verified(path, "dense")
     if about["model"] != name:
         raise CheckpointError(f"{path} holds a {about['model']!r}, not a {name!r}")
     load_state(model, tensors, str(path))
@@ -83,7 +83,7 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> 
 def load_plain_state(path: Path) -> dict[str, Tensor]:
     """The tensors of any safetensors file; one of ours is verified, and has to hold dense weights."""
     tensors, metadata = open_tensors(path)
-    return load_sealed(path, "dense")[0] if METADATA_KEY in metadata else tensors
+    return load_verified(path, "dense")[0] if METADATA_KEY in metadata else tensors
 
 
 def save_masks(path: Path, checkpoint: MaskCheckpoint, more: Mapping[str, Any] = {}) -> str:
@@ -102,7 +102,7 @@ def save_masks(path: Path, checkpoint: MaskCheckpoint, more: Mapping[str, Any] =
     shapes = {name: list(mask.shape) for name, mask in c.masks.items()}
     pattern = None if c.pattern is None else str(c.pattern)
     about = {**more, "kind": "masks", "pattern": pattern, "method": c.method, "base": c.base, "shapes": shapes}
-    return save_sealed(path, tensors, about if c.gate == CANDIDATES else {**about, "gate": c.gate})
+    return save_verified(path, tensors, about if c.gate == CANDIDATES else {**about, "gate": c.gate})
 
 
 def load_masks(path: Path, *, pattern: NMPattern | str | None = None, base: str | None = None) -> MaskCheckpoint:
@@ -116,7 +116,7 @@ def load_masks(path: Path, *, pattern: NMPattern | str | None = None, base: str 
     Raises:
         CheckpointError: missing, damaged, of another pattern or of another dense model.
     """
-    tensors, about = load_sealed(path, "masks")
+    tensors, about = load_verified(path, "masks")
     found = None if about["pattern"] is None else NMPattern(about["pattern"])
     if pattern is not None and found != NMPattern(pattern):
         raise CheckpointError(f"{path} holds {found} masks, not {pattern} ones")

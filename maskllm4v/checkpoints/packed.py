@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints.format import load_sealed
+from maskllm4v.checkpoints.format import load_verified
 from maskllm4v.checkpoints.masks import load_state
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import CheckpointError, PatternError
@@ -112,7 +112,7 @@ def load_packed_file(path: Path) -> PackedFile:
     Raises:
         CheckpointError: missing, truncated, tampered with, or no packed file.
     """
-    tensors, about = load_sealed(path, "packed")
+    tensors, about = load_verified(path, "packed")
     pattern = NMPattern(about["pattern"])
     masks = {}
     for layer in about["layers"]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskllm4v.checkpoints.format import is_safetensors, kind_of, load_sealed
+from maskllm4v.checkpoints.format import is_safetensors, kind_of, load_verified
 from maskllm4v.checkpoints.masks import MaskCheckpoint, load_masks, load_plain_state
 from maskllm4v.checkpoints.packed import load_packed_file
 from maskllm4v.sparsity.patterns import NMPattern
@@ -33,7 +33,7 @@ DEFAULT = NMPattern(2, 4)
 
 
 @dataclass(frozen=True)
-class State:
+class LoadedWeights:
     """A file of weights that is none of ours, or a dense or packed one of ours.
 
     Attributes:
@@ -78,7 +78,9 @@ class State:
         return MaskCheckpoint(self.pattern, self.masks, base, method, weights={}, prior={})
 
 
-def load_any(path: Path, *, ema: bool | None = None, pattern: NMPattern | str | None = None) -> State | MaskCheckpoint:
+def load_any(
+    path: Path, *, ema: bool | None = None, pattern: NMPattern | str | None = None
+) -> LoadedWeights | MaskCheckpoint:
     """Read any file of weights or masks; what it is, its content says, not its name.
 
     Args:
@@ -87,7 +89,7 @@ def load_any(path: Path, *, ema: bool | None = None, pattern: NMPattern | str | 
         pattern: that the masks must have; needed for masks of others that are not 2:4.
 
     Returns:
-        Our mask files as :class:`MaskCheckpoint`, everything else as :class:`State`.
+        Our mask files as :class:`MaskCheckpoint`, everything else as :class:`LoadedWeights`.
 
     Raises:
         CheckpointError: missing, damaged, with code in it, or with masks that do not fit or violate N:M.
@@ -104,7 +106,7 @@ def load_any(path: Path, *, ema: bool | None = None, pattern: NMPattern | str | 
     if kind == "packed":
         return _packed(path, wanted)
     if kind == "dense":
-        tensors, about = load_sealed(path, "dense")
+        tensors, about = load_verified(path, "dense")
         return replace(_separate(path, tensors, wanted), about=about)
     return _separate(path, load_plain_state(path), wanted)
 
@@ -121,7 +123,7 @@ def dense_state(path: Path) -> Mapping[str, Tensor]:
     return unpruned(found)
 
 
-def unpruned(found: State) -> Mapping[str, Tensor]:
+def unpruned(found: LoadedWeights) -> Mapping[str, Tensor]:
     """The weights of a file, if they are dense.
 
     Raises:
@@ -132,12 +134,12 @@ def unpruned(found: State) -> Mapping[str, Tensor]:
     return found.weights
 
 
-def _packed(path: Path, wanted: NMPattern | None) -> State:
+def _packed(path: Path, wanted: NMPattern | None) -> LoadedWeights:
     found = load_packed_file(path)
     if wanted not in (None, found.pattern):
         raise CheckpointError(f"{path} holds {found.pattern} masks, not {wanted} ones")
     learned = found.about["method"] == "maskllm"
-    return State(path, found.tensors, found.masks, found.pattern, learned, about=found.about)
+    return LoadedWeights(path, found.tensors, found.masks, found.pattern, learned, about=found.about)
 
 
 def read_torch(path: Path, ema: bool | None = None) -> tuple[dict[str, Tensor], bool]:
@@ -189,7 +191,9 @@ def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
     return names
 
 
-def _separate(path: Path, state: Mapping[str, Tensor], wanted: NMPattern | None, averaged: bool = False) -> State:
+def _separate(
+    path: Path, state: Mapping[str, Tensor], wanted: NMPattern | None, averaged: bool = False
+) -> LoadedWeights:
     """Dense weights on one side, masks on the other."""
     gated, masked = ([name.removesuffix(kind) for name in state if name.endswith(kind)] for kind in (".gate", ".mask"))
     layers = gated or masked
@@ -216,7 +220,7 @@ def _separate(path: Path, state: Mapping[str, Tensor], wanted: NMPattern | None,
         for name, tensor in state.items()
         if name.rpartition(".")[0] not in masks or name.rpartition(".")[2] in ("weight", "bias")
     }
-    return State(path, weights, masks, pattern if masks else None, bool(gated), averaged)
+    return LoadedWeights(path, weights, masks, pattern if masks else None, bool(gated), averaged)
 
 
 def _candidates(

@@ -103,25 +103,25 @@ def _check_flags(a: argparse.Namespace) -> None:
 def _folded_file(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple[Folded, str | None]:
     """The model of a checkpoint, and the type of its weights, if they have one."""
     from maskllm4v.checkpoints.format import tensors_digest
-    from maskllm4v.checkpoints.third_party import State, load_any
+    from maskllm4v.checkpoints.third_party import LoadedWeights, load_any
     from maskllm4v.cli import inputs
     from maskllm4v.export.files import Folded
     from maskllm4v.sparsity.patterns import NMPattern
     from maskllm4v.sparsity.surgery import fold_, prunable_linears
 
     found = load_any(a.checkpoint, ema=a.use_ema, pattern=a.pattern)
-    said = found.about if isinstance(found, State) else {}
+    said = found.about if isinstance(found, LoadedWeights) else {}
     model, masks = inputs.masked_model(a, experiment, task, found, a.checkpoint)
     name, args = experiment.model.name, experiment.model.args
-    if isinstance(found, State) and masks is None:
+    if isinstance(found, LoadedWeights) and masks is None:
         pattern = NMPattern(a.pattern or said.get("pattern") or "2:4")
-        layers = said.get("layers") or prunable_linears(model, pattern, exclude=experiment.model.dense_layers)
+        layers = said.get("layers") or prunable_linears(model, pattern, exclude=experiment.model.excluded_layers)
         zeros = _masks_of_zeros(model, pattern, layers, a.checkpoint)
         base = said.get("base") or tensors_digest(model.state_dict())
         folded = Folded(model, zeros, pattern, name, said.get("method", "unknown"), base, updated=True)
     else:
         assert masks is not None
-        updated = found.zeroed if isinstance(found, State) else bool(masks.weights)
+        updated = found.zeroed if isinstance(found, LoadedWeights) else bool(masks.weights)
         base, method = said.get("base") or masks.base, said.get("method") or masks.method
         about = (name, method, base, updated)
         folded = Folded(fold_(model), masks.masks, masks.pattern, *about, permutations=masks.permutations)
@@ -135,10 +135,10 @@ def _masks_of_zeros(model: nn.Module, pattern: NMPattern, layers: Iterable[str],
         CheckpointError: a layer breaks the pattern.
     """
     from maskllm4v.checkpoints.packed import mask_of
-    from maskllm4v.sparsity.surgery import linear
+    from maskllm4v.sparsity.surgery import get_linear
 
     try:
-        return {name: mask_of(linear(model, name).weight.detach(), pattern, name) for name in layers}
+        return {name: mask_of(get_linear(model, name).weight.detach(), pattern, name) for name in layers}
     except PatternError as error:
         hint = "if it is pruned, say its --pattern, and --exclude what is dense"
         raise CheckpointError(f"{path}: {error}; {hint}") from error
@@ -146,10 +146,10 @@ def _masks_of_zeros(model: nn.Module, pattern: NMPattern, layers: Iterable[str],
 
 def _dtype(found: object) -> str | None:
     """The one type of a file's floating-point weights; None if there are several, or it holds masks."""
-    from maskllm4v.checkpoints.third_party import State
+    from maskllm4v.checkpoints.third_party import LoadedWeights
     from maskllm4v.export.files import DTYPES
 
-    if not isinstance(found, State):
+    if not isinstance(found, LoadedWeights):
         return None
     types = {tensor.dtype for tensor in found.weights.values() if tensor.is_floating_point()}
     return next((name for name, type in DTYPES.items() if types == {type}), None)

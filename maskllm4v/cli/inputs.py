@@ -16,7 +16,7 @@ from torch import nn
 from maskllm4v.checkpoints.apply import check_fits, install
 from maskllm4v.checkpoints.format import tensors_digest
 from maskllm4v.checkpoints.masks import MaskCheckpoint, load_state, save_dense
-from maskllm4v.checkpoints.third_party import State, dense_state, load_any, unpruned
+from maskllm4v.checkpoints.third_party import LoadedWeights, dense_state, load_any, unpruned
 from maskllm4v.config import DataSettings, Experiment, ModelSettings
 from maskllm4v.data import prepare
 from maskllm4v.sparsity.surgery import prunable_linears
@@ -115,7 +115,7 @@ def dense_of_masks(
     return model
 
 
-def masks_in(path: Path, pattern: str | None) -> State | MaskCheckpoint:
+def masks_in(path: Path, pattern: str | None) -> LoadedWeights | MaskCheckpoint:
     """A file of masks, to start from.
 
     Raises:
@@ -128,7 +128,7 @@ def masks_in(path: Path, pattern: str | None) -> State | MaskCheckpoint:
 
 
 def start_from(
-    arguments: argparse.Namespace, experiment: Experiment, task: Task, found: State | MaskCheckpoint, path: Path
+    arguments: argparse.Namespace, experiment: Experiment, task: Task, found: LoadedWeights | MaskCheckpoint, path: Path
 ) -> tuple[nn.Module, MaskCheckpoint]:
     """The dense model that the masks of a file belong to, not permuted yet, and the masks.
 
@@ -160,7 +160,7 @@ def start_from(
 
 
 def masked_model(
-    arguments: argparse.Namespace, experiment: Experiment, task: Task, found: State | MaskCheckpoint, path: Path
+    arguments: argparse.Namespace, experiment: Experiment, task: Task, found: LoadedWeights | MaskCheckpoint, path: Path
 ) -> tuple[nn.Module, MaskCheckpoint | None]:
     """A dense model with the masks and weights of a file installed, and the masks; None if the file has none.
 
@@ -179,7 +179,7 @@ def masked_model(
     return install(model, masks, str(path)), masks
 
 
-def load_original(found: State, experiment: Experiment, task: Task) -> nn.Module:
+def load_original(found: LoadedWeights, experiment: Experiment, task: Task) -> nn.Module:
     """A dense model with the weights of a file that is none of ours.
 
     Raises:
@@ -188,7 +188,7 @@ def load_original(found: State, experiment: Experiment, task: Task) -> nn.Module
     model = task.build_model(experiment.seeds[0])
     load_state(model, found.weights, str(found.path))
     if found.masks:
-        layers = prunable_linears(model, exclude=experiment.model.dense_layers)
+        layers = prunable_linears(model, exclude=experiment.model.excluded_layers)
         if missing := [name for name in layers if name not in found.masks]:
             more = f" and {len(missing) - 1} more have" if len(missing) > 1 else " has"
             raise CheckpointError(

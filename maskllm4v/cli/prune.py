@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.oneshot.permute import permute_channels_
     from maskllm4v.oneshot.prune import calibrates, prune
     from maskllm4v.sparsity.patterns import NMPattern
-    from maskllm4v.sparsity.surgery import linear
+    from maskllm4v.sparsity.surgery import get_linear
     from maskllm4v.utils.distributed import leave
     from maskllm4v.utils.processes import is_main
 
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         (part,) = task.calibration(prior.batch_size, a.seed)
         yield from part.batches
 
-    layers: Any = {"exclude": experiment.model.dense_layers, "on_misfit": experiment.model.on_misfit}
+    layers: Any = {"exclude": experiment.model.excluded_layers, "on_misfit": experiment.model.on_misfit}
     shown = calibration() if calibrates(prior.method) else None
     permutations = {}
     if prior.permutation == "greedy":
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=a.seed,
         **layers,
     )
-    weights = {f"{name}.weight": linear(model, name).weight for name in masks if prior.update_weights}
+    weights = {f"{name}.weight": get_linear(model, name).weight for name in masks if prior.update_weights}
     base = inputs.keep_beside(a.save_model, dense, experiment)
     if is_main():
         found = MaskCheckpoint(pattern, masks, base, prior.method, weights, prior={}, permutations=permutations)

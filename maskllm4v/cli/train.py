@@ -212,7 +212,7 @@ def run(arguments: argparse.Namespace) -> None:
         hard=learning.hard,
         gate=learning.gate,
         seed=a.seed,
-        exclude=() if prior else experiment.model.dense_layers,
+        exclude=() if prior else experiment.model.excluded_layers,
     )
     states = inputs.CACHE / "resume" / value_digest([str(a.output.resolve())])[:16]
     prefixed = {f"permutation.{name}": order for name, order in permutations.items()}

@@ -154,7 +154,7 @@ class DiTSettings(Settings):
         return default if found is None else found
 
     @property
-    def dense_layers(self) -> list[str]:
+    def excluded_layers(self) -> list[str]:
         """Name patterns of the linear layers that stay dense: all that do not belong to a block's own work."""
         modulation = [] if self.adaln else ["transformer_blocks.*.norm1.linear"]
         return ["transformer_blocks.*.norm1.emb", "proj_out_1", "proj_out_2", *modulation, *self.exclude]

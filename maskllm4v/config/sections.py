@@ -108,7 +108,7 @@ class ModelSettings(Settings):
     fused_attention: bool = True  # false: one attention kernel, chosen explicitly
 
     @property
-    def dense_layers(self) -> list[str]:
+    def excluded_layers(self) -> list[str]:
         """Name patterns of the linear layers that stay dense."""
         return self.exclude
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from maskllm4v.data import ImageData
 from maskllm4v.utils.errors import ConfigError, DataError
 from maskllm4v.utils.rng import generator
-from maskllm4v.utils.sharding import WHOLE, Share
+from maskllm4v.utils.sharding import WHOLE, BatchShard
 
 GRACE = 60  # seconds that a loader's worker goes on after SIGTERM, if nobody ends it before
 
@@ -28,7 +28,7 @@ class StepBatches(Dataset[tuple[Tensor, Tensor]]):
     of processes and micro-batches, nor the step a run was resumed at changes a single image.
     """
 
-    def __init__(self, data: ImageData, *, seed: int, batch_size: int, share: Share = WHOLE) -> None:
+    def __init__(self, data: ImageData, *, seed: int, batch_size: int, share: BatchShard = WHOLE) -> None:
         self.data, self.seed, self.batch_size, self.share = data, seed, batch_size, share
         self.labels = data.labels("train")
         self.steps_per_epoch = len(self.labels) // batch_size
@@ -58,7 +58,7 @@ def step_loader(
     batch_size: int,
     steps: int,
     start: int = 0,
-    share: Share = WHOLE,
+    share: BatchShard = WHOLE,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Any]:

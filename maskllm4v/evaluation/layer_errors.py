@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from maskllm4v.checkpoints.masks import MaskCheckpoint
 from maskllm4v.sparsity.calibration import Calibration, names_by_part
-from maskllm4v.sparsity.surgery import linear
+from maskllm4v.sparsity.surgery import get_linear
 from maskllm4v.utils.distributed import sum_
 
 COLUMNS = (
@@ -43,7 +43,7 @@ def layer_diagnostics(
             continue
         handles = []
         for name in names:
-            layer, mask = linear(dense, name), checkpoint.masks[name]
+            layer, mask = get_linear(dense, name), checkpoint.masks[name]
             weight = checkpoint.weights.get(f"{name}.weight", layer.weight).to(layer.weight) * mask.to(
                 layer.weight.device
             )
@@ -76,7 +76,7 @@ def _relative(sums: Tensor) -> float:
 
 
 def _kept_energy(dense: nn.Module, name: str, mask: Tensor) -> float:
-    energy = linear(dense, name).weight.double().square()
+    energy = get_linear(dense, name).weight.double().square()
     total = float(energy.sum())
     return float((energy * mask.to(energy.device)).sum()) / total if total else 1.0
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints.format import save_sealed
+from maskllm4v.checkpoints.format import save_verified
 from maskllm4v.checkpoints.masks import MaskCheckpoint, save_masks
 from maskllm4v.checkpoints.packed import POSITIONS, VALUES, pack_weight
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import linear
+from maskllm4v.sparsity.surgery import get_linear
 from maskllm4v.utils.errors import CheckpointError, PatternError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -145,15 +145,15 @@ def write_packed(path: Path, folded: Folded, dtype: str | None = None) -> None:
     for layer, mask in folded.masks.items():
         weight = tensors.pop(f"{layer}.weight")
         tensors[layer + VALUES], tensors[layer + POSITIONS] = pack_weight(weight, mask.cpu(), pattern, layer)
-    save_sealed(path, tensors, {**folded.about("packed"), "dtype": dtype})
+    save_verified(path, tensors, {**folded.about("packed"), "dtype": dtype})
 
 
 def write_folded(path: Path, folded: Folded, dtype: str | None = None) -> None:
     """Write the state dict with its zeros; arguments and errors as in :func:`write_packed`."""
     for layer, mask in folded.masks.items():
-        if bool((linear(folded.model, layer).weight.detach().cpu()[~mask.cpu()] != 0).any()):
+        if bool((get_linear(folded.model, layer).weight.detach().cpu()[~mask.cpu()] != 0).any()):
             raise PatternError(f"layer {layer!r}: the weight is not zero where its mask is; fold the model first")
-    save_sealed(path, folded.state(dtype), {**folded.about("dense"), "dtype": dtype})
+    save_verified(path, folded.state(dtype), {**folded.about("dense"), "dtype": dtype})
 
 
 def write_masks(path: Path, folded: Folded) -> None:

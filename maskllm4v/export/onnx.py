@@ -19,7 +19,7 @@ from maskllm4v import __version__
 from maskllm4v.checkpoints.format import tensors_digest
 from maskllm4v.export.graph import about_graph, describe, graph_weights, library, line, matrices, read_graph
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.tasks import Deployable
+from maskllm4v.tasks import ExportableModel
 from maskllm4v.utils.errors import CheckpointError, ConfigError, UserError
 from maskllm4v.utils.io import replacing
 
@@ -35,7 +35,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 def export_onnx(
     path: Path,
-    deployable: Deployable,
+    exportable: ExportableModel,
     *,
     half: bool = False,
     masks: Mapping[str, Tensor] = {},
@@ -66,7 +66,7 @@ def export_onnx(
     for name in ("onnx", "onnxscript", "onnxruntime"):
         library(name)
     with torch.no_grad():
-        runtime = _Runtime(copy.deepcopy(deployable.module), half).eval()
+        runtime = _Runtime(copy.deepcopy(exportable.module), half).eval()
         layers = _layers(runtime.module, masks)
         for layer, linear in layers.items():
             _settle(linear, masks[layer].cpu(), pattern, layer)
@@ -74,7 +74,7 @@ def export_onnx(
         for name, tensor in runtime.module.state_dict().items():
             if half and bool(tensor.isinf().any()):
                 raise CheckpointError(f"{name!r} holds values that are too large for float16")
-        model = _export(runtime, deployable)
+        model = _export(runtime, exportable)
     _clean(model)
     weights = _weights(model, layers)
     describe(model, {**about, "pattern": pattern and str(pattern), "precision": precision, "weights": weights})
@@ -82,7 +82,7 @@ def export_onnx(
         _save(staged, model)
         del model  # it may fill gigabytes
         read_graph(staged)
-        _check_outputs(staged, runtime, deployable, BOUNDS[precision])
+        _check_outputs(staged, runtime, exportable, BOUNDS[precision])
 
 
 class _Runtime(nn.Module):
@@ -126,17 +126,17 @@ def _settle(linear: nn.Linear, mask: Tensor, pattern: NMPattern | None, layer: s
     linear.weight[pruned] = 0.0
 
 
-def _export(runtime: _Runtime, deployable: Deployable) -> Any:
+def _export(runtime: _Runtime, exportable: ExportableModel) -> Any:
     """The exporter's ``ModelProto``."""
-    names, batch = list(deployable.inputs), torch.export.Dim("batch")
+    names, batch = list(exportable.inputs), torch.export.Dim("batch")
     try:
         with warnings.catch_warnings():  # of the axis that all inputs share on purpose
             warnings.filterwarnings("ignore", "# The axis name: batch will not be used")
             program = torch.onnx.export(
                 runtime,
-                tuple(_rows(deployable, _traced(deployable)).values()),
+                tuple(_rows(exportable, _traced(exportable)).values()),
                 input_names=names,
-                output_names=[deployable.output],
+                output_names=[exportable.output],
                 opset_version=OPSET,
                 dynamo=True,
                 dynamic_shapes=(tuple({0: batch} for _ in names),),
@@ -148,14 +148,14 @@ def _export(runtime: _Runtime, deployable: Deployable) -> Any:
     return program.model_proto
 
 
-def _traced(deployable: Deployable) -> int:
+def _traced(exportable: ExportableModel) -> int:
     """The batch size to trace with; what torch finds out about a batch of one holds for no other."""
-    return max(2, len(next(iter(deployable.inputs.values()))))
+    return max(2, len(next(iter(exportable.inputs.values()))))
 
 
-def _rows(deployable: Deployable, count: int) -> dict[str, Tensor]:
+def _rows(exportable: ExportableModel, count: int) -> dict[str, Tensor]:
     """So many samples of the example, from its last to its first, and so on."""
-    return {name: x[-1 - torch.arange(count) % len(x)] for name, x in deployable.inputs.items()}
+    return {name: x[-1 - torch.arange(count) % len(x)] for name, x in exportable.inputs.items()}
 
 
 def _clean(model: Any) -> None:
@@ -233,16 +233,16 @@ def _save(path: Path, model: Any) -> None:
     onnx.checker.check_model(path, full_check=True)
 
 
-def _check_outputs(path: Path, runtime: _Runtime, deployable: Deployable, bound: float) -> None:
+def _check_outputs(path: Path, runtime: _Runtime, exportable: ExportableModel, bound: float) -> None:
     """Compare onnxruntime to torch, on the CPU, at two batch sizes that were not traced."""
     onnxruntime = library("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
-    batches = [_rows(deployable, size) for size in (1, _traced(deployable) + 1)]
+    batches = [_rows(exportable, size) for size in (1, _traced(exportable) + 1)]
     arrays = [{name: x.numpy() for name, x in batch.items()} for batch in batches]
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        outputs = [torch.from_numpy(session.run([deployable.output], inputs)[0]) for inputs in arrays]
+        outputs = [torch.from_numpy(session.run([exportable.output], inputs)[0]) for inputs in arrays]
     except Exception as error:  # onnxruntime's have no family of their own
         raise CheckpointError(f"onnxruntime does not run the graph: {line(error)}") from error
     for batch, found in zip(batches, outputs, strict=True):

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v.export.sparse_fit import BACKENDS, misfit, on_gpu, pick_backend
+from maskllm4v.export.sparse_fit import BACKENDS, layer_incompatibility, on_gpu, pick_backend
 from maskllm4v.export.sparse_speed import algorithms, graphed_ms, random_tokens, tokens_by_layer
 from maskllm4v.sparsity.surgery import Exclude, prunable_linears, replace_
 from maskllm4v.utils.errors import ConfigError
@@ -111,7 +111,7 @@ def to_semi_structured_(
     layers = prunable_linears(model, exclude=[*exclude, *ready] if ready else exclude)
     device = next((layer.weight.device for layer in layers.values() if on_gpu(layer.weight)), None)
     chosen, why = pick_backend(backend, device)
-    reasons = {name: misfit(layer, chosen, why) for name, layer in layers.items()}
+    reasons = {name: layer_incompatibility(layer, chosen, why) for name, layer in layers.items()}
     fit = {name: layer for name, layer in layers.items() if not reasons[name]}
     tokens = tokens_by_layer(model, fit, example) if fit and example is not None else {}
     found, speeds = list[Conversion](), dict[tuple[Any, ...], tuple[int, float, float]]()

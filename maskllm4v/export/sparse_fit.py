@@ -55,12 +55,12 @@ def on_gpu(weight: Tensor) -> bool:
     return weight.is_cuda
 
 
-def misfit(layer: nn.Linear, backend: str | None, why: str = "") -> str:
+def layer_incompatibility(layer: nn.Linear, backend: str | None, why: str = "") -> str:
     """Why a layer's weight cannot be semi-structured, or nothing; ``why`` there is no backend."""
     if isinstance(layer, MaskedLinear | LearnableMaskedLinear):
         return "its mask is not folded yet: call fold_ first"
     weight = layer.weight.detach()
-    if reason := fault(weight):
+    if reason := weight_incompatibility(weight):
         return reason
     if weight.dtype not in DTYPES:
         return f"its weight is {_short(weight.dtype)}, not float16 or bfloat16"
@@ -74,7 +74,7 @@ def misfit(layer: nn.Linear, backend: str | None, why: str = "") -> str:
     return ""
 
 
-def fault(weight: Tensor) -> str:
+def weight_incompatibility(weight: Tensor) -> str:
     """The first group of a weight ``[out, in]`` that keeps more than two of four, in words; or nothing."""
     if weight.shape[1] % 4:
         return f"its {weight.shape[1]} inputs are no multiple of 4"

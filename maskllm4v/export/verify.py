@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskllm4v.checkpoints.format import is_safetensors, kind_of, load_sealed
+from maskllm4v.checkpoints.format import is_safetensors, kind_of, load_verified
 from maskllm4v.checkpoints.masks import load_masks, load_plain_state
 from maskllm4v.checkpoints.packed import load_packed_file
-from maskllm4v.checkpoints.third_party import DEFAULT, State, load_any, read_torch
+from maskllm4v.checkpoints.third_party import DEFAULT, LoadedWeights, load_any, read_torch
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 
@@ -215,7 +215,7 @@ def _safetensors(path: Path, pattern: NMPattern | None) -> Contents:
             packed = load_packed_file(path)
             return _named(path, packed.tensors, list(packed.masks), packed.pattern)
         if kind == "dense":
-            tensors, about = load_sealed(path, "dense")
+            tensors, about = load_verified(path, "dense")
             named = NMPattern(about["pattern"]) if about.get("pattern") else None
             return _named(path, tensors, about.get("layers") or [], named)
     except (KeyError, TypeError) as error:
@@ -239,7 +239,7 @@ def _state(path: Path, state: Mapping[str, Tensor], pattern: NMPattern | None) -
     if _beside(state, ".gate"):
         options = any(name.endswith(".mask_options") for name in state)
         found = load_any(path, pattern=None if options else pattern)
-        assert isinstance(found, State)
+        assert isinstance(found, LoadedWeights)
         masks, pattern_told, state = dict(found.masks), found.pattern, found.weights
     else:
         for layer in _beside(state, ".mask"):

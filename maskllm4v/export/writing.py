@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from maskllm4v.checkpoints.apply import install
-from maskllm4v.checkpoints.format import load_sealed
+from maskllm4v.checkpoints.format import load_verified
 from maskllm4v.checkpoints.masks import load_dense, load_masks
 from maskllm4v.checkpoints.packed import load_packed_file
 from maskllm4v.config import Experiment
@@ -68,7 +68,7 @@ def write(path: Path, format: str, folded: Folded, dtype: str | None, task: Task
     if format == "onnx":
         export_onnx(
             path,
-            task.deployable(folded.model, BATCH),
+            task.exportable(folded.model, BATCH),
             half=dtype == "fp16",
             masks=folded.masks,
             pattern=folded.pattern,
@@ -81,7 +81,7 @@ def write(path: Path, format: str, folded: Folded, dtype: str | None, task: Task
             _compare(load_packed_file(temporary).tensors, folded.state(dtype), path)
         elif format == "dense":
             write_folded(temporary, folded, dtype)
-            _compare(load_sealed(temporary, "dense")[0], folded.state(dtype), path)
+            _compare(load_verified(temporary, "dense")[0], folded.state(dtype), path)
         else:
             write_masks(temporary, folded)
             _compare(load_masks(temporary).masks, folded.masks, path)

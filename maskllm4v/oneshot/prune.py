@@ -27,7 +27,7 @@ from maskllm4v.sparsity.surgery import Exclude, OnMisfit, prunable_linears, repl
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.progress import bar
 
-__all__ = ["Method", "Pruned", "available", "calibrates", "prune", "register_pruner"]
+__all__ = ["PruningMethod", "Pruned", "available", "calibrates", "prune", "register_pruner"]
 
 
 class LayerPruner(Protocol):
@@ -40,7 +40,7 @@ class LayerPruner(Protocol):
 
 
 @dataclass(frozen=True)
-class Method:
+class PruningMethod:
     """A one-shot method and what it needs.
 
     Attributes:
@@ -56,12 +56,12 @@ class Method:
     propagate: Propagate = "dense"
 
 
-_METHODS: dict[str, Method] = {
-    "magnitude": Method(prune_magnitude),
-    "random": Method(prune_random),
-    "wanda": Method(prune_wanda, InputNorm),
-    "ria": Method(prune_ria, InputNorm, propagate="pruned"),
-    "sparsegpt": Method(prune_sparsegpt, Hessian, updates=True, propagate="pruned"),
+_METHODS: dict[str, PruningMethod] = {
+    "magnitude": PruningMethod(prune_magnitude),
+    "random": PruningMethod(prune_random),
+    "wanda": PruningMethod(prune_wanda, InputNorm),
+    "ria": PruningMethod(prune_ria, InputNorm, propagate="pruned"),
+    "sparsegpt": PruningMethod(prune_sparsegpt, Hessian, updates=True, propagate="pruned"),
 }
 
 
@@ -79,7 +79,7 @@ def calibrates(method: str) -> bool:
     return _method(method).statistic is not None
 
 
-def _method(name: str) -> Method:
+def _method(name: str) -> PruningMethod:
     if name not in _METHODS:
         raise ConfigError(f"method is {name!r}; allowed: {', '.join(available())}")
     return _METHODS[name]
@@ -102,7 +102,7 @@ def register_pruner(
     def register(prune_layer: LayerPruner) -> LayerPruner:
         if name in _METHODS:
             raise ConfigError(f"a pruning method named {name!r} exists already")
-        _METHODS[name] = Method(prune_layer, statistic, updates, propagate)
+        _METHODS[name] = PruningMethod(prune_layer, statistic, updates, propagate)
         return prune_layer
 
     return register

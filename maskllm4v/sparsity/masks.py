@@ -113,7 +113,7 @@ class MaskedLinear(nn.Linear):
 
 
 @dataclass(frozen=True)
-class Draw:
+class NoiseKey:
     """Which noise a learnable mask gets: all that its Gumbel draws depend on, next to the layer's name."""
 
     seed: int = 0
@@ -145,7 +145,7 @@ class LearnableMaskedLinear(nn.Linear):
             layer is ``joined``.
         joined: what draws its masks together with other layers' (:mod:`maskllm4v.sparsity.joined`), if anything.
         backend: of the mask operation, one of :data:`maskllm4v.sparsity.gumbel.BACKENDS`.
-        draw: the noise used next. Training loops set it (:func:`set_draw`); where nobody does, each
+        draw: the noise used next. Training loops set it (:func:`set_noise_key`); where nobody does, each
             training forward moves on to the next step by itself.
     """
 
@@ -173,11 +173,11 @@ class LearnableMaskedLinear(nn.Linear):
         self.gate = gate_of(gate, self.pattern)
         self.hard, self.tau, self.scaling, self.gate_std = hard, tau, scaling, gate_std
         self.name = name
-        self.draw = Draw(seed)
+        self.draw = NoiseKey(seed)
         self.backend = "auto"
         self.kept_energy: Tensor | None = None
-        self.advances = True  # by itself, until set_draw takes over
-        self.bypassed = False  # see as_dense
+        self.auto_advance = True  # by itself, until set_draw takes over
+        self.dense_mode = False  # see as_dense
         self.joined: JoinedDraw | None = None
         self._freeze_and_add_logits()
 
@@ -225,11 +225,11 @@ class LearnableMaskedLinear(nn.Linear):
         self._scaling = torch.tensor(value, dtype=torch.float64, device="cpu")
 
     @property
-    def draw(self) -> Draw:
+    def draw(self) -> NoiseKey:
         return self._draw
 
     @draw.setter
-    def draw(self, value: Draw) -> None:
+    def draw(self, value: NoiseKey) -> None:
         self._draw = value
         key = philox_key(value.seed, "gumbel", self.name, value.step, value.micro_step, value.rank)
         self._key = torch.from_numpy(key.view("int64"))
@@ -265,7 +265,7 @@ class LearnableMaskedLinear(nn.Linear):
         return self.gate.mask(self.logits.detach(), self.candidates).reshape(self.weight.shape)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.bypassed:
+        if self.dense_mode:
             return F.linear(input, self.weight, self.bias)
         if not self.training:
             return F.linear(input, self.weight * self.current_mask(), self.bias)
@@ -274,7 +274,7 @@ class LearnableMaskedLinear(nn.Linear):
         if weight is None:
             weight, energy = self.masked_weight(dtype=dtype)
             self.kept_energy = energy if self.joined is None else None
-        if self.advances:
+        if self.auto_advance:
             self._advance()
         return F.linear(input, weight, self.bias)
 
@@ -282,7 +282,7 @@ class LearnableMaskedLinear(nn.Linear):
     def _advance(self) -> None:
         if torch._C._current_graph_task_id() != -1:  # within backward, where checkpointing repeats this forward
             raise RuntimeError("activation checkpointing needs set_draw: a layer would draw anew when recomputed")
-        self.draw = Draw(self.draw.seed, self.draw.step + 1)
+        self.draw = NoiseKey(self.draw.seed, self.draw.step + 1)
 
     def fold(self) -> nn.Linear:
         """A plain ``nn.Linear`` whose pruned weights are zero."""

@@ -18,7 +18,7 @@ from maskllm4v.utils.errors import ConfigError, PatternError
 GATES = ("candidates", "positions")
 
 
-class Gate(ABC):
+class MaskParameterization(ABC):
     """How logits become masks of a pattern.
 
     Attributes:
@@ -59,11 +59,11 @@ class Gate(ABC):
         """½ · the share of each group's Σw² that a logit keeps, ``[K, groups]``; zero groups get equal logits."""
 
     @abstractmethod
-    def top_chance(self, scaled: Tensor) -> Tensor:
+    def max_probability(self, scaled: Tensor) -> Tensor:
         """The chance of the likeliest mask under p(mask) ∝ exp(its logits), ``[groups]``, of scaled logits."""
 
 
-class CandidateGate(Gate):
+class CandidateGate(MaskParameterization):
     """A logit a candidate mask: K = C(M, N) (MaskLLM, arXiv 2409.17481).
 
     Raises:
@@ -101,11 +101,11 @@ class CandidateGate(Gate):
         behind = logits.argmax(0, keepdim=True) != best
         return logits.scatter(0, best, torch.where(behind, ahead, logits.gather(0, best)))
 
-    def top_chance(self, scaled: Tensor) -> Tensor:
+    def max_probability(self, scaled: Tensor) -> Tensor:
         return (scaled - scaled.amax(0)).exp().sum(0).reciprocal()  # max softmax = 1 / Σ exp(z − max z)
 
 
-class PositionGate(Gate):
+class PositionGate(MaskParameterization):
     """A logit a position: K = M; a mask's logit is the sum over the positions that it keeps."""
 
     def __init__(self, pattern: NMPattern) -> None:
@@ -132,11 +132,11 @@ class PositionGate(Gate):
         behind = best & (self.mask(logits).t() != best).any(0)
         return torch.where(behind, torch.maximum(logits, ahead), logits)
 
-    def top_chance(self, scaled: Tensor) -> Tensor:
-        return topn.top_chance(scaled, self.pattern.n)
+    def max_probability(self, scaled: Tensor) -> Tensor:
+        return topn.max_probability(scaled, self.pattern.n)
 
 
-def gate_of(name: str, pattern: NMPattern) -> Gate:
+def gate_of(name: str, pattern: NMPattern) -> MaskParameterization:
     """The gate of that name. Where one position is kept it is the candidate, so one gate is the other.
 
     Raises:

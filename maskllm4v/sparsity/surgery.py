@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear, MaskedLinear
+from maskllm4v.sparsity.masks import LearnableMaskedLinear, MaskedLinear, NoiseKey
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import ConfigError, PatternError
 
@@ -87,9 +87,9 @@ def replace_linear_with_(
         The same model.
     """
 
-    def new(name: str, linear: nn.Linear) -> nn.Linear:
+    def new(name: str, get_linear: nn.Linear) -> nn.Linear:
         names = {"name": name} if issubclass(layer_class, LearnableMaskedLinear) else {}
-        return layer_class.from_linear(linear, N=N, M=M, **names, **kwargs)
+        return layer_class.from_linear(get_linear, N=N, M=M, **names, **kwargs)
 
     linears = prunable_linears(model, NMPattern(N, M), exclude=exclude, on_misfit=on_misfit)
     replace_(model, linears, new)
@@ -112,7 +112,7 @@ def masked_layers(model: nn.Module) -> dict[str, Masked]:
     return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLinear | LearnableMaskedLinear)}
 
 
-def linear(model: nn.Module, name: str) -> nn.Linear:
+def get_linear(model: nn.Module, name: str) -> nn.Linear:
     """The linear layer of that name.
 
     Raises:
@@ -141,8 +141,8 @@ def apply_masks_(model: Model, masks: Mapping[str, Tensor], pattern: NMPattern |
     pattern = NMPattern(pattern)
     _check_masks(model, masks, pattern)
 
-    def new(name: str, linear: nn.Linear) -> MaskedLinear:
-        layer = MaskedLinear.from_linear(linear, N=pattern.n, M=pattern.m)
+    def new(name: str, get_linear: nn.Linear) -> MaskedLinear:
+        layer = MaskedLinear.from_linear(get_linear, N=pattern.n, M=pattern.m)
         layer.set_mask(masks[name], name)
         return layer
 
@@ -204,16 +204,16 @@ def make_learnable(
     names = list(prunable_linears(model, pattern, exclude=exclude) if prior_masks is None else prior_masks)
     model.requires_grad_(False)
 
-    def new(name: str, linear: nn.Linear) -> LearnableMaskedLinear:
+    def new(name: str, get_linear: nn.Linear) -> LearnableMaskedLinear:
         std = gate_std if init == "prior" else 0.0
         layer = LearnableMaskedLinear.from_linear(
-            linear, N=pattern.n, M=pattern.m, gate=gate, hard=hard, gate_std=std, name=name, seed=seed
+            get_linear, N=pattern.n, M=pattern.m, gate=gate, hard=hard, gate_std=std, name=name, seed=seed
         )
         with torch.no_grad():
             if init == "magnitude":
-                layer.logits.copy_(layer.gate.magnitude(linear.weight.detach()))
+                layer.logits.copy_(layer.gate.magnitude(get_linear.weight.detach()))
             elif prior_masks is not None:
-                mask = prior_masks[name].to(linear.weight.device)
+                mask = prior_masks[name].to(get_linear.weight.device)
                 layer.logits.add_(
                     layer.gate.shift(mask).to(layer.logits), alpha=prior_strength * float(layer.logits.std())
                 )
@@ -223,23 +223,23 @@ def make_learnable(
     return model
 
 
-def set_draw(model: nn.Module, draw: Draw) -> None:
+def set_noise_key(model: nn.Module, draw: NoiseKey) -> None:
     """Say which noise all learnable masks of a model use from now on."""
     for layer in learnable_layers(model).values():
-        layer.draw, layer.advances = draw, False
+        layer.draw, layer.auto_advance = draw, False
 
 
 @contextmanager
 def as_dense(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes with its dense weights: the teacher of a self-distillation."""
-    before = {layer: layer.bypassed for layer in learnable_layers(model).values()}
+    before = {layer: layer.dense_mode for layer in learnable_layers(model).values()}
     for layer in before:
-        layer.bypassed = True
+        layer.dense_mode = True
     try:
         yield
     finally:
-        for layer, bypassed in before.items():
-            layer.bypassed = bypassed
+        for layer, dense_mode in before.items():
+            layer.dense_mode = dense_mode
 
 
 def _excluded(model: nn.Module, exclude: Exclude) -> set[nn.Module]:
@@ -264,7 +264,7 @@ def _check_masks(model: nn.Module, masks: Mapping[str, Tensor], pattern: NMPatte
     if not masks:
         raise ConfigError("no masks given")
     for name, mask in masks.items():
-        shape = linear(model, name).weight.shape
+        shape = get_linear(model, name).weight.shape
         if mask.shape != shape:
             raise PatternError(f"layer {name!r}: mask {tuple(mask.shape)} for a weight {tuple(shape)}")
         pattern.validate(mask, name)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from maskllm4v.config import Experiment
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.utils.sharding import Share
+from maskllm4v.utils.sharding import BatchShard
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 @dataclass(frozen=True)
-class Deployable:
+class ExportableModel:
     """A model as other runtimes see it.
 
     Attributes:
@@ -56,7 +56,7 @@ class Task(Protocol):
         """Put a model's modules into the modes that they are trained in; learned masks follow by themselves."""
 
     def train_batches(
-        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: Share = ...
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: BatchShard = ...
     ) -> Iterator[Any]:
         """The batches of the steps ``start`` to ``steps - 1``, on the task's device.
 
@@ -99,7 +99,7 @@ class Task(Protocol):
     def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
         """The result in the original's form, for people who compare; empty where it has none."""
 
-    def deployable(self, model: nn.Module, batch_size: int) -> Deployable:
+    def exportable(self, model: nn.Module, batch_size: int) -> ExportableModel:
         """The model and an example of that many samples, always the same one; needs no data."""
 
 

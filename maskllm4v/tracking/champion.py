@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
-    from maskllm4v.tasks import Deployable
+    from maskllm4v.tasks import ExportableModel
 
 ALIAS = "champion"
 BATCH = 2  # of the example that graphs are traced with; they take any
@@ -57,11 +57,11 @@ def publish_champion(
     if not _versions(client, name, digests[row]):
         try:
             with chdir(root):
-                deployable = _measured_model(experiment, row, records[row])
+                exportable = _measured_model(experiment, row, records[row])
         except UserError as error:
             print(f"{name}: no new {ALIAS}; {row} is the best row, but its model is not here ({error})")
             return
-        _register(client, name, run_id, deployable, {"row": row, "record_digest": digests[row]})
+        _register(client, name, run_id, exportable, {"row": row, "record_digest": digests[row]})
     version, *others = _versions(client, name, digests[row])
     for other in others:  # another writer came at the same time, keeps the same one, and deletes the others, too
         with suppress(MlflowException):
@@ -77,7 +77,7 @@ def _versions(client: MlflowClient, name: str, digest: str) -> list[ModelVersion
     return [client.get_model_version(name, v.version) for v in sorted(mine, key=lambda v: int(v.version))]
 
 
-def _measured_model(experiment: Experiment, row: str, record: Mapping[str, Any]) -> Deployable:
+def _measured_model(experiment: Experiment, row: str, record: Mapping[str, Any]) -> ExportableModel:
     """The folded model of a row's first seed.
 
     Raises:
@@ -96,17 +96,19 @@ def _measured_model(experiment: Experiment, row: str, record: Mapping[str, Any])
     inputs = record["inputs"]
     if found != {"manifest": inputs["manifest"], "dense": inputs["dense"][0], "masks": inputs["masks"][0]}:
         raise CheckpointError(f"{path} is another one than that which was measured")
-    return task.deployable(folded.model.eval(), BATCH)
+    return task.exportable(folded.model.eval(), BATCH)
 
 
-def _register(client: MlflowClient, name: str, run_id: str, deployable: Deployable, tags: Mapping[str, str]) -> None:
+def _register(
+    client: MlflowClient, name: str, run_id: str, exportable: ExportableModel, tags: Mapping[str, str]
+) -> None:
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.exceptions import MlflowException
 
     experiment_id = client.get_run(run_id).info.experiment_id
     model = client.create_logged_model(experiment_id, name="model", source_run_id=run_id, tags=dict(tags))
     with TemporaryDirectory() as folder:
-        _save(Path(folder) / "model", deployable, run_id, model.model_id)
+        _save(Path(folder) / "model", exportable, run_id, model.model_id)
         client.log_model_artifacts(model.model_id, f"{folder}/model")
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
@@ -117,7 +119,7 @@ def _register(client: MlflowClient, name: str, run_id: str, deployable: Deployab
     client.create_model_version(name, source, run_id, dict(tags), model_id=model.model_id)
 
 
-def _save(path: Path, deployable: Deployable, run_id: str, model_id: str) -> None:
+def _save(path: Path, exportable: ExportableModel, run_id: str, model_id: str) -> None:
     """An MLflow model for ``mlflow.pytorch`` and ``mlflow.pyfunc``, for any batch size, with signature and example."""
     import mlflow.pytorch
     import torch
@@ -132,14 +134,14 @@ def _save(path: Path, deployable: Deployable, run_id: str, model_id: str) -> Non
     def spec(tensor: Tensor, name: str | None = None) -> TensorSpec:
         return TensorSpec(tensor.numpy().dtype, (-1, *tensor.shape[1:]), name)
 
-    examples, several = deployable.inputs, len(deployable.inputs) > 1
+    examples, several = exportable.inputs, len(exportable.inputs) > 1
     with torch.no_grad():
-        output = deployable.module(*examples.values())
+        output = exportable.module(*examples.values())
     inputs = [spec(tensor, name if several else None) for name, tensor in examples.items()]
     arrays = [tensor.numpy() for tensor in examples.values()]
     model = Model(run_id=run_id, model_id=model_id)
     mlflow.pytorch.save_model(
-        deployable.module,
+        exportable.module,
         path,
         mlflow_model=model,
         signature=ModelSignature(Schema(inputs), Schema([spec(output)])),

@@ -13,12 +13,12 @@ from maskllm4v.tasks import Task, train_mode
 from maskllm4v.training.averaging import Average
 from maskllm4v.training.mask_learning import freeze_statistics
 from maskllm4v.training.resume import Resume
-from maskllm4v.training.trainer import Cost, Learner, optimizer_for, run
+from maskllm4v.training.trainer import Cost, TrainTarget, optimizer_for, run
 
 CURVE_COLUMNS = ("step", "loss", "lr", "grad_norm")
 
 
-class WeightLearner(Learner):
+class WeightLearner(TrainTarget):
     """Trains every parameter of a model by the task's loss.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints.masks import MaskCheckpoint
-from maskllm4v.sparsity.surgery import linear
+from maskllm4v.sparsity.surgery import get_linear
 from maskllm4v.utils.errors import CheckpointError
 
 
@@ -31,16 +31,16 @@ def start_from_updated_(model: nn.Module, prior: MaskCheckpoint, *, distillation
     if different := sorted(names ^ prior.weights.keys()):
         raise CheckpointError(f"updated weights have to be those of the masked layers; {different[0]!r} is not in both")
     for name, mask in prior.masks.items():
-        if not linear(model, name).weight.shape == mask.shape == prior.weights[f"{name}.weight"].shape:
+        if not get_linear(model, name).weight.shape == mask.shape == prior.weights[f"{name}.weight"].shape:
             raise CheckpointError(f"layer {name!r}: the updated weights do not fit the model")
     dense = copy.deepcopy(model).eval() if distillation else None
     for name, mask in prior.masks.items():
-        weight, updated = linear(model, name).weight, prior.weights[f"{name}.weight"]
+        weight, updated = get_linear(model, name).weight, prior.weights[f"{name}.weight"]
         weight.copy_(torch.where(mask.to(weight.device), updated.to(weight), weight))
     return dense
 
 
 def kept_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of masked layers by name in the state dict, zero where masks ``[out, in]`` are."""
-    weights = {name: linear(model, name).weight.detach() for name in masks}
+    weights = {name: get_linear(model, name).weight.detach() for name in masks}
     return {f"{name}.weight": weight.masked_fill(~masks[name], 0) for name, weight in weights.items()}

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from maskllm4v.config import LearningSettings
 from maskllm4v.sparsity.joined import join_layers
-from maskllm4v.sparsity.masks import Draw, LearnableMaskedLinear
+from maskllm4v.sparsity.masks import LearnableMaskedLinear, NoiseKey
 from maskllm4v.sparsity.surgery import as_dense, current_masks, learnable_layers
 from maskllm4v.tasks import Task, train_mode
 from maskllm4v.training.averaging import Average
 from maskllm4v.training.resume import Resume
-from maskllm4v.training.schedule import linear
-from maskllm4v.training.trainer import Cost, Learner, optimizer_for, run
+from maskllm4v.training.schedule import lerp
+from maskllm4v.training.trainer import Cost, TrainTarget, optimizer_for, run
 from maskllm4v.utils.errors import TrainingError
 from maskllm4v.utils.processes import world_size
 
@@ -40,7 +40,7 @@ CURVE_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Learned:
+class MaskResult:
     """What learning gives: masks by layer name, a curve of :data:`CURVE_COLUMNS`, and what it cost."""
 
     masks: dict[str, Tensor]
@@ -61,7 +61,7 @@ def learn_masks(
     resume: Resume | None = None,
     on_point: Callable[[int], None] | None = None,
     watch: Callable[[list[tuple[float, ...]]], None] | None = None,
-) -> Learned:
+) -> MaskResult:
     """Learn the masks of a model whose layers :func:`maskllm4v.make_learnable` has made learnable.
 
     Args:
@@ -84,10 +84,10 @@ def learn_masks(
     learner = MaskLearner(model, task, settings, prior=prior, row=row, on_point=on_point, teacher=teacher)
     cost = run(learner, task, settings, seed=seed, position=position, resume=resume, watch=watch)
     learner.finish()
-    return Learned(current_masks(model), learner.points(), cost)
+    return MaskResult(current_masks(model), learner.points(), cost)
 
 
-class MaskLearner(Learner):
+class MaskLearner(TrainTarget):
     """Trains the logits of all learnable layers of a model; see :func:`learn_masks`."""
 
     def __init__(
@@ -125,14 +125,14 @@ class MaskLearner(Learner):
         freeze_statistics(self.model)
 
     def begin_step(self, step: int, share: float, lr: float) -> None:
-        self.tau, self.scaling = linear(*self.settings.tau, share), linear(*self.settings.scaling, share)
+        self.tau, self.scaling = lerp(*self.settings.tau, share), lerp(*self.settings.scaling, share)
         for layer in self.layers.values():
             layer.tau, layer.scaling = self.tau, self.scaling
         self.energy = torch.zeros_like(self.energy)
 
-    def begin_micro_step(self, draw: Draw) -> None:
+    def begin_micro_step(self, draw: NoiseKey) -> None:
         for layer in self.layers.values():
-            layer.draw, layer.advances = draw, False
+            layer.draw, layer.auto_advance = draw, False
 
     def loss(self, model: nn.Module, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
         outputs = task.forward(model, batch)
@@ -236,7 +236,7 @@ class _Curve:
         top, off, flipped = (torch.zeros_like(loss) for _ in range(3))
         for name, layer in self.layers.items():
             scaled = layer.logits * layer.scaling
-            top += layer.gate.top_chance(scaled).sum()
+            top += layer.gate.max_probability(scaled).sum()
             index = layer.gate.index(scaled)
             off += (index != self.prior[name]).sum()
             flipped += (index != self.last[name]).sum()

@@ -10,7 +10,7 @@ from maskllm4v.utils.errors import TrainingError
 _NAMES = ("loss", "gradient")
 
 
-class FiniteLoss:
+class NonFiniteGuard:
     """Remembers, on the device, the first step whose loss or gradient was not finite."""
 
     def __init__(self, device: torch.device) -> None:

@@ -17,14 +17,14 @@ def progress(step: int, steps: int, steps_per_epoch: int, anneal: Literal["step"
     return (step // steps_per_epoch) / max(epochs - 1, 1)
 
 
-def linear(first: float, last: float, share: float) -> float:
+def lerp(first: float, last: float, share: float) -> float:
     """From ``first`` to ``last`` in a straight line."""
     return first * (1 - share) + last * share  # exact at both ends
 
 
 def cosine(first: float, last: float, share: float) -> float:
     """From ``first`` to ``last`` along half a cosine (Loshchilov & Hutter 2017)."""
-    return linear(last, first, 0.5 * (1 + math.cos(math.pi * share)))
+    return lerp(last, first, 0.5 * (1 + math.cos(math.pi * share)))
 
 
 def warm_up(step: int, steps: int) -> float:

@@ -1,7 +1,7 @@
 """The training loop: whatever is trained, on one process or many, interrupted or not.
 
 Accelerate does mixed precision, gradient scaling and the averaging of gradients over processes. What is
-trained, and by which loss, a :class:`Learner` knows; batches come from a :class:`~maskllm4v.tasks.Task`.
+trained, and by which loss, a :class:`TrainTarget` knows; batches come from a :class:`~maskllm4v.tasks.Task`.
 The loop never waits for the device in a step.
 """
 
@@ -21,9 +21,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from maskllm4v.config import TrainingSettings
-from maskllm4v.sparsity.masks import Draw
+from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.tasks import Task
-from maskllm4v.training.nonfinite import FiniteLoss
+from maskllm4v.training.nonfinite import NonFiniteGuard
 from maskllm4v.training.resume import Resume, stopping
 from maskllm4v.training.schedule import cosine, progress, warm_up
 from maskllm4v.utils.distributed import same_everywhere
@@ -31,10 +31,10 @@ from maskllm4v.utils.errors import CheckpointError, ConfigError
 from maskllm4v.utils.processes import is_main, rank, world_size
 from maskllm4v.utils.progress import bar
 from maskllm4v.utils.rng import seeded_steps
-from maskllm4v.utils.sharding import WHOLE, Share
+from maskllm4v.utils.sharding import WHOLE, BatchShard
 
 
-class Learner(ABC):
+class TrainTarget(ABC):
     """What a loop trains.
 
     Attributes:
@@ -60,7 +60,7 @@ class Learner(ABC):
     def begin_step(self, step: int, share: float, lr: float) -> None:  # noqa: B027
         """Before a step; ``share`` is how much of the run is done, from 0 to 1."""
 
-    def begin_micro_step(self, draw: Draw) -> None:  # noqa: B027
+    def begin_micro_step(self, draw: NoiseKey) -> None:  # noqa: B027
         """Before a micro-batch; ``draw`` says which noise it gets."""
 
     def end_step(self, step: int) -> None:  # noqa: B027
@@ -98,7 +98,7 @@ class Cost:
 
 
 def run(
-    learner: Learner,
+    learner: TrainTarget,
     task: Task,
     settings: TrainingSettings,
     *,
@@ -130,10 +130,10 @@ def run(
         torch.set_flush_denormal(True)  # see pick_device
     steps_per_epoch = task.steps_per_epoch(settings.batch_size)
     steps = settings.total_steps(steps_per_epoch)
-    share = Share.of(rank(), world_size(), settings.accumulate)
+    share = BatchShard.of(rank(), world_size(), settings.accumulate)
     accelerator = _accelerator(device, settings.amp)
     _set_up(learner.model, settings)
-    finite, scaled, optimizer = FiniteLoss(device), accelerator.scaler is not None, learner.optimizer
+    finite, scaled, optimizer = NonFiniteGuard(device), accelerator.scaler is not None, learner.optimizer
     if scaled:  # else Accelerate's wrapper only costs time: it searches for packages and signatures in every step
         optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     initial_lr = [group["lr"] for group in optimizer.param_groups]
@@ -160,7 +160,7 @@ def run(
             for micro in range(settings.accumulate):
                 batch = next(batches)  # before the seed is set: a loader that starts draws from torch's generator
                 seed_step(step, micro, rank())
-                learner.begin_micro_step(Draw(seed, step, micro, rank()))
+                learner.begin_micro_step(NoiseKey(seed, step, micro, rank()))
                 last = micro == settings.accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(model):
                     objective, loss = learner.loss(model, task, batch)
@@ -260,7 +260,7 @@ def _batches(
             start = end
 
 
-def _state(learner: Learner, accelerator: Accelerator, step: int) -> dict[str, Any]:
+def _state(learner: TrainTarget, accelerator: Accelerator, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "tensors": [tensor.detach() for tensor in learner.tensors],
@@ -270,7 +270,7 @@ def _state(learner: Learner, accelerator: Accelerator, step: int) -> dict[str, A
     }
 
 
-def _restore(learner: Learner, accelerator: Accelerator, resume: Resume | None, device: torch.device) -> int:
+def _restore(learner: TrainTarget, accelerator: Accelerator, resume: Resume | None, device: torch.device) -> int:
     """Take back the last state saved; returns the step to go on with."""
     state = None if resume is None else resume.load(device)
     step = 0 if state is None else int(state["step"])
@@ -291,7 +291,7 @@ def _restore(learner: Learner, accelerator: Accelerator, resume: Resume | None, 
 class _Watching:
     """Hands on the points of a curve that were taken since the last time."""
 
-    def __init__(self, learner: Learner, watch: Callable[[list[tuple[float, ...]]], None] | None) -> None:
+    def __init__(self, learner: TrainTarget, watch: Callable[[list[tuple[float, ...]]], None] | None) -> None:
         self._learner, self._watch, self._count = learner, watch, 0
         self.update()
 

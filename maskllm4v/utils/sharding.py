@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShard:
     """The parts of every global batch that one process computes, one after the other.
 
     Attributes:
@@ -18,8 +18,8 @@ class Share:
     parts: range = range(1)
 
     @classmethod
-    def of(cls, rank: int, processes: int, micro_batches: int) -> Share:
+    def of(cls, rank: int, processes: int, micro_batches: int) -> BatchShard:
         return cls(processes * micro_batches, range(rank * micro_batches, (rank + 1) * micro_batches))
 
 
-WHOLE = Share()
+WHOLE = BatchShard()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from maskllm4v.config import PARAMS, load_experiment
-from maskllm4v.training.schedule import linear
+from maskllm4v.training.schedule import lerp
 from scripts.drawings.card import BLUE, INK, LINE, MUTED, Card, shade
 from scripts.drawings.example import PATTERN, group
 
@@ -26,7 +26,7 @@ def draw() -> Card:
         card.text(24, 57 + 18 * number, line, 12, color=MUTED)
     card.text(36, TOP + DRAWS * CELL / 2, f"{DRAWS} draws", 12, ha="center", va="center", rotation=90, color=MUTED)
     for number, share in enumerate(POINTS):
-        tau, scaling = linear(*learning.tau, share), linear(*learning.scaling, share)
+        tau, scaling = lerp(*learning.tau, share), lerp(*learning.scaling, share)
         x = LEFT + STEP * number
         when = {0.0: "first step", 1.0: "last step"}.get(share, f"{100 * share:.0f} % of the steps")
         card.text(x, 110, when, 13, weight="bold")
@@ -64,7 +64,7 @@ def _schedule(card: Card, tau: tuple[float, float], scaling: tuple[float, float]
     for name, values, colour, ends in (("τ", tau, BLUE, (high, low)), ("s", scaling, MUTED, (low, high))):
         card.axes.plot((first, last), ends, color=colour, linewidth=1.5)
         for share in POINTS:
-            card.axes.plot(first + share * (last - first), linear(*ends, share), "o", color=colour, markersize=4)
+            card.axes.plot(first + share * (last - first), lerp(*ends, share), "o", color=colour, markersize=4)
         card.text(first - 12, ends[0], f"{name} = {values[0]:g}", 12, ha="right", color=colour)
         card.text(last + 12, ends[1], f"{name} = {values[1]:g}", 12, color=colour)
 

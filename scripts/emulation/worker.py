@@ -35,7 +35,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     before = threads()  # an emulator has some of its own
-    determinism.pin()  # before numpy and torch, as a stage has it
+    determinism.pin_kernels()  # before numpy and torch, as a stage has it
     about = _kernels()
     determinism.pin_torch()
     print(json.dumps(about), file=answers, flush=True)

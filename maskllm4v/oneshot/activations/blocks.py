@@ -34,7 +34,7 @@ def step(block: nn.Module, call: Call) -> Call:
     return (block(*args, **kwargs), *args[1:]), kwargs
 
 
-def find_units(
+def find_sequential_blocks(
     model: nn.Module, layers: Mapping[str, nn.Linear], run: Callable[[], Any]
 ) -> tuple[list[Unit], list[nn.Module]]:
     """Units in the order of execution, and all blocks of the chain that holds most of the layers.

@@ -48,13 +48,13 @@ def observe(
     *,
     inputs_only: bool = False,
 ) -> dict[str, Any]:
-    """Run something on all batches and sum a statistic over the inputs of some layers; see :class:`Watch`.
+    """Run something on all batches and sum a statistic over the inputs of some layers; see :class:`InputCapture`.
 
     Raises:
         DataError: no batch, or a layer is never reached.
     """
     found = {name: statistic(layer.in_features, layer.weight.device) for name, layer in layers.items()}
-    with Watch(layers, lambda name, rows: found[name].update(rows), inputs_only=inputs_only) as watch:
+    with InputCapture(layers, lambda name, rows: found[name].update(rows), inputs_only=inputs_only) as watch:
         for batch in batches:
             watch.run(run, batch)
     if world_size() > 1:
@@ -63,7 +63,7 @@ def observe(
     return found
 
 
-class Watch:
+class InputCapture:
     """Sees the inputs of some layers while something runs, batch after batch.
 
     With ``inputs_only``, which needs layers that are called once a batch, a run ends as soon as it has reached
@@ -101,7 +101,7 @@ class Watch:
         if self._inputs_only and not self._ahead:
             raise _ReachedError
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> InputCapture:
         self._handles = [
             layer.register_forward_pre_hook(partial(self._see, name)) for name, layer in self._layers.items()
         ]

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.oneshot.activations.blocks import Call, find_units, step
-from maskllm4v.oneshot.activations.hooks import Watch, calls_of, evaluating, observe
-from maskllm4v.oneshot.activations.statistics import Hessian, Paired
+from maskllm4v.oneshot.activations.blocks import Call, find_sequential_blocks, step
+from maskllm4v.oneshot.activations.hooks import InputCapture, calls_of, evaluating, observe
+from maskllm4v.oneshot.activations.statistics import CrossCovariance, Hessian
 from maskllm4v.sparsity.calibration import Calibration, names_by_part
-from maskllm4v.sparsity.surgery import linear
+from maskllm4v.sparsity.surgery import get_linear
 from maskllm4v.utils.errors import DataError
 from maskllm4v.utils.processes import world_size
 
@@ -35,7 +35,7 @@ def layer_statistics(
         model: put into evaluation mode for the time being.
         layers: the linear layers of interest, by module name.
         parts: come in their order; see :class:`~maskllm4v.sparsity.calibration.Calibration`.
-        dense: a model of the same architecture, which stays as it is. With it, each layer has :class:`Paired`.
+        dense: a model of the same architecture, which stays as it is. With it, each layer has :class:`CrossCovariance`.
 
     Raises:
         ConfigError: a layer that no part names.
@@ -66,7 +66,7 @@ def _stream(
     batches = list(part.batches)
     if not batches:
         raise DataError("calibration: no batches given")
-    units, chain = find_units(model, layers, lambda: part.forward(model, batches[0]))
+    units, chain = find_sequential_blocks(model, layers, lambda: part.forward(model, batches[0]))
     names = {module: name for name, module in model.named_modules()}
     blocks = [names[block] for block in chain]
     network = _Network(model, blocks, part, batches)
@@ -109,7 +109,7 @@ class _Network:
 
 
 def _twins(layers: Mapping[str, nn.Linear], dense: nn.Module) -> dict[str, nn.Linear]:
-    return {name: linear(dense, name) for name in layers}
+    return {name: get_linear(dense, name) for name in layers}
 
 
 def _observe_both(
@@ -119,9 +119,9 @@ def _observe_both(
     calls: Iterable[tuple[Any, Any]],
     *,
     inputs_only: bool = False,
-) -> dict[str, Paired]:
+) -> dict[str, CrossCovariance]:
     """Like :func:`~maskllm4v.oneshot.activations.hooks.observe`, of two networks at once; holds one batch's inputs."""
-    found = {name: Paired(layer.in_features, layer.weight.device) for name, layer in layers.items()}
+    found = {name: CrossCovariance(layer.in_features, layer.weight.device) for name, layer in layers.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in layers}
     of_twin: dict[str, list[Tensor]] = {name: [] for name in layers}
 
@@ -129,8 +129,8 @@ def _observe_both(
         into[name].append(seen if inputs_only else seen.clone())  # what runs on may change it in place
 
     with (
-        Watch(layers, partial(hold, rows), inputs_only=inputs_only) as watch,
-        Watch(twins, partial(hold, of_twin), inputs_only=inputs_only) as watch_twin,
+        InputCapture(layers, partial(hold, rows), inputs_only=inputs_only) as watch,
+        InputCapture(twins, partial(hold, of_twin), inputs_only=inputs_only) as watch_twin,
     ):
         for call, call_of_twin in calls:
             watch.run(runs[0], call)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from maskllm4v.oneshot.activations.blocks import Call, find_units, step
+from maskllm4v.oneshot.activations.blocks import Call, find_sequential_blocks, step
 from maskllm4v.oneshot.activations.hooks import calls_of, evaluating, observe
 from maskllm4v.oneshot.activations.statistics import Statistic
 from maskllm4v.sparsity.calibration import Calibration, Forward, default_forward, names_by_part
@@ -87,7 +87,7 @@ def stream_statistics(
     if not batches:
         raise DataError("calibration: no batches given")
     with evaluating(model):
-        units, chain = find_units(model, layers, lambda: forward(model, batches[0]))
+        units, chain = find_sequential_blocks(model, layers, lambda: forward(model, batches[0]))
         blocks = iter(chain)
         seen: dict[str, Any] = {}  # dense statistics of what lies outside the chain, before anything changes
         stream: list[Call] | None = None  # how the chain's next block is called, a batch each

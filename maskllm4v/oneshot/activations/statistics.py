@@ -82,7 +82,7 @@ class Hessian:
         return mean
 
 
-class Paired:
+class CrossCovariance:
     """A layer's Hessian, and Σ x′ xᵀ ``[in, in]`` of its inputs x′ and those of its twin in another network, x.
 
     Attributes:

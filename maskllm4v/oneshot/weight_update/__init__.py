@@ -23,7 +23,7 @@ from maskllm4v.oneshot.weight_update.sparsegpt import update_sparsegpt
 from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts
 from maskllm4v.sparsity.masks import MaskedLinear, unmasked
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import Masked, Model, linear, masked_layers, replace_
+from maskllm4v.sparsity.surgery import Masked, Model, get_linear, masked_layers, replace_
 from maskllm4v.utils.errors import ConfigError, DataError
 from maskllm4v.utils.progress import bar
 
@@ -40,7 +40,7 @@ class LayerUpdate(Protocol):
 
 
 @dataclass(frozen=True)
-class Method:
+class UpdateMethod:
     """A method and what it needs.
 
     Attributes:
@@ -57,9 +57,9 @@ class Method:
     layerwise: bool
 
 
-METHODS: dict[str, Method] = {
-    "least_squares": Method(update_least_squares, ("asymmetric", "symmetric"), damping=0.1, layerwise=True),
-    "sparsegpt": Method(update_sparsegpt, ("symmetric",), damping=0.01, layerwise=False),  # as its authors do
+METHODS: dict[str, UpdateMethod] = {
+    "least_squares": UpdateMethod(update_least_squares, ("asymmetric", "symmetric"), damping=0.1, layerwise=True),
+    "sparsegpt": UpdateMethod(update_sparsegpt, ("symmetric",), damping=0.01, layerwise=False),  # as its authors do
 }
 
 
@@ -82,7 +82,7 @@ def update_weights_(
         calibration: an input tensor, batches, or :class:`~maskllm4v.sparsity.calibration.Calibration` parts.
         dense: the dense model that the masks belong to, which stays as it is. By default the model itself with its
             masks off, which is right as long as no weight was updated or folded.
-        target: see :class:`Method`; by default the method's first.
+        target: see :class:`UpdateMethod`; by default the method's first.
         damping: share of the Hessian's mean diagonal; by default the method's own.
         forward: ``forward(model, batch)``; by default :func:`maskllm4v.sparsity.calibration.default_forward`. Parts
             have their own.
@@ -136,7 +136,7 @@ def update_weights_(
 
 
 def _statistics(
-    model: nn.Module, layers: dict[str, nn.Linear], parts: Any, method: Method, dense: nn.Module | None
+    model: nn.Module, layers: dict[str, nn.Linear], parts: Any, method: UpdateMethod, dense: nn.Module | None
 ) -> Iterator[dict[str, Any]]:
     if method.layerwise:
         return layer_statistics(model, layers, parts, dense=dense)
@@ -147,7 +147,7 @@ def _plain(name: str, layer: nn.Linear, dense: nn.Module | None) -> nn.Linear:
     """A layer without its mask, and with the weight of the dense model if there is one."""
     plain = unmasked(layer)
     if dense is not None:
-        weight = linear(dense, name).weight
+        weight = get_linear(dense, name).weight
         if weight.shape != layer.weight.shape:
             raise ConfigError(f"layer {name!r}: {tuple(layer.weight.shape)}, but {tuple(weight.shape)} in dense")
         plain.weight = weight

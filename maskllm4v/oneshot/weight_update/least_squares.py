@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskllm4v.oneshot.activations.statistics import Hessian, Paired, full_float32
+from maskllm4v.oneshot.activations.statistics import CrossCovariance, Hessian, full_float32
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import DataError
 
@@ -27,14 +27,20 @@ SMALLEST_PIVOT = 4  # in units of the rounding error of what is on the diagonal;
 
 
 def update_least_squares(
-    weight: Tensor, mask: Tensor, statistic: Hessian | Paired, pattern: NMPattern, *, damping: float, layer: str
+    weight: Tensor,
+    mask: Tensor,
+    statistic: Hessian | CrossCovariance,
+    pattern: NMPattern,
+    *,
+    damping: float,
+    layer: str,
 ) -> Tensor:
     """The best weights under a mask.
 
     Args:
         weight: ``[out, in]``, the dense one; not changed.
         mask: boolean ``[out, in]``.
-        statistic: of the layer's inputs; :class:`Paired` makes the target asymmetric.
+        statistic: of the layer's inputs; :class:`CrossCovariance` makes the target asymmetric.
         pattern: the mask's, by which all rows keep as many weights.
         damping: λ as a share of H's mean diagonal, of inputs that ever fire.
         layer: name for messages.
@@ -45,7 +51,7 @@ def update_least_squares(
     Raises:
         DataError: the inputs are not finite, or a row's system is singular.
     """
-    hessian, paired = (statistic.hessian, statistic) if isinstance(statistic, Paired) else (statistic, None)
+    hessian, paired = (statistic.hessian, statistic) if isinstance(statistic, CrossCovariance) else (statistic, None)
     h = hessian.mean
     dead = h.diagonal() == 0
     ridge = damping * h.diagonal().mean() * (len(dead) / max(1, int((~dead).sum())))

@@ -9,7 +9,7 @@ from maskllm4v.config import Experiment
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.masks import candidate_count
 from maskllm4v.reporting.page.results import Results
-from maskllm4v.reporting.page.scales import linear
+from maskllm4v.reporting.page.scales import linear_scale
 from maskllm4v.reporting.page.stack import Place, heading, stacked
 from maskllm4v.reporting.page.svg import drawing, marked, tag
 
@@ -29,7 +29,7 @@ def agreement_chart(results: Results, statistics: dict[str, pd.DataFrame]) -> Ma
     places = stacked(results, [row for row, frame in known.items() if len(frame)], HEIGHT, GAP)
     if not places:
         return None
-    frame = Frame(12, 0, WIDTH - VALUE, places[-1].lower + GAP, linear([0.0, 1.0]))
+    frame = Frame(12, 0, WIDTH - VALUE, places[-1].lower + GAP, linear_scale([0.0, 1.0]))
     return drawing(
         "Agreement between seeds by layer",
         "A line a row, a dot a layer: the share of groups with the same mask in another seed; dashed ticks: chance.",

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from maskllm4v.reporting.metrics import Metric
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.results import Results
-from maskllm4v.reporting.page.scales import Scale, linear, logarithmic
+from maskllm4v.reporting.page.scales import Scale, linear_scale, logarithmic
 from maskllm4v.reporting.page.stack import Place, heading, stacked
 from maskllm4v.reporting.page.svg import drawing, marked, tag
 from maskllm4v.reporting.tables import number
@@ -52,10 +52,10 @@ def _scale(results: Results, metric: Metric, rows: list[str]) -> Scale:
         values += [mean] if pd.isna(std) else [mean - std, mean + std]
     if metric.percent:
         smallest = min(values)
-        return linear([min(100.0, max(0.0, smallest)), 100.0] if smallest > SMALL else [0.0, 100.0])
+        return linear_scale([min(100.0, max(0.0, smallest)), 100.0] if smallest > SMALL else [0.0, 100.0])
     if 0 < min(values) < max(values) / WIDE:
         return logarithmic(values)
-    return linear([0.0, *values])
+    return linear_scale([0.0, *values])
 
 
 def _bar(results: Results, metric: Metric, place: Place, frame: Frame) -> Markup:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from maskllm4v.reporting.benchmarks.costs import trained_length, whole_costs
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.results import Results
-from maskllm4v.reporting.page.scales import linear, logarithmic
+from maskllm4v.reporting.page.scales import linear_scale, logarithmic
 from maskllm4v.reporting.page.svg import drawing, marked, tag
 from maskllm4v.reporting.tables import number, significant
 
@@ -69,8 +69,10 @@ def _chart(results: Results, pattern: str) -> Markup | None:
     spans = {row: _span(results, row) for row in [*rows, *(r for r in [results.dense] if r in results.measured)]}
     values = [value for span in spans.values() for value in span]
     costs = [budget.costs[row] for row in rows]
-    up = linear([min(100.0, max(0.0, value)) for value in values] if metric.percent else values, count=8)
-    frame = Frame(40, 26, WIDTH - 18, HEIGHT - 42, logarithmic(costs) if budget.log else linear([0.0, *costs]), up)
+    up = linear_scale([min(100.0, max(0.0, value)) for value in values] if metric.percent else values, count=8)
+    frame = Frame(
+        40, 26, WIDTH - 18, HEIGHT - 42, logarithmic(costs) if budget.log else linear_scale([0.0, *costs]), up
+    )
     points = {row: (frame.x(budget.costs[row]), frame.y(results.lines[row][f"{metric.name}_mean"])) for row in rows}
     taken: list[Box] = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in points.values()]
     taken += [(points[row][0] - 1, frame.y(spans[row][1]), points[row][0] + 1, frame.y(spans[row][0])) for row in rows]

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.masks import counted, has_positions, kept_share
 from maskllm4v.reporting.page.results import Results
-from maskllm4v.reporting.page.scales import Scale, linear
+from maskllm4v.reporting.page.scales import Scale, linear_scale
 from maskllm4v.reporting.page.svg import drawing, marked, tag
 
 WIDTH, HEIGHT = 380.0, 94.0  # of the picture, and of the bars' part of it
@@ -45,7 +45,7 @@ def _charts(results: Results, statistics: dict[str, pd.DataFrame], positions: bo
     most: dict[str, float] = {}
     for row, frame in shares.items():
         most[patterns[row]] = max(most.get(patterns[row], 0.0), float(frame["most"].max()))
-    scales = {pattern: linear([0.0, 100 * share], count=3) for pattern, share in most.items()}
+    scales = {pattern: linear_scale([0.0, 100 * share], count=3) for pattern, share in most.items()}
     return {row: _chart(results, row, frame, scales[patterns[row]], positions) for row, frame in shares.items()}
 
 
@@ -60,7 +60,7 @@ def _shares(frame: pd.DataFrame) -> pd.DataFrame:
 def _chart(results: Results, row: str, shares: pd.DataFrame, up: Scale, positions: bool) -> Markup:
     names = [str(name) for name in shares.index]
     width = BROAD if len(names) >= MANY else WIDTH
-    frame = Frame(40, 8, width - 8, 8 + HEIGHT, linear([0, 1]), up)
+    frame = Frame(40, 8, width - 8, 8 + HEIGHT, linear_scale([0, 1]), up)
     step = (frame.right - frame.left) / len(names)
     bar = min(BAR, step * 0.7)
     square = min(SQUARE, bar)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from maskllm4v.reporting.page.results import Results
-from maskllm4v.reporting.page.scales import Scale, linear
+from maskllm4v.reporting.page.scales import Scale, linear_scale
 from maskllm4v.runs.paths import layers_file
 
 ALL = "all"  # the column with the mean over layers
@@ -56,7 +56,7 @@ def layer_table(results: Results, frame: pd.DataFrame, metric: str, *, whole: bo
         return None
     known = frame.dropna(subset=[metric])
     means = known.groupby(["row", "layer"], sort=False)[metric].mean()
-    scale = linear(means, high=1.0 if whole else None, low=None if whole else 0.0)
+    scale = linear_scale(means, high=1.0 if whole else None, low=None if whole else 0.0)
     layers = list(dict.fromkeys(known["layer"]))
     lines = {}
     for row in dict.fromkeys(known["row"]):

@@ -13,7 +13,7 @@ from maskllm4v.reporting.curves import read_curves
 from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.results import Results
-from maskllm4v.reporting.page.scales import Scale, linear, logarithmic
+from maskllm4v.reporting.page.scales import Scale, linear_scale, logarithmic
 from maskllm4v.reporting.page.svg import Point, drawing, marked, polyline, tag
 
 WIDTH, HEIGHT = 380.0, 240.0
@@ -62,10 +62,10 @@ def curve_panels(results: Results) -> Panels:
             continue
         ends = [value for line in lines for _, value in (*line.low, *line.high)]
         if column in ("loss", "scaling", "tau"):
-            up = linear([0.0, *ends], count=4)
+            up = linear_scale([0.0, *ends], count=4)
         else:
-            up = linear([0.0, *ends], high=1.0 if max(ends) > 0.5 else None, count=4)
-        charts.append(_panel(results, title, column, lines, linear([0.0, last], count=4), up, "step", styles))
+            up = linear_scale([0.0, *ends], high=1.0 if max(ends) > 0.5 else None, count=4)
+        charts.append(_panel(results, title, column, lines, linear_scale([0.0, last], count=4), up, "step", styles))
     return Panels(charts, styles)
 
 
@@ -83,7 +83,7 @@ def timestep_panels(results: Results) -> Panels:
         if not positive:
             continue
         up = logarithmic(positive)
-        across = linear([0.0, *(step for line in lines for step, _ in line.points)])
+        across = linear_scale([0.0, *(step for line in lines for step, _ in line.points)])
         title = f"{metric.on_axes}, logarithmic"
         charts.append(_panel(results, title, f"{metric.name}/t", lines, across, up, "timestep", styles))
     return Panels(charts, styles if charts else {})

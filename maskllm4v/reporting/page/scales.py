@@ -33,7 +33,9 @@ class Scale:
         return f"{tick:,.{self.decimals}f}"
 
 
-def linear(values: Iterable[float], *, low: float | None = None, high: float | None = None, count: int = 5) -> Scale:
+def linear_scale(
+    values: Iterable[float], *, low: float | None = None, high: float | None = None, count: int = 5
+) -> Scale:
     """Ends beyond all values, about ``count`` steps between; ``low`` and ``high`` are ends that nothing passes."""
     numbers = [*values, *(end for end in (low, high) if end is not None)]
     smallest, largest = min(numbers), max(numbers)

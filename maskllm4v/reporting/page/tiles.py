@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from maskllm4v.reporting.page.results import Results
-from maskllm4v.reporting.page.scales import linear
+from maskllm4v.reporting.page.scales import linear_scale
 from maskllm4v.reporting.page.svg import drawing, tag
 from maskllm4v.reporting.tables import LEARNED
 from maskllm4v.runs.paths import tile_file
@@ -60,7 +60,7 @@ def _changed(before: list[str], after: list[str], m: int) -> set[tuple[int, int]
 
 def _picture(label: str, found: dict[str, Any], m: int, changed: set[tuple[int, int]]) -> Markup:
     """Both masks side by side, or below each other where a page is narrow."""
-    largest = linear([0.0, *(abs(weight) for line in found["weights"] for weight in line)], count=4).ticks[-1]
+    largest = linear_scale([0.0, *(abs(weight) for line in found["weights"] for weight in line)], count=4).ticks[-1]
     groups = [(_place(start, m) - 1, line * CELL) for line, start in sorted(changed)]
     frames = "".join(f"M{x:.0f} {y:.0f}h{m * CELL + 1:.0f}v{CELL:.0f}h-{m * CELL + 1:.0f}z" for x, y in groups)
     sides = {"before, the prior's mask": found["before"], "after learning": found["after"]}

@@ -131,7 +131,7 @@ class Trials:
         both_ways = self._on[:, 0, 0] * self._off[:, 0, 0]
         return with_it.sub_(without).mul_(both_ways).div_(self._total).div_(self._total)
 
-    def top_chance(self) -> Tensor:
+    def max_probability(self) -> Tensor:
         """The chance that just the N likeliest succeed, ``[n]``."""
         return torch.maximum(self._on, self._off)[:, 0, 0].prod(0) / self._total[0]
 
@@ -141,12 +141,12 @@ class Trials:
         return x[:, 1].flip(0, 1)
 
 
-def top_chance(theta: Tensor, kept: int) -> Tensor:
+def max_probability(theta: Tensor, kept: int) -> Tensor:
     """The chance of the likeliest mask under p(S) ∝ exp Σ_j S_j θ_j, ``[G]``, of θ ``[M, G]``."""
     found = torch.empty(theta.shape[1], dtype=energy_dtype(theta), device=theta.device)
     with torch.inference_mode():
         for span in _spans(theta, kept):
-            found[span] = Trials(wide(theta[:, span]).clone(), kept).top_chance()
+            found[span] = Trials(wide(theta[:, span]).clone(), kept).max_probability()
     return found
 
 

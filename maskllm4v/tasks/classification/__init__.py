@@ -18,15 +18,15 @@ from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
 from maskllm4v.data.decoded import seeded_globals
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.tasks import Deployable
-from maskllm4v.tasks.classification.accuracy import Tally
+from maskllm4v.tasks import ExportableModel
+from maskllm4v.tasks.classification.accuracy import ClassificationMetrics
 from maskllm4v.tasks.classification.models import build_model, image_settings, num_classes
 from maskllm4v.utils.devices import pick_device
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.processes import rank, world_size
 from maskllm4v.utils.progress import bar
 from maskllm4v.utils.rng import generator, torch_seed
-from maskllm4v.utils.sharding import WHOLE, Share
+from maskllm4v.utils.sharding import WHOLE, BatchShard
 
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W]; labels [B], or their mixture [B, classes]
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,7 +70,7 @@ class Classification:
         raise ConfigError("inputs is 'generated', but a classifier makes no images")
 
     def train_batches(
-        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: Share = WHOLE
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: BatchShard = WHOLE
     ) -> Iterator[Batch]:
         loader = step_loader(
             self.data,
@@ -116,10 +116,10 @@ class Classification:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
-        """``top1``, ``top5``, ``ece`` and ``agreement`` in percent, ``nll`` in nats; see :class:`Tally`."""
+        """``top1``, ``top5``, ``ece`` and ``agreement`` in percent, ``nll`` in nats: :class:`ClassificationMetrics`."""
         split = split or self.settings.eval_split
         model.eval()
-        tally = Tally(self.device)
+        tally = ClassificationMetrics(self.device)
         indices = np.arange(len(self.data.manifest.splits[split]))
         amp = self.settings.eval_amp
         with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no"):
@@ -152,11 +152,11 @@ class Classification:
             "interpolation": transform["interpolation"],
         }
 
-    def deployable(self, model: nn.Module, batch_size: int) -> Deployable:
+    def exportable(self, model: nn.Module, batch_size: int) -> ExportableModel:
         """``images`` ``[B, C, H, W]``, normalised as the model's data are, to ``logits`` ``[B, classes]``."""
         shape = (batch_size, *image_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return Deployable(model, {"images": torch.from_numpy(images)}, "logits")
+        return ExportableModel(model, {"images": torch.from_numpy(images)}, "logits")
 
     @cached_property
     def _mix(self) -> Any:

@@ -11,7 +11,7 @@ from maskllm4v.utils import distributed
 BINS = 15  # of confidence, as in Guo et al. 2017
 
 
-class Tally:
+class ClassificationMetrics:
     """Sums over samples, each counted once, in float64 on the device.
 
     Args:

@@ -17,10 +17,10 @@ from maskllm4v.config import DiffusionSettings, DiTSettings, Experiment, Samplin
 from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.tasks import Deployable
+from maskllm4v.tasks import ExportableModel
 from maskllm4v.tasks.diffusion import noising
 from maskllm4v.tasks.diffusion.dit import build_dit, condition, read_weights
-from maskllm4v.tasks.diffusion.images import Bank, Latents, Space
+from maskllm4v.tasks.diffusion.images import GeneratedDataset, PixelSpace, VAELatents
 from maskllm4v.tasks.diffusion.measuring import Measuring
 from maskllm4v.tasks.diffusion.noising import Draws, NoisyBatch
 from maskllm4v.tasks.diffusion.sampling import Sampler
@@ -30,7 +30,7 @@ from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.io import file_digest, value_digest
 from maskllm4v.utils.processes import rank, world_size
 from maskllm4v.utils.rng import generator
-from maskllm4v.utils.sharding import WHOLE, Share
+from maskllm4v.utils.sharding import WHOLE, BatchShard
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MODULATION = ("transformer_blocks.*.norm1.linear",)  # see one row a sample
@@ -61,14 +61,14 @@ class Diffusion:
         self.experiment, self.settings, self.model = experiment, experiment.task, experiment.model
         self.device = pick_device(experiment.runtime.device)
         self.folder = data_folder
-        self._bank: Bank | None = None
+        self._bank: GeneratedDataset | None = None
 
     @cached_property
-    def space(self) -> Space:
+    def space(self) -> PixelSpace:
         """What the model works on."""
         if self.settings.vae is None:
-            return Space()
-        latents = Latents(Path(self.settings.vae), self.device)
+            return PixelSpace()
+        latents = VAELatents(Path(self.settings.vae), self.device)
         if (found := latents.channels) != self.shape[0]:
             raise ConfigError(f"model.args.in_channels is {self.shape[0]}, but {self.settings.vae} makes {found}")
         return latents
@@ -143,7 +143,7 @@ class Diffusion:
 
     def generated(self, dense: nn.Module, seed: int) -> Diffusion:
         other = copy.copy(self)
-        other._bank = Bank(*self.samples(dense, seed), self.data)
+        other._bank = GeneratedDataset(*self.samples(dense, seed), self.data)
         return other
 
     def samples(self, dense: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ class Diffusion:
         return StepBatches(self.source, seed=0, batch_size=batch_size).steps_per_epoch
 
     def train_batches(
-        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: Share = WHOLE
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: BatchShard = WHOLE
     ) -> Iterator[NoisyBatch]:
         loader = step_loader(
             self.source,
@@ -216,7 +216,7 @@ class Diffusion:
     def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
         return {}
 
-    def deployable(self, model: nn.Module, batch_size: int) -> Deployable:
+    def exportable(self, model: nn.Module, batch_size: int) -> ExportableModel:
         """From ``sample`` ``[B, C, H, W]``, ``timestep`` and ``class_labels`` ``[B]``; see :meth:`forward`."""
         rng = generator(0, "deployable")
         drawn = {
@@ -224,7 +224,7 @@ class Diffusion:
             "timestep": rng.integers(0, len(self.alphas), batch_size),
             "class_labels": rng.integers(0, self.classes + 1, batch_size),
         }
-        return Deployable(Denoiser(model), {name: torch.from_numpy(v) for name, v in drawn.items()}, "noise_pred")
+        return ExportableModel(Denoiser(model), {name: torch.from_numpy(v) for name, v in drawn.items()}, "noise_pred")
 
     def clean(self, images: Tensor, drawn: np.ndarray) -> Tensor:
         """x₀ of real images; ``drawn``: normal noise ``[B, C, H, W]`` for an autoencoder."""

@@ -15,7 +15,7 @@ GREY = 128  # between pictures
 CHUNK = 8  # images that an autoencoder works on at a time
 
 
-class Space:
+class PixelSpace:
     """Pixels as they are.
 
     Attributes:
@@ -33,7 +33,7 @@ class Space:
         return samples.clamp(-1, 1)
 
 
-class Latents(Space):
+class VAELatents(PixelSpace):
     """The latent space of a diffusers ``AutoencoderKL``, scaled to unit variance.
 
     Args:
@@ -76,7 +76,7 @@ class Latents(Space):
         return torch.cat(parts).float().clamp(-1, 1)
 
 
-class Bank:
+class GeneratedDataset:
     """Samples in the place of a training split: x₀ ``[count, C, H, W]`` and labels ``[count]``, on the CPU.
 
     It is an :class:`~maskllm4v.data.ImageData` of one split; its images need no encoding.
@@ -94,7 +94,7 @@ class Bank:
     ) -> Tensor:
         return self.samples[torch.from_numpy(indices[part])]
 
-    def resized(self, size: int) -> Bank:
+    def resized(self, size: int) -> GeneratedDataset:
         raise NotImplementedError("samples have one size")
 
 

@@ -25,7 +25,7 @@ ENVIRONMENT = {
 }
 
 
-def pin() -> None:
+def pin_kernels() -> None:
     """Set the environment; call before numpy and torch are imported.
 
     Raises:
@@ -33,9 +33,9 @@ def pin() -> None:
     """
     early = [name for name in ("numpy", "torch") if name in sys.modules]
     if early and any(os.environ.get(key) != value for key, value in ENVIRONMENT.items()):
-        raise RuntimeError(f"exact.pin() has to come before the import of {' and '.join(early)}")
+        raise RuntimeError(f"pin_kernels() has to come before the import of {' and '.join(early)}")
     os.environ.update(ENVIRONMENT)
-    if not promised():
+    if not is_supported():
         print(
             "exact: bit-identical results are promised on x86-64 with AVX2 only, not on this machine", file=sys.stderr
         )
@@ -55,7 +55,7 @@ def pin_torch() -> None:
     portable.install()
 
 
-def promised() -> bool:
+def is_supported() -> bool:
     """Whether this machine is one for which exactness is claimed."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
