@@ -108,9 +108,8 @@ def _row(kind: str, count: int, before: Timing, after: Timing) -> dict[str, Any]
 
 def _source(experiment: Experiment, row: str) -> str | None:
     """The row that a row is made from, the dense one aside."""
-    if row in experiment.updated:
-        return experiment.updated[row].masks
-    return experiment.learned[row].prior if row in experiment.learned else None
+    source = experiment.row(row).source
+    return None if source is None else source.key
 
 
 def _sources(experiment: Experiment, rows: set[str]) -> set[str]:

@@ -43,8 +43,8 @@ class Rows:
 
     def cost(self, row: str) -> dict[str, float | int]:
         """``seconds``, the median, and ``n``, of a row that is not dense; none for masks that another row has."""
-        kind = self.experiment.kind(row)
-        if kind == "updated" and not self.experiment.updates_weights(row):
+        kind = self.experiment.row(row).kind
+        if kind == "updated" and not self.experiment.row(row).updates_weights:
             return {"seconds": 0.0, "n": 0}
         if kind == "oneshot":
             timing, factor = self._time(row, self._model, self._prune), 1
@@ -52,7 +52,7 @@ class Rows:
             timing, factor = self._time(row, partial(self._masked, row), self._update), 1
         else:
             training: Any = (self.experiment.learned if kind == "learned" else self.experiment.finetuned)[row]
-            masked = self.experiment.pattern_of(row)
+            masked = self.experiment.row(row).pattern
             key = f"{kind} {masked} {training.model_dump(exclude=TIMELESS)}"
             if key not in self._steps:
                 self._steps[key] = self._train(row, training)
@@ -80,7 +80,8 @@ class Rows:
     def _masked(self, row: str) -> nn.Module:
         """A model under the masks that those of a row go back to; which ones they are takes no time."""
         model = self._model()
-        self._prune(model, self.experiment.oneshot_row(row) or "")
+        if (first := self.experiment.row(row).oneshot) is not None:
+            self._prune(model, first.key)
         return model
 
     def _update(self, model: nn.Module, row: str) -> Any:
@@ -94,7 +95,7 @@ class Rows:
         )
 
     def _prune(self, model: nn.Module, row: str) -> Any:
-        settings, pattern = self.experiment.priors[row], self.experiment.pattern_of(row) or ""
+        settings, pattern = self.experiment.priors[row], self.experiment.row(row).pattern or ""
         layers: Any = {"exclude": self.experiment.model.excluded_layers, "on_misfit": self.experiment.model.on_misfit}
         if settings.permutation == "greedy":
             shown = self.task.calibration(settings.batch_size, 0) if calibrates(settings.method) else None
@@ -111,14 +112,14 @@ class Rows:
 
     def _train(self, row: str, training: LearnedSettings | FinetunedSettings) -> Timing:
         """Seconds a step, in the training loop itself with all its bookkeeping."""
-        model, start = self._model(), self.experiment.oneshot_row(row)
-        masks = (
-            None if start is None else self._prune(model if row in self.experiment.finetuned else self._model(), start)
-        )
+        model, start = self._model(), self.experiment.row(row).oneshot
+        masks = None
+        if start is not None:
+            masks = self._prune(model if row in self.experiment.finetuned else self._model(), start.key)
         learner: TrainTarget
         if isinstance(training, LearnedSettings):
             how = training.model_dump(include={"init", "hard", "gate"})
-            make_learnable(model, masks, pattern=self.experiment.pattern_of(row) or "", **how)
+            make_learnable(model, masks, pattern=self.experiment.row(row).pattern or "", **how)
             teacher = self._model().eval() if training.weights == "updated" else None
             learner = MaskLearner(model, self.task, training, prior=masks, row=row, on_point=None, teacher=teacher)
         else:

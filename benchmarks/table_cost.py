@@ -85,7 +85,7 @@ def measure(table: str, out: Path, repeats: int, *, quick: bool) -> None:
         torch.set_num_threads(stage_threads(experiment))
     rows, costs = Rows(experiment, device, repeats=repeats, quick=quick), dict[str, Any]()
     for row in experiment.rows:
-        if experiment.kind(row) != "dense":
+        if experiment.row(row).kind != "dense":
             costs[row] = rounded_row(dict(rows.cost(row)))
             print(f"{table}  {row:34}  {costs[row]['seconds']:9.4g} s  n = {costs[row]['n']}", flush=True)
     machine = {"hardware": hardware(device), "threads": torch.get_num_threads(), "versions": versions()}

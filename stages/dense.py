@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from maskllm4v.config import Experiment
+from maskllm4v.config import DenseRow, Experiment
 from maskllm4v.runs.paths import checkpoint, data_folder, judge_file
-from maskllm4v.utils.errors import ConfigError
 from stages.entry import run
 
 
@@ -17,8 +16,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.training.resume import forget, resume_of
     from maskllm4v.utils.processes import is_main
 
-    if experiment.kind(row) != "dense":
-        raise ConfigError(f"{row!r} is no dense row; allowed: {experiment.dense.row}")
+    made = experiment.row_of(DenseRow, row)
     task = open_task(experiment, data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
@@ -27,7 +25,7 @@ def main(experiment: Experiment, row: str) -> None:
         if is_main():
             save_dense(checkpoint(row, seed), model, experiment.model.name)
 
-    map_seeds(experiment, experiment.row_seeds(row), one)
+    map_seeds(experiment, made.seeds, one)
     if judge := experiment.judge:
         classifier = obtain_dense(judge, open_task(judge, data_folder(judge.data.name)), judge.seeds[0])
         if is_main():

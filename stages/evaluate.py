@@ -21,14 +21,15 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.utils.io import empty_folder, write_csv, write_text
     from maskllm4v.utils.processes import is_main
 
-    kind, seeds = experiment.kind(row), experiment.row_seeds(row)
+    evaluated = experiment.row(row)
+    kind, seeds = evaluated.kind, evaluated.seeds
     made = read_origin(experiment, row)
     task = open_task(experiment, paths.data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> Measured:
         dense = paths.checkpoint(experiment.dense.row, experiment.dense_seed(seed))
         masks = None if kind == "dense" else paths.checkpoint(row, seed)
-        return measure(experiment, task, seed, dense, masks, experiment.pattern_of(row))
+        return measure(experiment, task, seed, dense, masks, evaluated.pattern)
 
     measured = dict(zip(seeds, map_seeds(experiment, seeds, one), strict=True))
     if not is_main():
@@ -46,7 +47,7 @@ def main(experiment: Experiment, row: str) -> None:
     record = build_record(
         row=row,
         kind=kind,
-        settings=experiment.record_settings(row),
+        settings=evaluated.record_settings(),
         metrics={seed: found.metrics for seed, found in measured.items()},
         summaries={seed: found.summary for seed, found in measured.items()},
         inputs={

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from maskllm4v.config import Experiment
+from maskllm4v.config import Experiment, FinetunedRow
 from maskllm4v.runs.paths import checkpoint, cost_file, curve_file, data_folder, live_file
-from maskllm4v.utils.errors import ConfigError
 from stages.entry import run
 
 
@@ -23,9 +22,8 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.utils.io import write_json
     from maskllm4v.utils.processes import is_main
 
-    if experiment.kind(row) != "finetuned":
-        raise ConfigError(f"{row!r} is no fine-tuned row; allowed: {', '.join(experiment.finetuned) or '(none)'}")
-    settings, start = experiment.finetuned[row], experiment.mask_row(row)
+    tuned = experiment.row_of(FinetunedRow, row)
+    settings, start = tuned.settings, tuned.source
     task = open_task(experiment, data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
@@ -34,8 +32,8 @@ def main(experiment: Experiment, row: str) -> None:
         names = list(model.state_dict())
         found = MaskCheckpoint(None, {}, base, "finetuned", {}, prior={}, digest="")
         if start is not None:  # its mask, and its updated weights if it has any
-            found = load_masks(checkpoint(start, seed), pattern=experiment.pattern_of(row), base=base)
-            install(model, found, start)
+            found = load_masks(checkpoint(start.key, seed), pattern=tuned.pattern, base=base)
+            install(model, found, start.key)
         resume = resume_of(experiment, row, seed, manifest=task.data_digest, dense=base, start=found.digest)
         live = GrowingCurve(live_file(row, seed), CURVE_COLUMNS)
         curve, cost = finetune(model, task, settings, seed=seed, row=row, position=position, resume=resume, watch=live)
@@ -46,7 +44,7 @@ def main(experiment: Experiment, row: str) -> None:
             write_json(cost_file(row, seed), asdict(cost))
 
     with watched(experiment, row):
-        map_seeds(experiment, experiment.row_seeds(row), one)
+        map_seeds(experiment, tuned.seeds, one)
     write_origin(experiment, row)
     forget(row)
 

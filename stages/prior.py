@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from maskllm4v.config import Experiment
+from maskllm4v.config import Experiment, OneShotRow
 from maskllm4v.runs.paths import checkpoint, data_folder
-from maskllm4v.utils.errors import ConfigError
 from stages.entry import run
 
 
@@ -21,9 +20,8 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.tasks import open_task
     from maskllm4v.utils.processes import is_main
 
-    if experiment.kind(row) != "oneshot":
-        raise ConfigError(f"{row!r} is no one-shot row; allowed: {', '.join(experiment.priors)}")
-    settings, pattern = experiment.priors[row], NMPattern(experiment.pattern_of(row) or "")
+    oneshot = experiment.row_of(OneShotRow, row)
+    settings, pattern = oneshot.settings, NMPattern(oneshot.pattern or "")
     task = open_task(experiment, data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
@@ -49,7 +47,7 @@ def main(experiment: Experiment, row: str) -> None:
             made = MaskCheckpoint(pattern, masks, base, settings.method, weights, prior={}, permutations=permutations)
             save_masks(checkpoint(row, seed), made)
 
-    map_seeds(experiment, experiment.row_seeds(row), one)
+    map_seeds(experiment, oneshot.seeds, one)
     write_origin(experiment, row)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from maskllm4v.config import Experiment
+from maskllm4v.config import Experiment, LearnedRow
 from maskllm4v.runs.paths import checkpoint, cost_file, curve_file, data_folder, live_file
-from maskllm4v.utils.errors import ConfigError
 from stages.entry import run
 
 
@@ -25,9 +24,8 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.utils.io import write_json
     from maskllm4v.utils.processes import is_main
 
-    if experiment.kind(row) != "learned":
-        raise ConfigError(f"{row!r} is no learned row; allowed: {', '.join(experiment.learned)}")
-    settings, pattern = experiment.learned[row], experiment.pattern_of(row)
+    trained = experiment.row_of(LearnedRow, row)
+    settings, pattern = trained.settings, trained.pattern
     task = open_task(experiment, data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
@@ -36,7 +34,7 @@ def main(experiment: Experiment, row: str) -> None:
         source = task if settings.inputs == "data" else task.generated(model, seed)
         prior = load_masks(checkpoint(settings.prior, seed), pattern=pattern, base=base)
         apply_permutations_(model, prior.permutations)
-        hybrid = settings.weights == "updated"
+        hybrid = trained.updates_weights
         teacher = start_from_updated_(model, prior, distillation=settings.distillation) if hybrid else None
         how = settings.model_dump(include={"prior_strength", "gate_std", "init", "hard", "gate"})
         make_learnable(model, prior.masks, pattern=pattern or "", seed=seed, **how)
@@ -61,7 +59,7 @@ def main(experiment: Experiment, row: str) -> None:
             write_json(cost_file(row, seed), asdict(learned.cost))
 
     with watched(experiment, row):
-        map_seeds(experiment, experiment.row_seeds(row), one)
+        map_seeds(experiment, trained.seeds, one)
     write_origin(experiment, row)
     forget(row)
 

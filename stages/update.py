@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from maskllm4v.config import Experiment
+from maskllm4v.config import Experiment, UpdatedRow
 from maskllm4v.runs.paths import checkpoint, data_folder
-from maskllm4v.utils.errors import ConfigError
 from stages.entry import run
 
 
@@ -20,9 +19,8 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.tasks import open_task
     from maskllm4v.utils.processes import is_main
 
-    if experiment.kind(row) != "updated":
-        raise ConfigError(f"{row!r} is no updated row; allowed: {', '.join(experiment.updated) or '(none)'}")
-    settings, pattern = experiment.updated[row], experiment.pattern_of(row) or ""
+    updated = experiment.row_of(UpdatedRow, row)
+    settings, pattern = updated.settings, updated.pattern or ""
     task = open_task(experiment, data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
@@ -32,7 +30,7 @@ def main(experiment: Experiment, row: str) -> None:
         found = load_masks(checkpoint(settings.masks, seed), pattern=pattern, base=base)  # not its weights, if any
         apply_permutations_(model, found.permutations)
         made = replace(found, weights={})
-        if settings.update != "none":
+        if updated.updates_weights:
             update_weights_(
                 apply_masks_(model, found.masks, pattern),
                 settings.update,
@@ -45,7 +43,7 @@ def main(experiment: Experiment, row: str) -> None:
         if is_main():
             save_masks(checkpoint(row, seed), made)
 
-    map_seeds(experiment, experiment.row_seeds(row), one)
+    map_seeds(experiment, updated.seeds, one)
     write_origin(experiment, row)
 
 

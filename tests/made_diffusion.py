@@ -57,12 +57,12 @@ def metrics(experiment: Experiment, row: str, seed: int, judged: bool = True) ->
     number = list(experiment.rows).index(row)
     found = {"eps_mse": 0.05 + 0.01 * number + 0.002 * seed}
     found |= {f"eps_mse/t{t:04d}": found["eps_mse"] * 40 / t for t in TIMESTEPS}
-    if experiment.kind(row) != "dense":
+    if experiment.row(row).kind != "dense":
         found |= {"dense_mse": 0.003 * number + 0.0004 * seed}
         found |= {f"dense_mse/t{t:04d}": found["dense_mse"] * 20 / t for t in TIMESTEPS}
     if judged:
         found |= {"accuracy": 90.0 - 3 * number + seed, "fd": 2.5 + number + seed / 4, "kd": 0.0123 * (number + 1)}
-    if judged and experiment.kind(row) == "dense":
+    if judged and experiment.row(row).kind == "dense":
         found["judge_accuracy"] = 96.37 + seed
     return found
 
@@ -77,11 +77,11 @@ def make_records(experiment: Experiment, reports: Path, *, judged: bool = True, 
     """Write records, diagnostics, pictures and curves of all rows; returns ``reports``."""
     table = experiment.table
     for row in experiment.rows:
-        seeds = experiment.row_seeds(row)
+        seeds = experiment.row(row).seeds
         record = build_record(
             row=row,
-            kind=experiment.kind(row),
-            settings=experiment.record_settings(row),
+            kind=experiment.row(row).kind,
+            settings=experiment.row(row).record_settings(),
             metrics={seed: metrics(experiment, row, seed, judged) for seed in seeds},
             summaries={seed: {} for seed in seeds},
             inputs={"manifest": "ab" * 32, "dense": [f"dense{seed}" for seed in seeds], "masks": []},
@@ -93,7 +93,7 @@ def make_records(experiment: Experiment, reports: Path, *, judged: bool = True, 
         write_csv(layers_file(table, row, reports), ("seed", "layer"), [])
         if pictured:
             write_picture(picture_file(table, row, "samples", reports), picture(experiment, row))
-        if experiment.kind(row) == "learned":
+        if experiment.row(row).kind == "learned":
             for seed in seeds:
                 points = [(step, *(seed + 1 / (step + k) for k in range(1, len(CURVE)))) for step in range(0, 10, 5)]
                 write_curve(curve_file(table, row, seed, reports), CURVE, points)

@@ -36,18 +36,18 @@ def metrics(experiment: Experiment, row: str, seed: int) -> dict[str, float]:
         "nll": 0.5 - 0.01 * number + 0.02 * seed,
         "ece": 5.0 - 0.25 * number - seed,
     }
-    return found if experiment.kind(row) == "dense" else {**found, "agreement": 90.0 + number / 8 + seed}
+    return found if experiment.row(row).kind == "dense" else {**found, "agreement": 90.0 + number / 8 + seed}
 
 
 def make_records(experiment: Experiment, reports: Path, rows: Iterable[str] | None = None) -> Path:
     """Write records, diagnostics and curves of some rows, by default all; returns ``reports``."""
     for row in experiment.rows if rows is None else rows:
-        kind, seeds = experiment.kind(row), experiment.row_seeds(row)
+        kind, seeds = experiment.row(row).kind, experiment.row(row).seeds
         measured = {seed: metrics(experiment, row, seed) for seed in seeds}
         record = build_record(
             row=row,
             kind=kind,
-            settings=experiment.record_settings(row),
+            settings=experiment.row(row).record_settings(),
             metrics=measured,
             summaries={seed: {"top1": values["top1"]} for seed, values in measured.items()},
             inputs={"manifest": "ab" * 32, "dense": [f"dense{seed}" for seed in seeds], "masks": []},

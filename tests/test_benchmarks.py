@@ -228,7 +228,7 @@ def test_table_cost_runs_and_keeps_other_tables(tmp_path: Path) -> None:
     assert set(found["rows"]) == set(experiment.rows) - {experiment.dense.row}
     for row, cost in found["rows"].items():
         assert cost["n"] == 1
-        assert cost["seconds"] > (1.0 if experiment.kind(row) == "learned" else 0.0)  # 800 steps
+        assert cost["seconds"] > (1.0 if experiment.row(row).kind == "learned" else 0.0)  # 800 steps
 
 
 def test_rows_of_all_kinds_cost_something(monkeypatch: pytest.MonkeyPatch) -> None:

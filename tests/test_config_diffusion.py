@@ -160,11 +160,11 @@ def test_distillation_is_the_default_where_learning_is_left_out() -> None:
 
 def test_inputs_are_written_down_only_where_they_are_made() -> None:
     found = parse_experiment(params())
-    assert "inputs" not in found.row_settings("one")["prior"]
-    assert "inputs" not in found.row_settings("own")["learning"]
-    assert found.row_settings("made")["prior"]["inputs"] == "generated"
-    assert found.row_settings("nodata")["learning"]["inputs"] == "generated"
-    assert found.row_settings("fixed")["update"]["inputs"] == "generated"
+    assert "inputs" not in found.row("one").made_with()["prior"]
+    assert "inputs" not in found.row("own").made_with()["learning"]
+    assert found.row("made").made_with()["prior"]["inputs"] == "generated"
+    assert found.row("nodata").made_with()["learning"]["inputs"] == "generated"
+    assert found.row("fixed").made_with()["update"]["inputs"] == "generated"
     assert parse_experiment(found.model_dump()) == found
 
 
@@ -198,16 +198,16 @@ def test_row_settings_change_with_what_a_row_depends_on(path: str, value: Any, r
 def test_records_depend_on_how_rows_are_measured_and_rows_do_not() -> None:
     found = parse_experiment(params())
     for row in found.rows:
-        settings = found.record_settings(row)
+        settings = found.row(row).record_settings()
         assert settings.pop("evaluation") == found.evaluation.model_dump(mode="json")
-        assert settings == found.row_settings(row)
+        assert settings == found.row(row).made_with()
         assert json.loads(json.dumps(settings)) == settings
     assert moved(params(), changed("evaluation.steps", 9), of="record_settings") == set(found.rows)
 
 
 def test_records_of_classification_hold_row_settings_alone() -> None:
     found = parse_experiment(classification())
-    assert all(found.record_settings(row) == found.row_settings(row) for row in found.rows)
+    assert all(found.row(row).record_settings() == found.row(row).made_with() for row in found.rows)
 
 
 @pytest.mark.parametrize("table", ["digits", "cifar10"])
@@ -217,7 +217,7 @@ def test_committed_records_are_of_the_present_settings(table: str) -> None:
     assert list(current) == list(found.rows)
     for row in found.rows:
         record = read_json(record_file(table, row, ROOT / "reports"))
-        assert record["settings"] == found.record_settings(row)
+        assert record["settings"] == found.row(row).record_settings()
         assert record["settings_digest"] == value_digest(record["settings"])
 
 

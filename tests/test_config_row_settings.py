@@ -14,7 +14,7 @@ from maskllm4v.utils.errors import ConfigError
 
 def test_kind_of_every_row() -> None:
     found = parse_experiment(params())
-    assert {row: found.kind(row) for row in found.rows} == {
+    assert {row: found.row(row).kind for row in found.rows} == {
         "dense": "dense",
         "one": "oneshot",
         "own": "learned",
@@ -26,7 +26,7 @@ def test_kind_of_every_row() -> None:
     with pytest.raises(
         ConfigError, match="no row 'other' in this experiment; allowed: dense, one, own, plain, better, tuned, more"
     ):
-        found.kind("other")
+        found.row("other")
 
 
 def test_masks_and_patterns_of_every_row() -> None:
@@ -37,21 +37,25 @@ def test_masks_and_patterns_of_every_row() -> None:
     raw["learned"]["last"], raw["rows"]["last"] = {"prior": "best", "weights": "updated"}, "Last"
     raw["rows"]["best"] = "Best"
     found = parse_experiment(raw)
-    assert {row: found.mask_row(row) for row in found.rows} == {
-        **{"dense": None, "one": "one", "own": "one", "plain": "eight"},
-        **{"tuned": "one", "more": None, "eight": "eight", "better": "one", "best": "plain", "last": "best"},
+    assert {row.key: None if row.source is None else row.source.key for row in found.all_rows} == {
+        **{"dense": None, "one": None, "own": "one", "plain": "eight"},
+        **{"tuned": "one", "more": None, "eight": None, "better": "one", "best": "plain", "last": "best"},
     }
-    assert {row: found.oneshot_row(row) for row in found.rows} == {
+    assert {row.key: row.start for row in found.all_rows if row.kind == "finetuned"} == {
+        "tuned": "one",
+        "more": "dense",
+    }
+    assert {row.key: None if row.oneshot is None else row.oneshot.key for row in found.all_rows} == {
         **{"dense": None, "one": "one", "own": "one", "plain": "eight"},
         **{"tuned": "one", "more": None, "eight": "eight", "better": "one", "best": "eight", "last": "eight"},
     }
-    assert {row: found.pattern_of(row) for row in found.rows} == {
+    assert {row: found.row(row).pattern for row in found.rows} == {
         **{"dense": None, "one": "2:4", "own": "2:4", "plain": "4:8"},
         **{"tuned": "2:4", "more": None, "eight": "4:8", "better": "2:4", "best": "4:8", "last": "4:8"},
     }
-    assert [row for row in found.rows if found.updates_weights(row)] == ["better", "tuned", "more", "last", "best"]
+    assert [row for row in found.rows if found.row(row).updates_weights] == ["better", "tuned", "more", "last", "best"]
     with pytest.raises(ConfigError, match="no row 'x'"):
-        found.mask_row("x")
+        found.row("x")
 
 
 @pytest.mark.parametrize(
@@ -66,9 +70,9 @@ def test_masks_and_patterns_of_every_row() -> None:
 def test_dense_model_of_a_seed(dense: dict[str, Any], seeds: list[int]) -> None:
     found = parse_experiment({**params(), "seeds": [3, 1], "dense": {"row": "dense", **dense}})
     assert [found.dense_seed(seed) for seed in found.seeds] == seeds
-    assert found.row_seeds("dense") == list(dict.fromkeys(seeds))
+    assert found.row("dense").seeds == list(dict.fromkeys(seeds))
     for row in ("one", "own", "better", "tuned", "more"):
-        assert found.row_seeds(row) == [3, 1]
+        assert found.row(row).seeds == [3, 1]
 
 
 @pytest.mark.parametrize(("sets", "expected"), [(1, [0, 0, 0]), (2, [0, 1, 0]), (3, [0, 1, 2]), (5, [0, 1, 2])])
@@ -93,7 +97,7 @@ COMMON = {"table", "exact", "seeds", "data", "task", "model", "dense"}
     ],
 )
 def test_row_settings_are_plain_and_complete(row: str, keys: set[str]) -> None:
-    found = parse_experiment(params()).row_settings(row)
+    found = parse_experiment(params()).row(row).made_with()
     assert set(found) == keys
     assert json.loads(json.dumps(found)) == found
     sections = {"prior": "priors.one", "learning": "learned.own", "finetuning": "finetuned.tuned"}
@@ -142,17 +146,18 @@ CHANGES = [
 def test_row_settings_change_with_what_a_row_depends_on(path: str, value: Any, rows: str) -> None:
     before, after = parse_experiment(params()), parse_experiment(changed(path, value))
     assert before != after
-    moved = {row for row in before.rows if before.row_settings(row) != after.row_settings(row)}
+    moved = {row for row in before.rows if before.row(row).made_with() != after.row(row).made_with()}
     assert moved == set(rows.split())
 
 
 def test_gate_is_written_down_only_where_it_is_not_the_default() -> None:
-    assert parse_experiment(changed("learned.own.gate", "candidates")).row_settings("own") == parse_experiment(
-        params()
-    ).row_settings("own")
+    assert (
+        parse_experiment(changed("learned.own.gate", "candidates")).row("own").made_with()
+        == parse_experiment(params()).row("own").made_with()
+    )
     found = parse_experiment(changed("learned.own.gate", "positions"))
-    assert found.row_settings("own")["learning"]["gate"] == "positions"
-    assert "gate" not in found.row_settings("plain")["learning"]
+    assert found.row("own").made_with()["learning"]["gate"] == "positions"
+    assert "gate" not in found.row("plain").made_with()["learning"]
 
 
 OTHER = {float: 0.25, int: 11, bool: True, str: "x", tuple: [0.125, 0.5]}
@@ -177,7 +182,7 @@ def test_no_setting_of_a_made_row_reaches_another(row: str, key: str) -> None:
         raw[section][name].pop("steps", None)
     raw[section][name][key] = other_value(key, now)
     after = parse_experiment(raw)
-    moved = {row for row in before.rows if before.row_settings(row) != after.row_settings(row)}
+    moved = {row for row in before.rows if before.row(row).made_with() != after.row(row).made_with()}
     assert moved == {name}
 
 
@@ -212,9 +217,9 @@ def test_settings_of_a_chain_hold_all_before_them(section: str, change: dict[str
     rows, name = ["two", *CHAIN], section.split(".")[1]
     raw[section.split(".")[0]][name] |= change
     after = parse_experiment(raw)
-    moved = [row for row in after.rows if before.row_settings(row) != after.row_settings(row)]
+    moved = [row for row in after.rows if before.row(row).made_with() != after.row(row).made_with()]
     assert moved == rows[rows.index(name) :]
-    last = after.row_settings("fourth")
+    last = after.row("fourth").made_with()
     assert json.loads(json.dumps(last)) == last
     assert last["start"]["learning"]["weights"] == "updated"
 
@@ -237,7 +242,7 @@ def test_no_setting_of_a_prior_reaches_rows_without_it(key: str) -> None:
     before = parse_experiment(raw)
     raw["priors"]["two"][key] = other_value(key, getattr(before.priors["two"], key))
     after = parse_experiment(raw)
-    moved = {row for row in before.rows if before.row_settings(row) != after.row_settings(row)}
+    moved = {row for row in before.rows if before.row(row).made_with() != after.row(row).made_with()}
     assert moved == {"two", "own"}
 
 
@@ -250,13 +255,13 @@ def other_value(key: str, now: Any) -> Any:
 def test_permutation_is_written_down_only_where_there_is_one() -> None:
     raw = params()
     raw["priors"]["one"]["permutation"] = "none"
-    assert parse_experiment(raw).row_settings("one") == parse_experiment(params()).row_settings("one")
+    assert parse_experiment(raw).row("one").made_with() == parse_experiment(params()).row("one").made_with()
     permuted = parse_experiment(changed("priors.one.permutation", "greedy"))
-    assert permuted.row_settings("own")["prior"]["permutation"] == "greedy"
+    assert permuted.row("own").made_with()["prior"]["permutation"] == "greedy"
     assert parse_experiment(permuted.model_dump()) == permuted
     assert fault(changed("priors.one.permutation", "best")).startswith("params.yaml: priors.one.permutation is 'best'")
 
 
 def test_row_settings_of_an_unknown_row_are_refused() -> None:
     with pytest.raises(ConfigError, match="no row 'x'"):
-        parse_experiment(params()).row_settings("x")
+        parse_experiment(params()).row("x").made_with()

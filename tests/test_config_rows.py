@@ -315,4 +315,4 @@ def test_wide_patterns_with_a_logit_a_position() -> None:
     raw = params()
     too_many_candidates(raw)
     raw["learned"] = {row: {**learned, "gate": "positions"} for row, learned in raw["learned"].items()}
-    assert parse_experiment(raw).pattern_of("own") == "8:16"
+    assert parse_experiment(raw).row("own").pattern == "8:16"

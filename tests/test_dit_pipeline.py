@@ -129,7 +129,7 @@ def test_records_hold_what_was_measured(made: Path) -> None:
         wanted = LOSS | JUDGED | ({"judge_accuracy"} if row == "dense" else DISTANCE)
         assert set(found["metrics"]["0"]) == wanted
         assert all(np.isfinite(list(found["metrics"]["0"].values())))
-        assert found["settings"] == experiment.record_settings(f"small-{row}")
+        assert found["settings"] == experiment.row(f"small-{row}").record_settings()
         assert found["summaries"]["0"] == {}
     assert record(made, "nodata")["settings"]["learning"]["distillation"] == 1.0
     counts = record(made, "nodata")["parameters"]

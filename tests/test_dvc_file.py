@@ -35,9 +35,9 @@ def test_entry_names_the_best_row(table: str) -> None:
     assert best is not None
     assert entry["path"] == f"artifacts/{best}"
     assert entry["type"] == "model"
-    assert {experiment.pattern_of(best), "masks", experiment.task.name} <= set(entry["labels"])
-    assert f"table {table}, {experiment.pattern_of(best)} " in entry["desc"]
-    assert ("weights" in entry["labels"]) is experiment.updates_weights(best)
+    assert {experiment.row(best).pattern, "masks", experiment.task.name} <= set(entry["labels"])
+    assert f"table {table}, {experiment.row(best).pattern} " in entry["desc"]
+    assert ("weights" in entry["labels"]) is experiment.row(best).updates_weights
 
 
 # Plots

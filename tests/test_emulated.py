@@ -49,7 +49,7 @@ def test_all_bytes_are_equal(cpu: str, result: Result) -> None:
 def test_every_row_was_made_and_measured(table: str, cpu: str, result: Result) -> None:
     makers = {"dense": "dense", "oneshot": "prior", "learned": "train", "updated": "update", "finetuned": "finetune"}
     experiment, found = TABLES[table], result.of_table(table, cpu)
-    wanted = {f"{makers[experiment.kind(row)]}@{row}" for row in experiment.rows}
+    wanted = {f"{makers[experiment.row(row).kind]}@{row}" for row in experiment.rows}
     wanted |= {f"evaluate@{row}" for row in experiment.rows} | {f"export@{row}" for row in experiment.exports}
     assert found.keys() == wanted | {f"prepare@{experiment.data.name}"}
     assert all(outcome.digest for outcome in found.values())

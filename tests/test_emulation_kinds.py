@@ -190,7 +190,7 @@ def test_every_method_option_and_loss_of_the_tables_is_run() -> None:
                 for other, p in experiment.priors.items()
                 if (p.method, p.update_weights, p.permutation)
                 == (prior.method, prior.update_weights, prior.permutation)
-                and experiment.pattern_of(other) == experiment.pattern_of(row)
+                and experiment.row(other).pattern == experiment.row(row).pattern
             ]
             assert keys & set(same), (table, row)
         for row, learned in experiment.learned.items():
@@ -199,7 +199,7 @@ def test_every_method_option_and_loss_of_the_tables_is_run() -> None:
                 for other, o in experiment.learned.items()
                 if (o.gate, o.init, o.distillation, o.inputs, o.weights)
                 == (learned.gate, learned.init, learned.distillation, learned.inputs, learned.weights)
-                and experiment.pattern_of(other) == experiment.pattern_of(row)
+                and experiment.row(other).pattern == experiment.row(row).pattern
             ]
             assert keys & set(same), (table, row)
         for row, updated in experiment.updated.items():

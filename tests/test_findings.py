@@ -55,7 +55,9 @@ def test_linked_files_exist() -> None:
 
 def test_tables_compare_patterns_with_the_long_learned_row() -> None:
     tables = experiments(ROOT)
-    found = {(table, tables[table].pattern_of(row), tables[table].kind(row)) for table, row in MARKER.findall(FINDINGS)}
+    found = {
+        (table, tables[table].row(row).pattern, tables[table].row(row).kind) for table, row in MARKER.findall(FINDINGS)
+    }
     wanted = {("digits", "2:4"), ("cifar10", "2:4"), ("cifar10", "1:4"), ("digits_patterns", "1:4")}
     assert {(*one, "learned") for one in wanted} <= found
 
@@ -77,13 +79,13 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         spread = (sum((one - mean) ** 2 for one in found) / 2) ** 0.5
         assert delta == ("0" if row == LONG else f"{mean:+.2f} ± {spread:.2f}")
         assert f"../reports/digits/runs/{row}/evaluation/record.json" in name
-        assert (update == "✔") == DIGITS.updates_weights(row)
+        assert (update == "✔") == DIGITS.row(row).updates_weights
 
 
 def test_steps_and_costs_are_those_of_the_whole_way() -> None:
     updated = "digits-maskllm-long-ls"
-    assert DIGITS.chain(updated) == [updated, LONG, "digits-magnitude"]
-    assert DIGITS.chain("digits-dense") == ["digits-dense"]
+    assert [row.key for row in DIGITS.row(updated).chain] == [updated, LONG, "digits-magnitude"]
+    assert [row.key for row in DIGITS.row("digits-dense").chain] == ["digits-dense"]
     lengths = [trained_length(DIGITS, row, "steps") for row in ("digits-magnitude", LONG, updated)]
     assert lengths == [0.0, 800.0, 800.0]
     costs = {updated: 1.0, LONG: 20.0, "digits-magnitude": 300.0}

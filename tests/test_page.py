@@ -82,7 +82,7 @@ def test_best_of_the_sparse_rows_are_marked(tmp_path: Path) -> None:
     """Of the made records each row is better than the one before, and top-5 is the same in all."""
     experiment = with_controls()
     found = marked_best(page_of(experiment, make_records(experiment, tmp_path)))
-    sparse = {row for row in experiment.rows if experiment.pattern_of(row)}
+    sparse = {row for row in experiment.rows if experiment.row(row).pattern}
     best = {"digits-magnitude-more"}  # the last one of the sparse rows
     assert found == {
         "top1": found["delta"],

@@ -52,12 +52,12 @@ def test_tiles_show_both_masks_and_frame_what_changed(table: str, pages: dict[st
             for old, new in zip(found["before"], found["after"], strict=True)
             for start in range(0, len(old), m)
         ]
-        start = experiment.mask_row(row)
-        assert start is not None
+        source = experiment.row(row).source
+        assert source is not None
         pattern = (
-            f"{found['pattern']} " if len({experiment.pattern_of(r) for r in experiment.rows} - {None}) > 1 else ""
+            f"{found['pattern']} " if len({experiment.row(r).pattern for r in experiment.rows} - {None}) > 1 else ""
         )
-        label = f"{pattern}{experiment.rows[row]} ← {experiment.rows[start]}"
+        label = f"{pattern}{experiment.rows[row]} ← {source.label}"
         for side, mask in (("before, the prior's mask", "before"), ("after learning", "after")):
             paths = [e.attributes for e in page.inside(by_title[label, side]) if e.tag == "path"]
             (frames,) = [path["d"] for path in paths if path.get("class") == "changed"]

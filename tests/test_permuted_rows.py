@@ -224,8 +224,8 @@ def test_rows_without_permutation_are_as_they_were(here: Experiment) -> None:
     tensors = load_verified(checkpoint("plain", 0), "masks")[0]
     assert not load_masks(checkpoint("plain", 0)).permutations
     assert {name.partition(".")[0] for name in tensors} == {"mask"}
-    assert "permutation" not in here.row_settings("plain")["prior"]
-    settings = {row: here.row_settings(row) for row in PERMUTED}
+    assert "permutation" not in here.row("plain").made_with()["prior"]
+    settings = {row: here.row(row).made_with() for row in PERMUTED}
     settings["hybrid"] = settings["hybrid"]["start"]
     assert {row: found["prior"]["permutation"] for row, found in settings.items()} == dict.fromkeys(PERMUTED, "greedy")
 

@@ -214,7 +214,7 @@ def changed(lr: float) -> Params:
 def state_file(folder: Path, params: Params) -> Path:
     """Where the state of these settings lies, if only they have one."""
     row = "tiny-averaged"
-    assert parse_experiment(params, "test").kind(row) == "learned"
+    assert parse_experiment(params, "test").row(row).kind == "learned"
     write_params(folder, params)
     assert run_stage(folder, "train", row, dies=Death(7)) == [-signal.SIGKILL], said(folder)
     return max(states(folder, row), key=lambda path: path.stat().st_mtime_ns)

@@ -82,7 +82,7 @@ def test_records_and_table_say_what_rows_are(made: Path) -> None:
     kinds = {"squares": "updated", "again": "updated", "hybrid": "learned"}
     for row, kind in kinds.items():
         record = read_json(made / "reports/small/runs" / f"small-{row}" / "evaluation/record.json")
-        assert (record["kind"], record["settings"]) == (kind, experiment.record_settings(f"small-{row}"))
+        assert (record["kind"], record["settings"]) == (kind, experiment.row(f"small-{row}").record_settings())
     table = (made / "reports/small/table.md").read_text().splitlines()
     cells = [[cell.strip(" *") for cell in line.split("|")[1:5]] for line in table if line.startswith("|")][2:]
     assert cells == [

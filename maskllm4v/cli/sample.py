@@ -116,7 +116,9 @@ def _models(a: argparse.Namespace, experiment: Experiment, task: Diffusion) -> I
         if seed not in experiment.seeds:
             raise ConfigError(f"no seed {seed}; allowed: {', '.join(map(str, experiment.seeds))}")
         dense = checkpoint(experiment.dense.row, experiment.dense_seed(seed))
-        masked = {row: checkpoint(row, seed) for row in a.rows or experiment.rows if experiment.kind(row) != "dense"}
+        masked = {
+            row: checkpoint(row, seed) for row in a.rows or experiment.rows if experiment.row(row).kind != "dense"
+        }
         files = {row: masked.get(row, dense) for row in a.rows or experiment.rows}
         names = {row: masked.get(row) for row, path in files.items() if a.rows or path.exists()}
         if not names:

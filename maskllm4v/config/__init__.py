@@ -12,8 +12,9 @@ from maskllm4v.config.diffusion import (
     JudgeSettings,
     SamplingSettings,
 )
-from maskllm4v.config.experiment import Experiment, Kind
+from maskllm4v.config.experiment import Experiment
 from maskllm4v.config.reading import PARAMS, load_experiment, parse_experiment
+from maskllm4v.config.rows import DenseRow, FinetunedRow, Kind, LearnedRow, OneShotRow, Row, UpdatedRow
 from maskllm4v.config.sections import (
     DataSettings,
     DenseSettings,
@@ -32,23 +33,29 @@ from maskllm4v.config.sections import (
 __all__ = [
     "PARAMS",
     "DataSettings",
+    "DenseRow",
     "DenseSettings",
     "DiTSettings",
     "DiffusionSettings",
     "EvaluationSettings",
     "Experiment",
     "ExportSettings",
+    "FinetunedRow",
     "FinetunedSettings",
     "Kind",
     "JudgeSettings",
+    "LearnedRow",
     "LearnedSettings",
     "LearningSettings",
     "ModelSettings",
+    "OneShotRow",
     "PriorSettings",
+    "Row",
     "RuntimeSettings",
     "SamplingSettings",
     "TaskSettings",
     "TrainingSettings",
+    "UpdatedRow",
     "UpdatedSettings",
     "load_experiment",
     "parse_experiment",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Container
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from maskllm4v.config.diffusion import (
     DiffusionSettings,
@@ -13,6 +14,7 @@ from maskllm4v.config.diffusion import (
     check_diffusion,
     default_learning,
 )
+from maskllm4v.config.rows import DenseRow, FinetunedRow, LearnedRow, OneShotRow, Row, UpdatedRow
 from maskllm4v.config.sections import (
     DataSettings,
     DenseSettings,
@@ -32,8 +34,6 @@ from maskllm4v.config.sections import (
 from maskllm4v.config.starts import check_patterns, check_starts
 from maskllm4v.utils.errors import ConfigError
 
-Kind = Literal["dense", "oneshot", "learned", "updated", "finetuned"]
-
 
 def _name_of(section: Any, default: str = "") -> str:
     name = section.get("name") if isinstance(section, dict) else getattr(section, "name", None)
@@ -48,6 +48,9 @@ AnyModel = Annotated[
     Annotated[ModelSettings, Tag("timm")] | Annotated[DiTSettings, Tag("DiT")],
     Discriminator(lambda model: "DiT" if _name_of(model) == "DiTTransformer2DModel" else "timm"),
 ]
+
+
+SomeRow = TypeVar("SomeRow", bound=Row)
 
 
 class Experiment(Settings):
@@ -98,15 +101,15 @@ class Experiment(Settings):
             if row in made:
                 raise ValueError(f"rows: {row!r} is made but not listed there; found {', '.join(self.rows)}")
             raise ValueError(f"rows: {row!r} is listed but made nowhere; made are {', '.join(sorted(made))}")
+        for row, finetuned in self.finetuned.items():
+            if finetuned.start != self.dense.row and finetuned.start not in self.priors:
+                allowed = ", ".join((self.dense.row, *self.priors))
+                raise ValueError(f"finetuned.{row}.start is {finetuned.start!r}; allowed: {allowed}")
         check_starts(self)
         check_patterns(self)
         for row, learned in self.learned.items():
             if learned.select == "best" and not self.data.holdout:
                 raise ValueError(f"learned.{row}.select is 'best', which needs data.holdout; never the reported split")
-        for row, finetuned in self.finetuned.items():
-            if finetuned.start != self.dense.row and finetuned.start not in self.priors:
-                allowed = ", ".join((self.dense.row, *self.priors))
-                raise ValueError(f"finetuned.{row}.start is {finetuned.start!r}; allowed: {allowed}")
         for section, rows in (("learned", self.learned), ("finetuned", self.finetuned)):
             for row, training in rows.items():
                 if training.steps is None and training.epochs is None:
@@ -114,9 +117,9 @@ class Experiment(Settings):
         for row, export in self.exports.items():
             if row not in self.rows:
                 raise ValueError(f"exports: {row!r} is no row; allowed: {', '.join(self.rows)}")
-            if self.mask_row(row) is None and (sparse := {"packed", "mask"} & set(export.formats)):
+            if self.row(row).pattern is None and (sparse := {"packed", "mask"} & set(export.formats)):
                 raise ValueError(f"exports.{row}.formats holds {min(sparse)!r}, but the row is dense")
-            if "mask" in export.formats and self.updates_weights(row):
+            if "mask" in export.formats and self.row(row).updates_weights:
                 raise ValueError(f"exports.{row}.formats holds 'mask', but the row's weights are updated, too")
         if self.task.eval_split == "holdout" and not self.data.holdout:
             raise ValueError("task.eval_split is 'holdout', which needs data.holdout")
@@ -162,116 +165,53 @@ class Experiment(Settings):
             runtime=self.runtime,
         )
 
-    def kind(self, row: str) -> Kind:
-        """What a row is.
+    def row(self, key: str) -> Row:
+        """The row of that name.
 
         Raises:
-            ConfigError: the table has no such row.
+            ConfigError: the table has none.
         """
-        if row == self.dense.row:
-            return "dense"
-        if row in self.priors:
-            return "oneshot"
-        if row in self.learned:
-            return "learned"
-        if row in self.updated:
-            return "updated"
-        if row in self.finetuned:
-            return "finetuned"
-        raise ConfigError(f"no row {row!r} in this experiment; allowed: {', '.join(self.rows)}")
+        if key == self.dense.row:
+            return DenseRow(key, self)
+        sections: dict[type[Row], Container[str]] = {
+            OneShotRow: self.priors,
+            LearnedRow: self.learned,
+            UpdatedRow: self.updated,
+            FinetunedRow: self.finetuned,
+        }
+        for kind, section in sections.items():
+            if key in section:
+                return kind(key, self)
+        raise ConfigError(f"no row {key!r} in this experiment; allowed: {', '.join(self.rows)}")
 
-    def mask_row(self, row: str) -> str | None:
-        """The row that a row's masks come or start from, a one-shot row being its own; None for dense weights."""
-        if self.kind(row) == "learned":
-            return self.learned[row].prior
-        if row in self.updated:
-            return self.updated[row].masks
-        start = self.finetuned[row].start if row in self.finetuned else row
-        return start if start in self.priors else None
+    def row_of(self, kind: type[SomeRow], key: str) -> SomeRow:
+        """The row of that name, which has to be of a kind.
 
-    def chain(self, row: str) -> list[str]:
-        """A row and those that its masks came through, the last one first."""
-        found = [row]
-        while (start := self.mask_row(found[-1])) is not None and start != found[-1]:
-            found.append(start)
-        return found
+        Raises:
+            ConfigError: the table has none, or it is of another kind.
+        """
+        row = self.row(key)
+        if not isinstance(row, kind):
+            allowed = ", ".join(row.key for row in self.all_rows if isinstance(row, kind)) or "(none)"
+            raise ConfigError(f"{key!r} is not a {kind.noun} row; allowed: {allowed}")
+        return row
 
-    def oneshot_row(self, row: str) -> str | None:
-        """The one-shot row at which the way of a row's masks begins; None for dense weights."""
-        first = self.chain(row)[-1]
-        return first if first in self.priors else None
-
-    def pattern_of(self, row: str) -> str | None:
-        """The N:M pattern of a row; None for dense weights."""
-        start = self.oneshot_row(row)
-        return None if start is None else self.priors[start].pattern or self.pattern
-
-    def updates_weights(self, row: str) -> bool:
-        """Whether a row has other weights than the dense model."""
-        kind = self.kind(row)
-        if kind == "learned":
-            return self.learned[row].weights == "updated"
-        if kind == "updated":
-            return self.updated[row].update != "none"
-        return kind == "finetuned" or (kind == "oneshot" and self.priors[row].update_weights)
+    @property
+    def all_rows(self) -> list[Row]:
+        """All rows, in the table's order."""
+        return [self.row(key) for key in self.rows]
 
     def dense_seed(self, seed: int) -> int:
         """Which seed's dense model a seed uses."""
         return self.seeds[0] if self.dense.shared or self.dense.init != "scratch" else seed
 
-    def row_seeds(self, row: str) -> list[int]:
-        """The seeds that a row has results of."""
-        return list(dict.fromkeys(map(self.dense_seed, self.seeds))) if self.kind(row) == "dense" else self.seeds
-
     def calibration_set(self, seed: int) -> int:
         """Which calibration set a seed uses."""
         return self.seeds.index(seed) % self.data.calibration_sets
 
-    def row_settings(self, row: str) -> dict[str, Any]:
-        """All settings that a row is made with, as plain values."""
-        found: dict[str, Any] = {
-            "table": self.table,
-            "exact": self.exact,
-            "seeds": self.seeds,
-            "data": self.data,
-            "task": self.task,
-            "model": self.model,
-            "dense": self.dense,
-        }
-        if pattern := self.pattern_of(row):
-            found["pattern"] = pattern
-        found |= self._steps(row)
-        return _plain(found)
-
-    def _steps(self, row: str) -> dict[str, Any]:
-        """Settings of what is done after the dense model: of a row itself, and of the row that it starts from."""
-        kind, start = self.kind(row), self.mask_row(row)
-        found: dict[str, Any] = {}
-        if start in self.priors:
-            found["prior"] = self.priors[start]
-        elif start is not None:
-            found["start"] = self._steps(start)
-        if kind == "learned":
-            found["learning"] = self.learned[row]
-        if kind == "updated":
-            found["update"] = self.updated[row]
-        if kind == "finetuned":
-            found["finetuning"] = self.finetuned[row]
-        return found
-
-    def record_settings(self, row: str) -> dict[str, Any]:
-        """All settings that a row's metrics depend on: those it is made with, and those it is measured with."""
-        found = self.row_settings(row)
-        if isinstance(self.task, DiffusionSettings):
-            found["evaluation"] = self.evaluation.model_dump(mode="json")
-        return found
-
-
-def _plain(value: Any) -> Any:
-    """Settings, in mappings of mappings, as plain values."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+    def measured_with(self) -> dict[str, Any]:
+        """Settings that metrics depend on beyond those that rows are made with, as plain values."""
+        return {"evaluation": self.evaluation.model_dump(mode="json")} if self.task.name == "diffusion" else {}
 
 
 def _merged(common: dict[str, Any], row: Any) -> Any:

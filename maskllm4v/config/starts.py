@@ -17,7 +17,7 @@ MAX_CANDIDATES, MAX_WIDE = (
 def check_patterns(experiment: Experiment) -> None:
     """Raise ``ValueError`` where a row's pattern is none, or learned with more logits than there may be."""
     for row in experiment.rows:
-        n, m = map(int, (experiment.pattern_of(row) or "1:2").split(":"))
+        n, m = map(int, (experiment.row(row).pattern or "1:2").split(":"))
         if not 1 <= n < m or (m > MAX_WIDE and math.comb(m, n) > MAX_CANDIDATES):
             raise ValueError(
                 f"pattern of {row} is '{n}:{m}'; allowed: N:M with 1 <= N < M and M <= {MAX_WIDE}, or few candidates"
@@ -37,16 +37,16 @@ def check_starts(experiment: Experiment) -> None:
         if start not in allowed:
             raise ValueError(f"{section}.{row}.{key} is {start!r}; allowed: {', '.join(allowed) or '(no priors)'}")
     for row in (*learned, *updated):
-        passed, source = [row], experiment.mask_row(row)
-        while source is not None and source not in priors:
-            if source in passed:
-                raise ValueError(f"{row}: its masks come from itself: {' ← '.join((*passed, source))}")
-            passed.append(source)
-            source = experiment.mask_row(source)
+        passed, source = [row], experiment.row(row).source
+        while source is not None:
+            if source.key in passed:
+                raise ValueError(f"{row}: its masks come from itself: {' ← '.join((*passed, source.key))}")
+            passed.append(source.key)
+            source = source.source
     for row, made in learned.items():
-        if made.weights == "updated" and not experiment.updates_weights(made.prior):
+        if made.weights == "updated" and not experiment.row(made.prior).updates_weights:
             raise ValueError(f"learned.{row}.weights is 'updated', but prior {made.prior!r} updates none")
-        if made.weights == "dense" and made.prior in updated and experiment.updates_weights(made.prior):
+        if made.weights == "dense" and made.prior in updated and experiment.row(made.prior).updates_weights:
             raise ValueError(
                 f"learned.{row}.prior is {made.prior!r}, whose weights are updated: say weights: updated, or name "
                 f"{updated[made.prior].masks!r}, which has the same masks"

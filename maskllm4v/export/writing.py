@@ -31,7 +31,7 @@ def folded_row(experiment: Experiment, task: Task, row: str, seed: int | None = 
         CheckpointError: a file is missing, damaged, or belongs to another model or pattern.
         ConfigError: there is no such row or seed.
     """
-    seeds = experiment.row_seeds(row)
+    seeds = experiment.row(row).seeds
     if seed is not None and seed not in seeds:
         raise ConfigError(f"row {row!r} has no seed {seed}; allowed: {', '.join(map(str, seeds))}")
     seed = seeds[0] if seed is None else seed
@@ -40,10 +40,10 @@ def folded_row(experiment: Experiment, task: Task, row: str, seed: int | None = 
     record = record_file(experiment.table, row)
     manifest, measured = task.data_digest, file_digest(record) if record.exists() else None
     args = experiment.model.args
-    if experiment.kind(row) == "dense":
+    if experiment.row(row).kind == "dense":
         return Folded(model.cpu(), {}, None, name, "dense", base, manifest=manifest, record=measured, args=args)
     path = checkpoint(row, seed)
-    found = load_masks(path, pattern=experiment.pattern_of(row), base=base)
+    found = load_masks(path, pattern=experiment.row(row).pattern, base=base)
     model, updated = fold_(install(model, found, str(path))).cpu(), bool(found.weights)
     about = (name, found.method, base, updated, manifest, measured, args)
     return Folded(model, found.masks, found.pattern, *about, found.permutations)
@@ -104,7 +104,7 @@ def write_row(experiment: Experiment, task: Task, row: str, folder: Path) -> dic
         listed.append({**facts, "bytes": path.stat().st_size, "sha256": file_digest(path)})
     return {
         "row": row,
-        "seed": experiment.row_seeds(row)[0],
+        "seed": experiment.row(row).seeds[0],
         "model": folded.name,
         "pattern": None if folded.pattern is None else str(folded.pattern),
         "layers": len(folded.masks),

@@ -23,13 +23,6 @@ from maskllm4v.utils.io import value_digest
 
 LOCK = "dvc.lock"
 RECORD = "evaluation/record.json"  # in a row's folder
-MAKERS: dict[str, Stage] = {  # the stage that makes a row's weights or masks, by kind
-    "dense": "dense",
-    "oneshot": "prior",
-    "learned": "train",
-    "updated": "update",
-    "finetuned": "finetune",
-}
 Files = Mapping[str, bytes]  # by path below the root
 
 
@@ -105,7 +98,7 @@ def artifact_digests(files: Files) -> dict[str, str]:
 def stages_of(experiment: Experiment, row: str) -> list[Stage]:
     """The stages that make a row."""
     exported: list[Stage] = ["export"] if row in experiment.exports else []
-    return [MAKERS[experiment.kind(row)], "evaluate", *exported]
+    return [experiment.row(row).stage, "evaluate", *exported]
 
 
 def stages_since(root: Path, experiment: Experiment, begin: float) -> int:
@@ -144,7 +137,7 @@ def _compare(experiment: Experiment, row: str, before: _State, now: _State, ran:
     if new is None and RECORD in now.files:
         raise _damaged(experiment, row)
     common: dict[str, Any] = {"committed": row_digest(before.files), "ran": ran}
-    if new is None or new["settings_digest"] != value_digest(experiment.record_settings(row)):
+    if new is None or new["settings_digest"] != value_digest(experiment.row(row).record_settings()):
         return Row(verdict="not made", **common)
     common |= {"here": row_digest(now.files), "artifacts": now.artifacts, "metrics": new["metrics"]}
     if not before.files:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from maskllm4v.config import Experiment
+from maskllm4v.config import Experiment, Row
 from maskllm4v.reporting.metrics import METRICS, by_timestep
 from maskllm4v.runs.records import read_records
 from maskllm4v.utils.io import value_digest
@@ -23,7 +23,7 @@ def current_records(experiment: Experiment, reports: Path) -> dict[str, dict[str
     return {
         row: found[row]
         for row in experiment.rows
-        if row in found and found[row]["settings_digest"] == value_digest(experiment.record_settings(row))
+        if row in found and found[row]["settings_digest"] == value_digest(experiment.row(row).record_settings())
     }
 
 
@@ -56,8 +56,8 @@ def aggregate(
     headline = task.headline.name
     dense = records.get(experiment.dense.row)
     lines = []
-    for row, label in experiment.rows.items():
-        line: dict[str, Any] = {"row": row, "label": label, **_describe(experiment, row)}
+    for row in experiment.rows:
+        line: dict[str, Any] = _describe(experiment.row(row))
         line["cost_seconds"] = (costs or {}).get(row, float("nan"))
         if row in records:
             measured = seed_metrics(records[row])
@@ -95,13 +95,7 @@ def best_row(experiment: Experiment, table: pd.DataFrame) -> str | None:
     return str(means.idxmax() if task.better == "higher" else means.idxmin())  # the first of equals
 
 
-def _describe(experiment: Experiment, row: str) -> dict[str, Any]:
-    kind: str = experiment.kind(row)
-    start = experiment.mask_row(row)
-    update = experiment.updates_weights(row)
-    prior = experiment.rows[start] if start is not None and start != row else None
-    if kind == "learned" and update:
-        kind = "hybrid"  # a mask learned on weights that are not the dense model's: never counted among frozen ones
-    elif kind == "updated" and not update and start is not None:
-        kind = experiment.kind(start)  # another row's masks on dense weights, wherever they were learned
-    return {"kind": kind, "pattern": experiment.pattern_of(row) or "dense", "update": update, "prior": prior}
+def _describe(row: Row) -> dict[str, Any]:
+    prior = None if row.source is None else row.source.label
+    found = {"kind": row.category, "pattern": row.pattern or "dense", "update": row.updates_weights, "prior": prior}
+    return {"row": row.key, "label": row.label, **found}

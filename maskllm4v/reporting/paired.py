@@ -54,7 +54,7 @@ def paired_markdown(experiment: Experiment, reference: str, reports: Path, folde
     costs = row_costs(experiment.table, reports)
     whole = whole_costs(experiment, costs)
     table = aggregate(experiment, records, costs).set_index("row", drop=False)
-    rows = [row for row in records if experiment.pattern_of(row) == experiment.pattern_of(reference)]
+    rows = [row for row in records if experiment.row(row).pattern == experiment.row(reference).pattern]
     if reference not in rows:
         return "Not measured yet.\n"
     of_reference = seed_metrics(records[reference])[headline.name]

@@ -74,7 +74,7 @@ def lead(experiment: Experiment, metrics: TaskMetrics) -> str:
     """What the numbers are, in short: of what, over which seeds, compared with what."""
     seeds = len(experiment.seeds)
     spread = f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "One seed"
-    one_dense = len(experiment.row_seeds(experiment.dense.row)) < seeds
+    one_dense = len(experiment.row(experiment.dense.row).seeds) < seeds
     to_dense = "to the one dense model that all seeds share" if one_dense else "to the dense model of the same seed"
     return f"{experiment.title}. {spread}; Δ is the paired difference of {metrics.headline.in_sentences} {to_dense}"
 

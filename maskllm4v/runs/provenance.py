@@ -25,7 +25,7 @@ def where(experiment: Experiment) -> dict[str, Any]:
 def write_origin(experiment: Experiment, row: str) -> None:
     """Say how a row's artifacts were made."""
     if is_main():
-        write_json(origin_file(row), {"settings": experiment.row_settings(row), **where(experiment)})
+        write_json(origin_file(row), {"settings": experiment.row(row).made_with(), **where(experiment)})
 
 
 def read_origin(experiment: Experiment, row: str) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def read_origin(experiment: Experiment, row: str) -> dict[str, Any]:
         CheckpointError: it was made with other settings.
     """
     found = read_json(origin_file(row))
-    if not isinstance(found, dict) or _but_table(found.get("settings")) != _but_table(experiment.row_settings(row)):
+    if not isinstance(found, dict) or _but_table(found.get("settings")) != _but_table(experiment.row(row).made_with()):
         raise CheckpointError(f"{origin_file(row)}: these artifacts were made with other settings; make them again")
     return {"hardware": found["hardware"], "world_size": found["world_size"]}
 

@@ -15,18 +15,11 @@ from maskllm4v.utils.io import file_digest, value_digest
 
 LARGEST_ARTIFACT = 32 * 2**20  # bytes of masks; with updated weights of a large model they stay in DVC's cache
 LIVE = "live"  # the tag of a run that is written while its row trains
-METHODS = {  # stage and method of a kind of row; None: what its settings say
-    "dense": ("dense", "dense"),
-    "oneshot": ("prior", None),
-    "learned": ("train", "maskllm"),
-    "updated": ("update", None),
-    "finetuned": ("finetune", "finetune"),
-}
 
 
 def identity(experiment: Experiment, row: str) -> dict[str, str]:
     """The tags that tell one run from another."""
-    return {"row": row, "settings_digest": value_digest(experiment.record_settings(row))}
+    return {"row": row, "settings_digest": value_digest(experiment.row(row).record_settings())}
 
 
 def parameters(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -47,30 +40,21 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def settings_tags(experiment: Experiment, row: str) -> dict[str, str]:
     """What runs are found by, as far as settings say it."""
-    kind, settings = experiment.kind(row), experiment.record_settings(row)
-    start = experiment.finetuned[row].start if kind == "finetuned" else experiment.mask_row(row)
+    found = experiment.row(row)
+    settings = found.record_settings()
     tags = {
-        "stage": METHODS[kind][0],
+        "stage": found.stage,
         "task": settings["task"]["name"],
-        "method": _method(experiment, row),
-        "prior": start if start != row else None,
-        "weights": "updated" if experiment.updates_weights(row) else "dense",
-        "pattern": settings.get("pattern", "dense"),
+        "method": found.method,
+        "prior": found.start,
+        "weights": "updated" if found.updates_weights else "dense",
+        "pattern": found.pattern or "dense",
         "model": settings["model"]["name"],
         "exact": str(experiment.exact).lower(),
-        "mlflow.note.content": experiment.rows[row],
+        "mlflow.note.content": found.label,
         "mlflow.runColor": _colour(list(experiment.rows).index(row)),
     }
     return {key: value for key, value in tags.items() if value}
-
-
-def _method(experiment: Experiment, row: str) -> str:
-    """What made a row's masks or weights, whichever came last."""
-    kind = experiment.kind(row)
-    if row in experiment.updated:
-        made = experiment.updated[row]
-        return made.update if experiment.updates_weights(row) else _method(experiment, made.masks)
-    return METHODS[kind][1] or experiment.priors[row].method
 
 
 def record_tags(root: Path, record: Mapping[str, Any]) -> dict[str, str]:

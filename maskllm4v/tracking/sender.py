@@ -43,7 +43,7 @@ class Sender:
 
     def __init__(self, root: Path, experiment: Experiment, row: str) -> None:
         self.root, self.experiment, self.row = root, experiment, row
-        paths = sorted(live_file(row, seed) for seed in experiment.row_seeds(row))
+        paths = sorted(live_file(row, seed) for seed in experiment.row(row).seeds)
         self.curves = {path.stem: FollowedCurve(path) for path in paths}
         self.averaged = 0  # points that all seeds had the last time
         self.pending: list[Point] = []
@@ -105,7 +105,9 @@ class Sender:
                 break
         else:
             run_id = str(client.create_run(place, run_name=name, tags=tags).info.run_id)
-        params = [Param(key, value) for key, value in parameters(self.experiment.record_settings(self.row)).items()]
+        params = [
+            Param(key, value) for key, value in parameters(self.experiment.row(self.row).record_settings()).items()
+        ]
         for first in range(0, len(params), 100):
             client.log_batch(run_id, params=params[first : first + 100])
         return run_id

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import networkx as nx
 
-from maskllm4v.config import PARAMS, Experiment, load_experiment
+from maskllm4v.config import PARAMS, Experiment, OneShotRow, load_experiment
 from maskllm4v.reporting.names import short_names
 from scripts.drawings.card import BLUE, GREY, INK, MINT, MUTED, ORANGE, PALE, PANEL, Card
 
@@ -102,8 +102,8 @@ def layout(experiment: Experiment, stages: list[str]) -> dict[str, Node]:
     for stage in stages:
         kind, _, row = stage.partition("@")
         if kind in LATER:
-            start = experiment.mask_row(row)
-            kind = "first" if start is None or start in experiment.priors else "second"
+            source = experiment.row(row).source
+            kind = "first" if source is None or isinstance(source, OneShotRow) else "second"
         x, width = COLUMNS[kind]
         line = lines.index(row) if row in lines else 0 if kind not in MERGED else (len(lines) - 1) / 2
         label = {"evaluate": "metrics", "export": "files", "prepare": row}.get(kind, names.get(row, kind))

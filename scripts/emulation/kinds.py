@@ -9,7 +9,6 @@ from typing import Any
 from maskllm4v.config import Experiment
 from scripts.emulation.pipeline import Call
 
-SECTIONS = ("priors", "learned", "updated", "finetuned")  # what rows are made with
 SHARED = ("data", "task", "model", "evaluation")  # what all stages of a table depend on
 
 
@@ -33,18 +32,17 @@ def _shared(experiment: Experiment) -> dict[str, Any]:
 
 
 def _of_row(experiment: Experiment, stage: str, row: str) -> dict[str, Any]:
-    about: dict[str, Any] = {"row": experiment.kind(row), "new weights": experiment.updates_weights(row)}
+    made = experiment.row(row)
+    about: dict[str, Any] = {"row": made.kind, "new weights": made.updates_weights}
     if stage == "evaluate":  # masks and permutations of all kinds are laid on in the same way
         return about
-    first = experiment.oneshot_row(row)
-    about |= {"pattern": experiment.pattern_of(row), "permutation": first and experiment.priors[first].permutation}
+    first = made.oneshot
+    about |= {"pattern": made.pattern, "permutation": first and first.settings.permutation}
     if stage == "export":
         return {**about, "exports": experiment.exports[row].model_dump(mode="json")}
     if stage == "dense":
         return {**about, "dense": _abstract(experiment.dense.model_dump(mode="json"), experiment.rows)}
-    made = {name: getattr(experiment, name)[row] for name in SECTIONS if row in getattr(experiment, name)}
-    (settings,) = made.values()
-    return {**about, "made": _abstract(settings.model_dump(mode="json", exclude={"pattern"}), experiment.rows)}
+    return {**about, "made": _abstract(made.settings.model_dump(mode="json", exclude={"pattern"}), experiment.rows)}
 
 
 def _abstract(value: Any, rows: Iterable[str]) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskllm4v.config import Experiment
+from maskllm4v.config import Experiment, FinetunedRow, LearnedRow
 from maskllm4v.utils.io import read_json
 
 FOLDER = "benchmarks"  # in the reports
@@ -29,14 +29,14 @@ def row_costs(table: str, reports: Path) -> dict[str, float]:
 
 def whole_costs(experiment: Experiment, costs: Mapping[str, float]) -> dict[str, float]:
     """Seconds from the dense model to a row, those of the rows before it included, where all of them are known."""
-    chains = {row: experiment.chain(row) for row in costs}
+    chains = {row: [one.key for one in experiment.row(row).chain] for row in costs}
     return {row: sum(costs[one] for one in chain) for row, chain in chains.items() if costs.keys() >= set(chain)}
 
 
 def trained_length(experiment: Experiment, row: str, unit: str) -> float:
     """For how many ``"steps"`` or ``"epochs"`` something was trained from the dense model to a row."""
-    trained = {**experiment.learned, **experiment.finetuned}
-    return float(sum(getattr(trained[one], unit) or 0 for one in experiment.chain(row) if one in trained))
+    trained = (one.settings for one in experiment.row(row).chain if isinstance(one, LearnedRow | FinetunedRow))
+    return float(sum(getattr(settings, unit) or 0 for settings in trained))
 
 
 def cost_caption(table: str, reports: Path) -> str:

@@ -12,10 +12,9 @@ COLOURS = {  # by kind, see :func:`maskllm4v.reporting.aggregate.aggregate`
 
 def row_labels(experiment: Experiment) -> dict[str, str]:
     """What figures call each row: its label, its prior, and its pattern where the table has several."""
-    patterns = {experiment.pattern_of(row) for row in experiment.rows} - {None}
+    patterns = {row.pattern for row in experiment.all_rows} - {None}
     labels = {}
-    for row, label in experiment.rows.items():
-        start, pattern = experiment.mask_row(row), experiment.pattern_of(row)
-        before = f"{pattern} " if pattern is not None and len(patterns) > 1 else ""
-        labels[row] = before + label + (f" ← {experiment.rows[start]}" if start not in (None, row) else "")
+    for row in experiment.all_rows:
+        before = f"{row.pattern} " if row.pattern is not None and len(patterns) > 1 else ""
+        labels[row.key] = before + row.label + ("" if row.source is None else f" ← {row.source.label}")
     return labels
