@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
+import yaml
+from import_graph import ROOT
 from small_params import FINETUNING, LEARNING, SECTIONS, changed, fault, params
 
 from maskllm4v.config import parse_experiment
@@ -265,3 +268,56 @@ def test_permutation_is_written_down_only_where_there_is_one() -> None:
 def test_row_settings_of_an_unknown_row_are_refused() -> None:
     with pytest.raises(ConfigError, match="no row 'x'"):
         parse_experiment(params()).row("x").made_with()
+
+
+# Labels
+
+
+def labelled(template: str, row: str = "own") -> str:
+    raw = params()
+    raw["rows"][row] = template
+    return parse_experiment(raw).row(row).label
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "label"),
+    [
+        ("MaskLLM ({steps} steps)", "own", "MaskLLM (7 steps)"),
+        ("MaskLLM ({steps:,} steps), {pattern}", "plain", "MaskLLM (5,000 steps), 2:4"),
+        ("{method} at {pattern}", "one", "magnitude at 2:4"),
+        ("No {{braces}}", "dense", "No {braces}"),
+    ],
+)
+def test_labels_are_templates_over_settings(template: str, row: str, label: str) -> None:
+    raw = params()
+    raw["learning"]["steps"], raw["learned"]["own"]["steps"] = 5000, 7
+    raw["priors"]["one"]["method"] = "magnitude"
+    raw["rows"][row] = template
+    assert parse_experiment(raw).row(row).label == label
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "why"),
+    [
+        ("({step} steps)", "own", r"it names 'step'; allowed: .*steps"),
+        ("({steps} steps)", "one", "it names 'steps'; allowed: "),
+        ("({pattern})", "dense", "it names 'pattern'; allowed: "),
+        ("({betas})", "own", "it names 'betas'; allowed: "),
+        ("({epochs} epochs)", "own", "it names 'epochs'; allowed: "),  # not set
+        ("({steps.real})", "own", "it names 'steps.real'; allowed: "),
+        ("{} steps", "own", "it names ''; allowed: "),
+        ("(steps}", "own", "Single '}' encountered"),
+        ("({steps", "own", "expected '}' before end of string"),
+        ("{steps:%}}", "own", "Single '}'"),
+        ("{steps:q}", "own", "Unknown format code 'q'"),
+    ],
+)
+def test_labels_that_name_no_setting_are_errors(template: str, row: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=rf"rows\.{row} is .*: {why}"):
+        labelled(template, row)
+
+
+def test_committed_labels_say_their_length_by_themselves() -> None:
+    for path in (ROOT / "experiments").glob("*.yaml"):
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert not [label for label in raw["rows"].values() if re.search(r"\d (steps|epochs?)", label)]

@@ -57,7 +57,7 @@ def test_tiles_show_both_masks_and_frame_what_changed(table: str, pages: dict[st
         pattern = (
             f"{found['pattern']} " if len({experiment.row(r).pattern for r in experiment.rows} - {None}) > 1 else ""
         )
-        label = f"{pattern}{experiment.rows[row]} ← {source.label}"
+        label = f"{pattern}{experiment.row(row).label} ← {source.label}"
         for side, mask in (("before, the prior's mask", "before"), ("after learning", "after")):
             paths = [e.attributes for e in page.inside(by_title[label, side]) if e.tag == "path"]
             (frames,) = [path["d"] for path in paths if path.get("class") == "changed"]

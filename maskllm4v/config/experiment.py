@@ -107,6 +107,8 @@ class Experiment(Settings):
                 raise ValueError(f"finetuned.{row}.start is {finetuned.start!r}; allowed: {allowed}")
         check_starts(self)
         check_patterns(self)
+        for made_row in self.all_rows:
+            _ = made_row.label  # a template that names what the row has not
         for row, learned in self.learned.items():
             if learned.select == "best" and not self.data.holdout:
                 raise ValueError(f"learned.{row}.select is 'best', which needs data.holdout; never the reported split")

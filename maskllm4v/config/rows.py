@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from string import Formatter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel
@@ -54,8 +55,24 @@ class Row(ABC):
 
     @property
     def label(self) -> str:
-        """What tables call it."""
-        return self.experiment.rows[self.key]
+        """What tables call it: its template in ``rows``, such as ``"MaskLLM-4V ({steps} steps)"``, filled in.
+
+        Names in braces are the row's own settings, merged with those that it shares, and ``pattern``; Python's format
+        specifications are allowed (``{steps:,}``), and a brace itself is doubled.
+
+        Raises:
+            ValueError: the template names something else, or a setting that the row has not.
+        """
+        template = self.experiment.rows[self.key]
+        settings = {**dict(self.settings), "pattern": self.pattern}
+        known = {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
+        try:
+            named = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+            if unknown := [name for name in named if name not in known]:
+                raise ValueError(f"it names {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+            return template.format_map(known)
+        except ValueError as error:
+            raise ValueError(f"rows.{self.key} is {template!r}: {error}") from None
 
     @property
     def category(self) -> Category:

@@ -70,7 +70,7 @@ def paired_markdown(experiment: Experiment, reference: str, reports: Path, folde
         cost = significant(whole.get(row))
         cells = [update, prior, value, to_dense, to_reference, _length(experiment, row), cost]
         lines.append([f"[{name}]({Path(record).as_posix()})", *cells])
-    ahead, delta = ["Method", "Weight update", "From", headline.header], f"Δ to {experiment.rows[reference]}"
+    ahead, delta = ["Method", "Weight update", "From", headline.header], f"Δ to {experiment.row(reference).label}"
     return markdown([*ahead, "Δ to dense", delta, "Trained", "Cost (s)"], lines)
 
 
