@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -45,6 +46,41 @@ def test_dvc_chain(small_repro: Path) -> None:
     assert "train@small-maskllm' is cached" in back.stdout
     assert digests(project) == before
     assert len(read_json(project / "mlruns/published/small.json")) == 5
+
+
+TORCH = {"dense", "prior", "train", "finetune", "evaluate", "export", "track"}
+RESTARTS = {  # as docs/architecture.md has it; updates are priors' neighbours, and the small table has none
+    "reporting/tables.py": {"report", "track"},
+    "receipts/text.py": {"report"},
+    "tracking/runs.py": {"track"},
+    "export/files.py": {"export", "track"},
+    "evaluation/evaluate.py": {"evaluate"},
+    "oneshot/methods/wanda.py": {"prior"},
+    "training/trainer.py": {"dense", "train", "finetune"},
+    "tasks/classification/accuracy.py": TORCH,
+    "tasks/diffusion/noising.py": set(),
+    "sparsity/patterns.py": TORCH,
+    "utils/errors.py": {"prepare", "report", *TORCH},
+    "cli/prune.py": set(),
+}
+
+
+def test_an_edit_restarts_what_the_documentation_promises(small_repro: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(small_repro / "repro", project, symlinks=True)
+
+    def stale() -> set[str]:
+        done = run(project, "dvc", "status", "--json")
+        assert done.returncode == 0, done.stderr
+        return {stage.partition("@")[0] for stage in json.loads(done.stdout)}
+
+    assert stale() == set()
+    for name, stages in RESTARTS.items():
+        path = project / "maskllm4v" / name
+        before = path.read_bytes()
+        path.write_bytes(before + b"# an edit\n")
+        assert stale() == stages, name
+        path.write_bytes(before)
 
 
 @pytest.mark.parametrize("runtime", [{"loader_workers": 2}, {"seed_processes": 1}], ids=["workers", "one process"])
