@@ -75,4 +75,5 @@ use: $(READY)
 $(READY): requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q --require-hashes -r requirements.lock
+	$(VENV)/bin/pip install -q --no-deps --no-build-isolation --no-index --editable .
 	touch $@

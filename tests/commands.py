@@ -16,7 +16,7 @@ import timm
 import torch
 from PIL import Image
 
-from maskllm4v.__main__ import main
+from maskllm4v.cli.main import main
 
 CLASSES = ("cat", "dog", "owl")
 MODEL = ("--model", "test_vit", "--num-classes", "3", "--img-size", "32", "-j", "0")

@@ -22,6 +22,7 @@ from import_graph import ROOT
 from PIL import Image
 from torch import Tensor
 
+import maskllm4v
 from maskllm4v.checkpoints.masks import MaskCheckpoint, load_masks
 from maskllm4v.config import Experiment, parse_experiment
 from maskllm4v.runs.paths import checkpoint, curve_file, record_file
@@ -377,3 +378,18 @@ def test_real_processes(here: Path, pipeline: tuple[Path, Experiment]) -> None:
     assert "parameters: 300,291, of which 177,411 kept\ncross-entropy " in done.stderr
     done = python("validate", *MODEL, "--checkpoint", "absent.pt")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "validate: absent.pt is missing\n")
+
+
+# The command itself
+
+
+def test_version() -> None:
+    assert run("--version").out == f"maskllm4v {maskllm4v.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [["python", "-m", "maskllm4v"], ["maskllm4v"]])
+def test_the_command_is_installed(command: list[str], tmp_path: Path) -> None:
+    """In any folder; help names the command as it was called."""
+    program = [str(Path(sys.executable).with_name(command[0])), *command[1:]]
+    done = subprocess.run([*program, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: {' '.join(command)} [-h] [--version] command ...")

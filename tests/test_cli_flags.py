@@ -34,7 +34,7 @@ def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 PRUNE = ("prune", *MODEL, "--save-model", "out/m.safetensors")
 LEARN = ("train", *TRAIN, *DENSE, "--output", "out/m.safetensors")
 MEASURE = ("validate", *MODEL)
-HEAD = "see python -m maskllm4v"
+HEAD = "see maskllm4v"
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_without_settings_or_results(here: Path) -> None:
 def test_neither_torch_nor_numpy_is_imported(here: Path) -> None:
     code = (
         "import sys; sys.argv[1:] = ['receipt']\n"
-        "from maskllm4v.__main__ import main\n"
+        "from maskllm4v.cli.main import main\n"
         "main()\n"
         "print([name for name in ('numpy', 'torch', 'pandas', 'mlflow', 'dvc') if name in sys.modules])"
     )

@@ -201,7 +201,7 @@ def test_files_of_the_original(here: Path) -> None:
 
 BAD = ("--save-model", "out/m.safetensors")
 SPARSEGPT = (*PRIOR, "--update", "sparsegpt")
-HEAD = "see python -m maskllm4v update --help"
+HEAD = "see maskllm4v update --help"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from dvc.utils.serialize import parse_yaml
 from pydantic import ValidationError
 from small_params import SECTIONS, at, changed, fault, params
 
@@ -223,11 +224,11 @@ def test_number_as_text_is_refused(path: str, value: str) -> None:
         ("dense.steps", "010", 10),  # octal in YAML 1.1
         ("pattern", "2:4", "2:4"),  # 124 in YAML 1.1
         ("title", "no", "no"),  # False in YAML 1.1
-        ("title", "0x10", "0x10"),
+        ("dense.steps", "1_000", 1000),
         ("exact", "true", True),
     ],
 )
-def test_scalars_are_read_as_in_yaml_1_2(path: str, text: str, expected: Any, tmp_path: Path) -> None:
+def test_scalars_are_read_as_dvc_reads_them(path: str, text: str, expected: Any, tmp_path: Path) -> None:
     raw = changed(path, "PLACEHOLDER")
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw).replace("PLACEHOLDER", text))
     found: Any = load_experiment(tmp_path / "params.yaml")
@@ -235,9 +236,10 @@ def test_scalars_are_read_as_in_yaml_1_2(path: str, text: str, expected: Any, tm
         found = getattr(found, part)
     assert found == expected
     assert type(found) is type(expected)
+    assert type(parse_yaml(f"key: {text}", "params.yaml")["key"]) is type(expected)
 
 
-@pytest.mark.parametrize(("path", "text"), [("dense.steps", "1e3"), ("dense.steps", "1_000"), ("exact", "yes")])
+@pytest.mark.parametrize(("path", "text"), [("dense.steps", "1e3"), ("title", "0x10"), ("exact", "yes")])
 def test_scalars_of_another_type_are_refused(path: str, text: str, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed(path, "PLACEHOLDER")).replace("PLACEHOLDER", text))
     with pytest.raises(ConfigError, match=f"{path} is "):
@@ -288,3 +290,17 @@ def test_defaults_are_not_shared_between_experiments() -> None:
     assert isinstance(first, Experiment)
     first.model.exclude.append("blocks.0")
     assert second.model.exclude == ["head"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("table: a\ntitle: b\ntable: c\n", 3, "table"),
+        ("table: a\nlearned:\n  one: {prior: p}\n  one: {prior: q}\n", 4, "one"),
+        ("table: a\nlearning: {steps: 3, lr: 1, steps: 4}\n", 2, "steps"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_an_error(text: str, line: int, key: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"params\.yaml, line {line}: key '{key}' is there twice$"):
+        load_experiment(tmp_path / "params.yaml")

@@ -12,7 +12,7 @@ from made_diffusion import diffusion
 from made_diffusion import make_records as make_diffusion_records
 from made_records import DIGITS, make_records
 
-from maskllm4v import __main__ as command_line
+from maskllm4v.cli import main as command_line
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.aggregate import aggregate, best_row, current_records
 from maskllm4v.reporting.metrics import METRICS

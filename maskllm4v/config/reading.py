@@ -8,8 +8,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-import yaml
 from pydantic import Tag, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
 
 from maskllm4v.config.experiment import Experiment
 from maskllm4v.config.sections import LearningSettings
@@ -18,43 +20,21 @@ from maskllm4v.utils.errors import ConfigError
 PARAMS = Path("params.yaml")
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads plain scalars as YAML 1.2 does, and so as DVC does: ``2:4`` is text, ``1e-3`` a number.
-
-    PyYAML follows YAML 1.1, where ``2:4`` is 124 (base 60). `dvc exp run -S` writes it without quotes.
-    """
-
-
-_SCALARS = {
-    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?[0-9]+", "-+0123456789"),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _SCALARS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _kind in ("bool", "int", "float"):  # the first that matches wins
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_kind}", re.compile(f"^({_SCALARS[_kind][0]})$"), list(_SCALARS[_kind][1])
-    )
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # 010 is ten
-
-
 def load_experiment(path: Path = PARAMS) -> Experiment:
     """Read and validate a params file.
 
     Raises:
-        ConfigError: the file is missing, no YAML, or a key is wrong; all faults are listed, a line each.
+        ConfigError: the file is missing, no YAML, or a key is wrong or there twice; all faults are listed, a line each.
     """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))  # as DVC reads it: YAML 1.2, ``2:4`` is text
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, an impossible date
+    except DuplicateKeyError as error:
+        key = re.search(r'duplicate key "(.*?)"', str(error.problem))
+        line = error.problem_mark.line + 1
+        raise ConfigError(f"{path}, line {line}: key {key[1] if key else ''!r} is there twice") from error
+    except (YAMLError, ValueError) as error:  # ValueError: no UTF-8, an impossible date
         raise ConfigError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
     return parse_experiment(raw, str(path))
 

@@ -1,0 +1,39 @@
+"""Switch params.yaml to one of experiments/*.yaml."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from maskllm4v.config import PARAMS, Experiment, load_experiment
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.io import write_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", help="name of a file in experiments/, without .yaml")
+
+
+def run(a: argparse.Namespace) -> None:
+    source = Path("experiments") / f"{a.experiment}.yaml"
+    if not source.exists():
+        names = ", ".join(sorted(path.stem for path in Path("experiments").glob("*.yaml")))
+        raise ConfigError(f"no experiment {a.experiment!r}; allowed: {names}")
+    experiment = load_experiment(source)
+    if missing := _read_by_dvc(experiment):
+        raise ConfigError(f"{source}: dvc.yaml reads these, too, so they have to stand there: {'; '.join(missing)}")
+    write_text(PARAMS, source.read_text(encoding="utf-8"))
+    print(f"params.yaml is now {source}; run `dvc repro`")
+
+
+def _read_by_dvc(experiment: Experiment) -> list[str]:
+    """What an experiment leaves out to take its default, as lines to add: DVC knows no defaults."""
+    found = []
+    for key, field in Experiment.model_fields.items():
+        if key not in experiment.model_fields_set and key != "runtime":
+            plain = isinstance(field.default, str | int)
+            found.append(f"{key}: {json.dumps(field.default) if plain else '{}'}")
+    if "name" not in experiment.task.model_fields_set:
+        found.append(f"name: {experiment.task.name} in task")
+    return found
