@@ -105,7 +105,7 @@ def resume_of(experiment: Experiment, row: str, seed: int, **inputs: str) -> Res
         resume_folder(row),
         seed,
         {
-            "settings": experiment.row_settings(row),
+            "settings": experiment.row_settings(row, defaults=False),
             "seed": seed,
             "inputs": inputs,
             "versions": versions(experiment.task.name),

@@ -10,6 +10,7 @@ from small_params import FINETUNING, LEARNING, SECTIONS, changed, fault, params
 
 from maskllm4v.config import parse_experiment
 from maskllm4v.errors import ConfigError
+from maskllm4v.records import settings_digest
 
 
 def test_kind_of_every_row() -> None:
@@ -143,6 +144,8 @@ def test_row_settings_change_with_what_a_row_depends_on(path: str, value: Any, r
     before, after = parse_experiment(params()), parse_experiment(changed(path, value))
     assert before != after
     moved = {row for row in before.rows if before.row_settings(row) != after.row_settings(row)}
+    assert moved == set(rows.split())
+    moved = {row for row in before.rows if settings_digest(before, row) != settings_digest(after, row)}
     assert moved == set(rows.split())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from maskllm4v.config.diffusion import (
     DiffusionSettings,
@@ -227,8 +227,29 @@ class Experiment(Settings):
         """Which calibration set a seed uses."""
         return self.seeds.index(seed) % self.data.calibration_sets
 
-    def row_settings(self, row: str) -> dict[str, Any]:
-        """All settings that a row is made with, as plain values."""
+    def row_settings(self, row: str, *, defaults: bool = True) -> dict[str, Any]:
+        """All settings that a row is made with, as plain values; without ``defaults``, only those that differ."""
+        return _plain(self._made_with(row), defaults)
+
+    def record_settings(self, row: str, *, defaults: bool = False) -> dict[str, Any]:
+        """What a row's metrics depend on: the settings that it is made with, and those that it is measured with.
+
+        As records hold them, which is without settings at their defaults: table, ``exact``, seeds, pattern, every
+        section, and in it what must be given or differs (:meth:`~maskllm4v.config.sections.Settings.beyond_defaults`).
+        A new setting with a default so changes no record. A default that is changed would change what existing records
+        say. It takes a new format of records, with a step of ``scripts/migrate_records.py`` that writes the old value
+        into those that do not hold one.
+
+        Args:
+            row: its key.
+            defaults: all settings instead, to be shown.
+        """
+        found = self._made_with(row)
+        if isinstance(self.task, DiffusionSettings):
+            found["evaluation"] = self.evaluation
+        return _plain(found, defaults)
+
+    def _made_with(self, row: str) -> dict[str, Any]:
         found: dict[str, Any] = {
             "table": self.table,
             "exact": self.exact,
@@ -240,8 +261,7 @@ class Experiment(Settings):
         }
         if pattern := self.pattern_of(row):
             found["pattern"] = pattern
-        found |= self._steps(row)
-        return _plain(found)
+        return found | self._steps(row)
 
     def _steps(self, row: str) -> dict[str, Any]:
         """Settings of what is done after the dense model: of a row itself, and of the row that it starts from."""
@@ -259,19 +279,12 @@ class Experiment(Settings):
             found["finetuning"] = self.finetuned[row]
         return found
 
-    def record_settings(self, row: str) -> dict[str, Any]:
-        """All settings that a row's metrics depend on: those it is made with, and those it is measured with."""
-        found = self.row_settings(row)
-        if isinstance(self.task, DiffusionSettings):
-            found["evaluation"] = self.evaluation.model_dump(mode="json")
-        return found
 
-
-def _plain(value: Any) -> Any:
-    """Settings, in mappings of mappings, as plain values."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+def _plain(value: Any, defaults: bool) -> Any:
+    """Settings, in mappings of mappings, as plain values, with those at their defaults or without."""
+    if isinstance(value, Settings):
+        return value.model_dump(mode="json") if defaults else value.beyond_defaults()
+    return {key: _plain(inner, defaults) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _merged(common: dict[str, Any], row: Any) -> Any:

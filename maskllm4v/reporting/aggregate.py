@@ -9,9 +9,8 @@ from typing import Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
-from maskllm4v.files import value_digest
 from maskllm4v.metrics import METRICS, by_timestep
-from maskllm4v.records import read_records
+from maskllm4v.records import read_records, settings_digest
 
 
 def current_records(experiment: Experiment, reports: Path) -> dict[str, dict[str, Any]]:
@@ -23,7 +22,7 @@ def current_records(experiment: Experiment, reports: Path) -> dict[str, dict[str
     return {
         row: found[row]
         for row in experiment.rows
-        if row in found and found[row]["settings_digest"] == value_digest(experiment.record_settings(row))
+        if row in found and found[row]["settings_digest"] == settings_digest(experiment, row)
     }
 
 
