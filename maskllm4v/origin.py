@@ -45,10 +45,7 @@ def _fits(experiment: Experiment, row: str, found: Any) -> bool:
 
     Those at their defaults may be missing: artifacts are older than settings that have come since.
     """
-    least, most = (
-        _but_table(experiment.row_settings(row, defaults=False)),
-        _but_table(experiment.row_settings(row)),
-    )
+    least, most = (_but_table(experiment.row_settings(row, defaults=defaults)) for defaults in (False, True))
     return isinstance(found, dict) and _within(least, found) and _within(_but_table(found), most)
 
 

@@ -15,7 +15,7 @@ import yaml
 from import_graph import ROOT
 
 from maskllm4v.errors import UserError
-from maskllm4v.files import file_digest, read_json, value_digest, write_json
+from maskllm4v.files import file_digest, read_json, value_digest, write_json, write_text
 from maskllm4v.layout import record_file
 from maskllm4v.records import FORMAT, read_record
 from scripts import migrate_records
@@ -305,7 +305,7 @@ def test_an_entry_that_was_wrong_before_stays(root: Path) -> None:
 
 
 def test_what_was_interrupted_is_finished(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, count = migrate_records.write_text, 0
+    write, count = write_text, 0
 
     def dying(path: Path, text: str) -> None:
         nonlocal count
