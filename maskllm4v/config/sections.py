@@ -1,4 +1,8 @@
-"""The sections of ``params.yaml``, one class each; defaults and units stand here and nowhere else."""
+"""The sections of ``params.yaml``, one class each; defaults and units stand here and nowhere else.
+
+Records hold what differs from the defaults. A new setting with one leaves all records as they are; to change a default
+takes a migration of them, see :meth:`maskllm4v.config.Experiment.record_settings`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ Betas = Annotated[tuple[Share, Share], Field(strict=False)]
 FirstLast = Annotated[tuple[Positive, Positive], Field(strict=False)]
 
 # What a row learns or calibrates from: the data, or samples that the dense model makes (diffusion). Not written
-# down where it is the data, so that records from before the choice still fit.
+# down where it is the data, so that what lies beside artifacts has the bytes that it had before the choice.
 Inputs = Literal["data", "generated"]
 REAL: Any = Field("data", exclude_if=lambda value: value == "data")
 
