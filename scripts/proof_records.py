@@ -106,8 +106,8 @@ def files_below(root: Path, paths: Iterable[str]) -> dict[str, str]:
 
 
 def settings(experiment: Experiment) -> dict[str, Any]:
-    """What results depend on: all but how it runs and what a report calls things."""
-    found = experiment.model_dump(mode="json", exclude=NO_RESULTS)
+    """What results depend on: all but how it runs and what a report calls things; nothing that is at its default."""
+    found = {key: value for key, value in experiment.beyond_defaults().items() if key not in NO_RESULTS}
     return {**found, "rows": sorted(experiment.rows)}
 
 

@@ -28,7 +28,7 @@ from scripts.proof_records import RENDERING, Stages, declared_stages, files_belo
 
 CODE = ("maskllm4v/", "stages/")
 _STAGE = re.compile(r"  (\S+):")
-_DEP = re.compile(r"    - path: (.+)")
+_DEP = re.compile(r"    - path: *(.*)")
 
 
 def relock(root: Path, tables: Collection[str] = ()) -> list[str]:
@@ -104,7 +104,7 @@ def _dependencies(block: str) -> tuple[str | None, dict[str, str], str]:
     path = ""
     while last < len(lines) and lines[last].startswith(("    - ", "      ")):
         if found := _DEP.fullmatch(lines[last].rstrip("\n")):
-            path = found[1]
+            path = found[1] or lines[last + 1].strip()  # a long one is on a line of its own
         entries[path] = entries.get(path, "") + lines[last]
         last += 1
     return "".join(lines[:first]), entries, "".join(lines[last:])

@@ -171,10 +171,10 @@ def test_inputs_are_written_down_only_where_they_are_made() -> None:
 # What each row depends on
 
 
-def moved(before: dict[str, Any], after: dict[str, Any], *, of: str = "row_settings") -> set[str]:
+def moved(before: dict[str, Any], after: dict[str, Any], *, of: str = "made_with") -> set[str]:
     first, second = parse_experiment(before), parse_experiment(after)
     assert first != second
-    return {row for row in first.rows if getattr(first, of)(row) != getattr(second, of)(row)}
+    return {row for row in first.rows if getattr(first.row(row), of)() != getattr(second.row(row), of)()}
 
 
 @pytest.mark.parametrize(
@@ -195,22 +195,24 @@ def test_row_settings_change_with_what_a_row_depends_on(path: str, value: Any, r
     assert moved(params(), changed(path, value)) == set(rows.split())
 
 
-def test_records_depend_on_how_rows_are_measured_and_rows_do_not() -> None:
+@pytest.mark.parametrize("defaults", [True, False])
+def test_records_depend_on_how_rows_are_measured_and_rows_do_not(defaults: bool) -> None:
     found = parse_experiment(params())
+    measured = found.evaluation.model_dump(mode="json", exclude_defaults=not defaults)
     for row in found.rows:
-        settings = found.row(row).record_settings()
-        assert settings.pop("evaluation") == found.evaluation.model_dump(mode="json")
-        assert settings == found.row(row).made_with()
+        settings = found.row(row).record_settings(defaults=defaults)
+        assert settings.pop("evaluation") == measured
+        assert settings == found.row(row).made_with(defaults=defaults)
         assert json.loads(json.dumps(settings)) == settings
     assert moved(params(), changed("evaluation.steps", 9), of="record_settings") == set(found.rows)
 
 
 def test_records_of_classification_hold_row_settings_alone() -> None:
     found = parse_experiment(classification())
-    assert all(found.row(row).record_settings() == found.row(row).made_with() for row in found.rows)
+    assert all(found.row(row).record_settings() == found.row(row).made_with(defaults=False) for row in found.rows)
 
 
-@pytest.mark.parametrize("table", ["digits", "cifar10"])
+@pytest.mark.parametrize("table", ["digits", "digits_patterns", "dit_digits", "cifar10"])
 def test_committed_records_are_of_the_present_settings(table: str) -> None:
     found = load_experiment(ROOT / "experiments" / f"{table}.yaml")
     current = current_records(found, ROOT / "reports")

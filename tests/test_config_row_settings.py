@@ -12,6 +12,7 @@ from import_graph import ROOT
 from small_params import FINETUNING, LEARNING, SECTIONS, changed, fault, params
 
 from maskllm4v.config import parse_experiment
+from maskllm4v.runs.records import settings_digest
 from maskllm4v.utils.errors import ConfigError
 
 
@@ -150,6 +151,8 @@ def test_row_settings_change_with_what_a_row_depends_on(path: str, value: Any, r
     before, after = parse_experiment(params()), parse_experiment(changed(path, value))
     assert before != after
     moved = {row for row in before.rows if before.row(row).made_with() != after.row(row).made_with()}
+    assert moved == set(rows.split())
+    moved = {row for row in before.rows if settings_digest(before, row) != settings_digest(after, row)}
     assert moved == set(rows.split())
 
 

@@ -71,7 +71,7 @@ def test_record_says_what_it_was_given() -> None:
     found = record()
     assert found["seeds"] == [3, 1]
     assert (found["row"], found["table"], found["kind"], found["exact"]) == ("one", "t", "oneshot", True)
-    assert found["format"] == 2
+    assert found["format"] == 3
     assert found["made"] == {"hardware": "there", "world_size": 2}
     assert found["evaluated"] == {"hardware": "here", "world_size": 1}
     assert found["summaries"] == {"3": {"top1": 12.3457, "img_size": 8}, "1": {"top1": 33.3333, "img_size": 8}}
@@ -216,9 +216,12 @@ def test_all_missing_keys_are_named(tmp_path: Path) -> None:
     assert f": {', '.join(REQUIRED)} missing" in edited(tmp_path / "a", dict.clear)
 
 
-@pytest.mark.parametrize("found", [0, 1, 3, "2", None])
+@pytest.mark.parametrize("found", [0, 1, 2, 4, "3", None])
 def test_other_format_is_refused(found: Any, tmp_path: Path) -> None:
-    assert f"has format {found}; this version reads 2" in edited(tmp_path / "a", lambda raw: raw.update(format=found))
+    said = edited(tmp_path / "a", lambda raw: raw.update(format=found))
+    assert f"has format {found}; this version reads 3" in said
+    older = found in (0, 1, 2)
+    assert said.endswith("; `python -m scripts.migrate_records` brings older records up to date") == older
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "null", "1"])
@@ -257,9 +260,10 @@ def test_one_spoilt_record_is_named(tmp_path: Path) -> None:
         read_records(tmp_path, "t")
 
 
-def test_committed_records_can_be_read() -> None:
-    found = read_records(ROOT / "reports", "digits")
-    paths = list((ROOT / "reports" / "digits" / "runs").glob("*/evaluation/record.json"))
+@pytest.mark.parametrize("table", ["cifar10", "digits", "digits_patterns", "dit_digits"])
+def test_committed_records_can_be_read(table: str) -> None:
+    found = read_records(ROOT / "reports", table)
+    paths = list((ROOT / "reports" / table / "runs").glob("*/evaluation/record.json"))
     assert paths
     assert set(found) == {path.parent.parent.name for path in paths}
 

@@ -190,7 +190,7 @@ def variant_of(experiment: Experiment, row: str, root: Path, lr: float) -> Exper
     raw["learned"][row]["lr"] = lr
     changed = Experiment.model_validate(raw)
     path = record_file(experiment.table, row, root / "reports")
-    settings = changed.row(row).made_with()
+    settings = changed.row(row).record_settings()
     write_json(path, {**read_json(path), "settings": settings, "settings_digest": value_digest(settings)})
     return changed
 

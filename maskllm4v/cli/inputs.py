@@ -40,7 +40,7 @@ def say(text: str) -> None:
 
 def data_folder(data: DataSettings) -> Path:
     """Where the manifest of a command's data is kept."""
-    return CACHE / "data" / value_digest(data.model_dump(mode="json"))[:16]
+    return CACHE / "data" / value_digest(data.beyond_defaults())[:16]
 
 
 def task_of(experiment: Experiment) -> Task:

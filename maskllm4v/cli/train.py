@@ -217,7 +217,7 @@ def run(arguments: argparse.Namespace) -> None:
     states = inputs.CACHE / "resume" / value_digest([str(a.output.resolve())])[:16]
     prefixed = {f"permutation.{name}": order for name, order in permutations.items()}
     identity = {
-        "settings": experiment.row(options.LEARNED).made_with(),
+        "settings": experiment.row(options.LEARNED).made_with(defaults=False),
         "inputs": {"manifest": manifest, "dense": base, "prior": tensors_digest({**prior, **prefixed})},
         "versions": versions(),
     }

@@ -211,9 +211,9 @@ class Experiment(Settings):
         """Which calibration set a seed uses."""
         return self.seeds.index(seed) % self.data.calibration_sets
 
-    def measured_with(self) -> dict[str, Any]:
-        """Settings that metrics depend on beyond those that rows are made with, as plain values."""
-        return {"evaluation": self.evaluation.model_dump(mode="json")} if self.task.name == "diffusion" else {}
+    def measured_with(self) -> dict[str, Settings]:
+        """Sections that metrics depend on beyond those that rows are made with."""
+        return {"evaluation": self.evaluation} if self.task.name == "diffusion" else {}
 
 
 def _merged(common: dict[str, Any], row: Any) -> Any:

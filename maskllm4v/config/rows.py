@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel
-
 from maskllm4v.config.sections import (
     DenseSettings,
     FinetunedSettings,
     LearnedSettings,
     PriorSettings,
+    Settings,
     UpdatedSettings,
 )
 
@@ -50,7 +49,7 @@ class Row(ABC):
 
     @property
     @abstractmethod
-    def settings(self) -> BaseModel:
+    def settings(self) -> Settings:
         """Its own settings, those that it shares with others merged in."""
 
     @property
@@ -133,8 +132,25 @@ class Row(ABC):
     def steps(self) -> dict[str, Any]:
         """Settings of what is done after the dense model: for this row itself, and for the row that it starts from."""
 
-    def made_with(self) -> dict[str, Any]:
-        """All settings that it is made with, as plain values."""
+    def made_with(self, *, defaults: bool = True) -> dict[str, Any]:
+        """All settings that it is made with, as plain values; without ``defaults``, only those that differ."""
+        return _plain(self._sections(), defaults)
+
+    def record_settings(self, *, defaults: bool = False) -> dict[str, Any]:
+        """What its metrics depend on: the settings that it is made with, and those that it is measured with.
+
+        As records hold them, which is without settings at their defaults: table, ``exact``, seeds, pattern, every
+        section, and in it what must be given or differs (:meth:`~maskllm4v.config.sections.Settings.beyond_defaults`).
+        A new setting with a default so changes no record. A default that is changed would change what existing records
+        say. It takes a new format of records, with a step of ``scripts/migrate_records.py`` that writes the old value
+        into those that do not hold one.
+
+        Args:
+            defaults: all settings instead, to be shown.
+        """
+        return _plain(self._sections() | self.experiment.measured_with(), defaults)
+
+    def _sections(self) -> dict[str, Any]:
         experiment = self.experiment
         found: dict[str, Any] = {
             "table": experiment.table,
@@ -147,12 +163,7 @@ class Row(ABC):
         }
         if pattern := self.pattern:
             found["pattern"] = pattern
-        plain: dict[str, Any] = _plain(found | self.steps())
-        return plain
-
-    def record_settings(self) -> dict[str, Any]:
-        """All settings that its metrics depend on: those it is made with, and those it is measured with."""
-        return self.made_with() | self.experiment.measured_with()
+        return found | self.steps()
 
 
 @dataclass(frozen=True)
@@ -312,8 +323,8 @@ class FinetunedRow(_FromMasks):
         return {**super().steps(), "finetuning": self.settings}
 
 
-def _plain(value: Any) -> Any:
-    """Settings, in mappings of mappings, as plain values."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    return {key: _plain(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+def _plain(value: Any, defaults: bool) -> Any:
+    """Settings, in mappings of mappings, as plain values, with those at their defaults or without."""
+    if isinstance(value, Settings):
+        return value.model_dump(mode="json") if defaults else value.beyond_defaults()
+    return {key: _plain(inner, defaults) for key, inner in value.items()} if isinstance(value, dict) else value

@@ -1,8 +1,13 @@
-"""The sections of ``params.yaml``, one class each; defaults and units stand here and nowhere else."""
+"""The sections of ``params.yaml``, one class each; defaults and units stand here and nowhere else.
+
+Records hold what differs from the defaults. A new setting with one leaves all records as they are; to change a default
+takes a migration of them, see :meth:`maskllm4v.config.Experiment.record_settings`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -21,7 +26,7 @@ Betas = Annotated[tuple[Share, Share], Field(strict=False)]
 FirstLast = Annotated[tuple[Positive, Positive], Field(strict=False)]
 
 # What a row learns or calibrates from: the data, or samples that the dense model makes (diffusion). Not written
-# down where it is the data, so that records from before the choice still fit.
+# down where it is the data, so that what lies beside artifacts has the bytes that it had before the choice.
 Inputs = Literal["data", "generated"]
 REAL: Any = Field("data", exclude_if=lambda value: value == "data")
 
@@ -35,8 +40,40 @@ Permutation = Literal["none", "greedy"]
 UNPERMUTED: Any = Field("none", exclude_if=lambda value: value == "none")
 
 
+KIND = "name"  # tells one kind of a section from another: written down even where it has a default
+
+
 class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def defaults(self) -> dict[str, Any]:
+        """What settings are unless they are given, by name; those that must be given are missing."""
+        fields = type(self).model_fields.items()
+        return {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
+
+    def beyond_defaults(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, as plain values: validated again, they give the same section.
+
+        What has no default is always among them, and so is the key that names a section's kind. A section inside that
+        equals its default is not; one that does not, but whose own settings are all at their defaults, is ``{}``.
+        """
+        defaults, plain = self.defaults(), self.model_dump(mode="json")
+        given = {name: value for name, value in self if name == KIND or defaults.get(name, _ABSENT) != value}
+        return {name: _shortened(value, plain[name]) for name, value in given.items()}
+
+
+_ABSENT = object()
+
+
+def _shortened(value: Any, plain: Any) -> Any:
+    """A value as :meth:`Settings.beyond_defaults` has it; ``plain``: the same one with all defaults."""
+    if isinstance(value, Settings):
+        return value.beyond_defaults()
+    if isinstance(value, Mapping):
+        return {key: _shortened(one, plain[key]) for key, one in zip(plain, value.values(), strict=True)}
+    if isinstance(value, list | tuple):
+        return [_shortened(one, other) for one, other in zip(value, plain, strict=True)]
+    return plain
 
 
 class DataSettings(Settings):
@@ -252,6 +289,9 @@ class LearnedSettings(LearningSettings):
     weights: Literal["dense", "updated"] = Field("dense", exclude_if=lambda value: value == "dense")
 
 
+AS_SPARSEGPT: dict[str, Any] = {"target": "symmetric", "damping": 0.01}  # defaults of its update, as its authors do
+
+
 class UpdatedSettings(Settings):
     """One row whose masks are another row's, and whose kept weights make up for the pruned ones; nothing is trained."""
 
@@ -267,9 +307,10 @@ class UpdatedSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _sparsegpt_as_its_authors(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and raw.get("update") == "sparsegpt":
-            return {"target": "symmetric", "damping": 0.01, **raw}
-        return raw
+        return {**AS_SPARSEGPT, **raw} if isinstance(raw, dict) and raw.get("update") == "sparsegpt" else raw
+
+    def defaults(self) -> dict[str, Any]:
+        return super().defaults() | (AS_SPARSEGPT if self.update == "sparsegpt" else {})
 
     @model_validator(mode="after")
     def _target_goes_with_update(self) -> UpdatedSettings:

@@ -17,7 +17,7 @@ from maskllm4v.config import Experiment
 from maskllm4v.receipts.digits import metric_differences
 from maskllm4v.receipts.model import Row, Stage
 from maskllm4v.runs.paths import ARTIFACTS, REPORTS, TIMINGS, export_folder, record_file, run_folder
-from maskllm4v.runs.records import run_digest
+from maskllm4v.runs.records import run_digest, settings_digest
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import value_digest
 
@@ -137,7 +137,7 @@ def _compare(experiment: Experiment, row: str, before: _State, now: _State, ran:
     if new is None and RECORD in now.files:
         raise _damaged(experiment, row)
     common: dict[str, Any] = {"committed": row_digest(before.files), "ran": ran}
-    if new is None or new["settings_digest"] != value_digest(experiment.row(row).record_settings()):
+    if new is None or new["settings_digest"] != settings_digest(experiment, row):
         return Row(verdict="not made", **common)
     common |= {"here": row_digest(now.files), "artifacts": now.artifacts, "metrics": new["metrics"]}
     if not before.files:

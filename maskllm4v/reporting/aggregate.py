@@ -10,8 +10,7 @@ import pandas as pd
 
 from maskllm4v.config import Experiment, Row
 from maskllm4v.reporting.metrics import METRICS, by_timestep
-from maskllm4v.runs.records import read_records
-from maskllm4v.utils.io import value_digest
+from maskllm4v.runs.records import read_records, settings_digest
 
 
 def current_records(experiment: Experiment, reports: Path) -> dict[str, dict[str, Any]]:
@@ -23,7 +22,7 @@ def current_records(experiment: Experiment, reports: Path) -> dict[str, dict[str
     return {
         row: found[row]
         for row in experiment.rows
-        if row in found and found[row]["settings_digest"] == value_digest(experiment.row(row).record_settings())
+        if row in found and found[row]["settings_digest"] == settings_digest(experiment, row)
     }
 
 

@@ -35,11 +35,27 @@ def read_origin(experiment: Experiment, row: str) -> dict[str, Any]:
         CheckpointError: it was made with other settings.
     """
     found = read_json(origin_file(row))
-    if not isinstance(found, dict) or _but_table(found.get("settings")) != _but_table(experiment.row(row).made_with()):
+    if not isinstance(found, dict) or not _fits(experiment, row, found.get("settings")):
         raise CheckpointError(f"{origin_file(row)}: these artifacts were made with other settings; make them again")
     return {"hardware": found["hardware"], "world_size": found["world_size"]}
 
 
-def _but_table(settings: Any) -> Any:
+def _fits(experiment: Experiment, row: str, found: Any) -> bool:
+    """Whether settings as they were written down are those of a row, whatever its table is called now.
+
+    Those at their defaults may be missing: artifacts are older than settings that have come since.
+    """
+    least, most = (_but_table(experiment.row(row).made_with(defaults=defaults)) for defaults in (False, True))
+    return isinstance(found, dict) and _within(least, found) and _within(_but_table(found), most)
+
+
+def _within(part: Any, whole: Any) -> bool:
+    """Whether one holds nothing that the other does not, with the same value."""
+    if isinstance(part, dict) and isinstance(whole, dict):
+        return all(key in whole and _within(value, whole[key]) for key, value in part.items())
+    return bool(part == whole)
+
+
+def _but_table(settings: dict[str, Any]) -> dict[str, Any]:
     """A table may be renamed without making its rows again."""
-    return {key: value for key, value in settings.items() if key != "table"} if isinstance(settings, dict) else settings
+    return {key: value for key, value in settings.items() if key != "table"}

@@ -9,12 +9,16 @@ import platform
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import file_digest, read_json, value_digest, write_json
 
-FORMAT = 2
+if TYPE_CHECKING:
+    from maskllm4v.config import Experiment
+
+FORMAT = 3  # scripts/migrate_records.py has a step from each one to the next
+MIGRATE = "python -m scripts.migrate_records"
 DIGITS = 6
 PACKAGES = ("accelerate", "numpy", "scikit-learn", "timm", "torch", "torchvision")
 TASK_PACKAGES = {"diffusion": ("diffusers", "torchmetrics")}  # those that one task alone needs
@@ -52,7 +56,7 @@ def build_record(
     Args:
         row: its key.
         kind: ``"dense"``, ``"oneshot"``, ``"learned"``, ``"updated"`` or ``"finetuned"``.
-        settings: everything the result depends on, as plain values.
+        settings: everything the result depends on, see :meth:`maskllm4v.config.Experiment.record_settings`.
         metrics: by seed, then by name.
         summaries: by seed: the original's JSON object; empty for tasks that the original has not.
         inputs: digests of what was evaluated.
@@ -78,6 +82,14 @@ def build_record(
     }
 
 
+def settings_digest(experiment: Experiment, row: str) -> str:
+    """SHA-256 of what a row's record holds of the settings, in hex; no setting at its default has a part in it.
+
+    A record belongs to the experiment as it is now if, and only if, it has this digest.
+    """
+    return value_digest(experiment.row(row).record_settings())
+
+
 def versions(task: str = "classification") -> dict[str, str]:
     """Releases that a task's result may depend on; Python's without the patch level, which changes no number."""
     packages = sorted((*PACKAGES, *TASK_PACKAGES.get(task, ())))
@@ -90,13 +102,19 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Raises :class:`UserError` where the file is missing, no record, or of another format."""
+    """A record as its file holds it: without settings at their defaults.
+
+    Raises:
+        UserError: the file is missing, no record, edited, or of another format; of an older one, how to migrate it.
+    """
     record = read_json(path)
     missing = [key for key in REQUIRED if not isinstance(record, dict) or key not in record]
     if missing:
         raise UserError(f"{path} is no record: {', '.join(missing)} missing")
     if record["format"] != FORMAT:
-        raise UserError(f"{path} has format {record['format']}; this version reads {FORMAT}")
+        older = type(record["format"]) is int and record["format"] < FORMAT
+        how = f"; `{MIGRATE}` brings older records up to date" if older else ""
+        raise UserError(f"{path} has format {record['format']}; this version reads {FORMAT}{how}")
     if value_digest(record["settings"]) != record["settings_digest"]:
         raise UserError(f"{path}: settings and their digest disagree; the record was edited")
     return dict(record)

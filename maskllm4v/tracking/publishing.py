@@ -146,7 +146,7 @@ class _Publication:
             client.set_tag(run_id, key, value)
         if LIVE in run.data.tags:
             client.delete_tag(run_id, LIVE)
-        params = [Param(key, value) for key, value in parameters(record["settings"]).items()]
+        params = [Param(key, value) for key, value in parameters(self.experiment, row).items()]
         for first in range(0, len(params), 100):
             client.log_batch(run_id, params=params[first : first + 100])
         metrics = as_metrics(points)

@@ -11,6 +11,7 @@ from typing import Any
 
 from maskllm4v.config import Experiment
 from maskllm4v.runs.paths import ARTIFACTS, REPORTS, export_folder, run_folder
+from maskllm4v.runs.records import settings_digest
 from maskllm4v.utils.io import file_digest, value_digest
 
 LARGEST_ARTIFACT = 32 * 2**20  # bytes of masks; with updated weights of a large model they stay in DVC's cache
@@ -19,11 +20,12 @@ LIVE = "live"  # the tag of a run that is written while its row trains
 
 def identity(experiment: Experiment, row: str) -> dict[str, str]:
     """The tags that tell one run from another."""
-    return {"row": row, "settings_digest": value_digest(experiment.row(row).record_settings())}
+    return {"row": row, "settings_digest": settings_digest(experiment, row)}
 
 
-def parameters(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as MLflow's parameters: ``learning.steps`` and so on."""
+def parameters(experiment: Experiment, row: str) -> dict[str, str]:
+    """All settings of a row, those at their defaults, too, as MLflow's parameters: ``learning.steps`` and so on."""
+    settings = experiment.row(row).record_settings(defaults=True)
     return {key: str(value)[:6000] for key, value in flatten(settings).items()}
 
 

@@ -105,9 +105,7 @@ class Sender:
                 break
         else:
             run_id = str(client.create_run(place, run_name=name, tags=tags).info.run_id)
-        params = [
-            Param(key, value) for key, value in parameters(self.experiment.row(self.row).record_settings()).items()
-        ]
+        params = [Param(key, value) for key, value in parameters(self.experiment, self.row).items()]
         for first in range(0, len(params), 100):
             client.log_batch(run_id, params=params[first : first + 100])
         return run_id

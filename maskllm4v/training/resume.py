@@ -105,7 +105,7 @@ def resume_of(experiment: Experiment, row: str, seed: int, **inputs: str) -> Res
         resume_folder(row),
         seed,
         {
-            "settings": experiment.row(row).made_with(),
+            "settings": experiment.row(row).made_with(defaults=False),
             "seed": seed,
             "inputs": inputs,
             "versions": versions(experiment.task.name),

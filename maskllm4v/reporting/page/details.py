@@ -1,4 +1,4 @@
-"""All that a record says of one row: settings, releases, hardware, inputs, and single values."""
+"""All that is known of one row: settings, releases, hardware, inputs, and single values."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def row_details(results: Results, row: str, file: str | None) -> Details:
         file: the experiment's in ``experiments/``, without ``.yaml``; None where it stands in ``params.yaml`` alone.
     """
     record = results.records[row]
-    kin = [dict(_leaves(r["settings"])) for r in results.records.values() if r["kind"] == record["kind"]]
+    kin = [dict(_leaves(results.settings[r["row"]])) for r in results.records.values() if r["kind"] == record["kind"]]
     settings = [
         Setting(path, indent, text, _shown(value), _differs(path, value, kin))
-        for path, indent, text, value in _lines(record["settings"])
+        for path, indent, text, value in _lines(results.settings[row])
     ]
     switch = [f"make use EXPERIMENT={file}"] if file else []
     return Details(
@@ -81,8 +81,8 @@ def row_details(results: Results, row: str, file: str | None) -> Details:
 
 
 def _lines(settings: Mapping[str, Any], before: str = "", indent: int = 0) -> Iterator[tuple[str, int, str, Any]]:
-    """Of each setting, in the record's order: dotted path, depth, text, and value (:data:`ABSENT` for a section)."""
-    for key, value in settings.items():
+    """Of each setting, by name: dotted path, depth, text, and value (:data:`ABSENT` for a section)."""
+    for key, value in sorted(settings.items()):
         path = f"{before}{key}"
         if isinstance(value, Mapping) and value:
             yield path, indent, f"{key}:", ABSENT

@@ -40,6 +40,11 @@ class Results:
         return current_records(self.experiment, self.reports)
 
     @cached_property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """All settings of the rows that have a record, those at their defaults, too."""
+        return {row: self.experiment.row(row).record_settings(defaults=True) for row in self.records}
+
+    @cached_property
     def table(self) -> pd.DataFrame:
         return aggregate(self.experiment, self.records, row_costs(self.experiment.table, self.reports))
 
