@@ -16,8 +16,8 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,9 @@ def relock(root: Path, tables: Collection[str] = ()) -> list[str]:
     before = path.read_text(encoding="utf-8")
     changed: list[str] = []
     blocks = []
+    entry = cache(partial(_entry, root))  # many stages share a folder
     for name, block in _blocks(before):
-        renewed = _renewed(root, block, declared[name]) if name in declared else block
+        renewed = _renewed(block, declared[name], entry) if name in declared else block
         if renewed != block:
             changed.append(name)
         blocks.append(renewed)
@@ -83,14 +84,14 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
     yield name, "".join(lines)
 
 
-def _renewed(root: Path, block: str, stage: Mapping[str, Any]) -> str:
+def _renewed(block: str, stage: Mapping[str, Any], entry: Callable[[str], str]) -> str:
     """A stage's piece with today's code; other dependencies keep their entries."""
     begin, entries, end = _dependencies(block)
     if begin is None:
         return block
     kept = {path: entry for path, entry in entries.items() if not path.startswith(CODE)}
     now = [path_of(dep) for dep in stage.get("deps", [])]  # one that is declared twice is written down twice
-    kept |= {path: _entry(root, path) * now.count(path) for path in now if path.startswith(CODE)}
+    kept |= {path: entry(path) * now.count(path) for path in now if path.startswith(CODE)}
     return begin + "".join(kept[path] for path in sorted(kept)) + end
 
 
@@ -110,7 +111,6 @@ def _dependencies(block: str) -> tuple[str | None, dict[str, str], str]:
     return "".join(lines[:first]), entries, "".join(lines[last:])
 
 
-@cache
 def _entry(root: Path, path: str) -> str:
     """A file or folder as DVC writes it down: a folder's digest is that of the list of its files."""
     names = files_below(root, [path])

@@ -11,7 +11,7 @@ from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.runs.curves import write_curve
 from maskllm4v.runs.paths import curve_file, layers_file, record_file
 from maskllm4v.runs.records import build_record, write_record
-from maskllm4v.training.mask_learning import finetuning, mask_learning
+from maskllm4v.training import finetuning, mask_learning
 from maskllm4v.utils.io import write_csv
 
 DIGITS = load_experiment(ROOT / "params.yaml")
