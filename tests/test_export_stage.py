@@ -16,6 +16,7 @@ from maskllm4v.checkpoints.packed import load_packed, load_packed_file
 from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.export.onnx import about_graph
 from maskllm4v.export.verify import passes, verify_file
+from maskllm4v.runs.records import measurement_digest
 from maskllm4v.sparsity.surgery import fold_
 from maskllm4v.tasks import open_task
 from maskllm4v.tasks.classification.models import build_model
@@ -54,7 +55,7 @@ def experiment(folder: Path) -> Experiment:
 def test_files_and_what_is_committed_of_them(made: Path, exports: Path) -> None:
     assert {path.name for path in exports.iterdir()} == FILES
     found = read_json(made / f"reports/small/runs/{ROW}/export.json")
-    record = file_digest(made / f"reports/small/runs/{ROW}/evaluation/record.json")
+    record = measurement_digest(read_json(made / f"reports/small/runs/{ROW}/evaluation/record.json"))
     facts = {"row": ROW, "seed": 3, "model": "VisionTransformer", "pattern": "2:4", "layers": 16, "record": record}
     assert {key: found[key] for key in facts} == facts
     assert {file["file"] for file in found["files"]} == FILES
@@ -84,7 +85,7 @@ def test_files_are_the_row_that_was_measured(made: Path, exports: Path) -> None:
     assert task.evaluate(found)["top1"] == pytest.approx(record["metrics"]["3"]["top1"], abs=0.3)  # unpinned here
     about = load_packed_file(packed).about
     assert (about["method"], about["base"], about["manifest"]) == ("maskllm", base, task.data_digest)
-    assert about["record"] == file_digest(made / f"reports/small/runs/{ROW}/evaluation/record.json")
+    assert about["record"] == measurement_digest(read_json(made / f"reports/small/runs/{ROW}/evaluation/record.json"))
     graph = about_graph(exports / f"{ROW}-fp16.onnx")
     assert {key: graph[key] for key in ("model", "method", "base", "manifest", "record")} == {
         key: about[key] for key in ("model", "method", "base", "manifest", "record")

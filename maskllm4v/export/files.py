@@ -38,7 +38,8 @@ class Folded:
         method: e.g. ``"maskllm"``; ``"dense"`` without masks.
         base: digest of the dense model's tensors; None where unknown.
         updated: whether masks alone would not give it: weights were changed, or the dense ones are lost.
-        manifest, record: digests of the data's manifest and of the record that measured it; None where unknown.
+        manifest, record: digests of the data's manifest, and of what the row's record measured
+            (:func:`maskllm4v.runs.records.measurement_digest`); None where unknown.
         permutations: of the dense model's channels, after which the masks were made; empty if there are none, or the
             dense model is not known.
     """

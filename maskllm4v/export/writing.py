@@ -16,6 +16,7 @@ from maskllm4v.config import Experiment
 from maskllm4v.export.files import Folded, write_folded, write_masks, write_packed
 from maskllm4v.export.onnx import export_onnx
 from maskllm4v.runs.paths import checkpoint, record_file
+from maskllm4v.runs.records import measurement_digest, read_record
 from maskllm4v.sparsity.surgery import fold_
 from maskllm4v.tasks import Task
 from maskllm4v.utils.errors import CheckpointError, ConfigError
@@ -38,7 +39,7 @@ def folded_row(experiment: Experiment, task: Task, row: str, seed: int | None = 
     model, name = task.build_model(seed), experiment.model.name
     base = load_dense(checkpoint(experiment.dense.row, experiment.dense_seed(seed)), model, name)
     record = record_file(experiment.table, row)
-    manifest, measured = task.data_digest, file_digest(record) if record.exists() else None
+    manifest, measured = task.data_digest, measurement_digest(read_record(record)) if record.exists() else None
     args = experiment.model.args
     if experiment.row(row).kind == "dense":
         return Folded(model.cpu(), {}, None, name, "dense", base, manifest=manifest, record=measured, args=args)

@@ -126,6 +126,11 @@ def read_records(reports: Path, table: str) -> dict[str, dict[str, Any]]:
     return {record["row"]: record for record in map(read_record, paths)}
 
 
+def measurement_digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 over what a record measured, and of what, in hex: the same in every format of records."""
+    return value_digest({key: record[key] for key in ("row", "metrics", "inputs")})
+
+
 def run_digest(folder: Path) -> str:
     """SHA-256 over all committed files of a row (record, diagnostics, pictures, curves), in hex."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
