@@ -108,6 +108,8 @@ def _row(kind: str, count: int, before: Timing, after: Timing) -> dict[str, Any]
 
 def _source(experiment: Experiment, row: str) -> str | None:
     """The row that a row is made from, the dense one aside."""
+    if row not in experiment.rows:  # the data
+        return None
     source = experiment.row(row).source
     return None if source is None else source.key
 

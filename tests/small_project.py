@@ -132,9 +132,9 @@ def states(folder: Path, row: str) -> list[Path]:
 def saved_steps(folder: Path, row: str) -> list[int]:
     """The step that each seed's newest state goes on with."""
     found: dict[str, int] = {}
-    for path in sorted(states(folder, row), key=lambda path: path.stat().st_mtime_ns):
-        if path.suffix == ".pt":
-            found[path.name.partition("-")[0]] = torch.load(path, weights_only=True)["state"]["step"]
+    saved = [path for path in states(folder, row) if path.suffix == ".pt"]  # others come and go
+    for path in sorted(saved, key=lambda path: path.stat().st_mtime_ns):
+        found[path.name.partition("-")[0]] = torch.load(path, weights_only=True)["state"]["step"]
     return [found[seed] for seed in sorted(found)]
 
 

@@ -154,7 +154,7 @@ def test_other_machines_get_a_warning_and_no_promise(
     assert not streams.out
 
 
-@pytest.mark.parametrize(("flags", "promised"), [("sse4_2 avx avx2 bmi", True), ("sse4_2 avx bmi", False)])
+@pytest.mark.parametrize(("flags", "is_supported"), [("sse4_2 avx avx2 bmi", True), ("sse4_2 avx bmi", False)])
 def test_promise_needs_avx2(
     flags: str, is_supported: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,7 +138,7 @@ def graphs_so_far() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("advances", [False, True], ids=["set_draw", "by itself"])
+@pytest.mark.parametrize("auto_advance", [False, True], ids=["set_noise_key", "by itself"])
 def test_annealing_compiles_nothing_again(auto_advance: bool) -> None:
     model, x, counting = small_model(), torch.randn(4, 16), Counting()
     eager = copy.deepcopy(model)

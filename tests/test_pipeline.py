@@ -180,7 +180,7 @@ BAD_INPUT = {
     "unknown key": (edit(lambda p: p.update(tabel="x")), TRAIN, "unknown key 'tabel'; did you mean 'table'?"),
     "wrong type": (edit(lambda p: p["learning"].update(lr="fast")), TRAIN, "learning.lr is 'fast'"),
     "unknown row": (edit(lambda p: None), ("train", "nonsense"), "no row 'nonsense'"),
-    "row of another kind": (edit(lambda p: None), ("train", "small-dense"), "no learned row"),
+    "row of another kind": (edit(lambda p: None), ("train", "small-dense"), "not a learned row"),
     "unknown method": (
         edit(lambda p: p["priors"]["small-magnitude"].update(method="magnitud")),
         ("prior", "small-magnitude"),

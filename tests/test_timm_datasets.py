@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import shutil
 import struct
 import tarfile
@@ -88,6 +90,26 @@ def test_workers_change_no_bit(kind: str, source: Path, tmp_path: Path) -> None:
     assert everything(data, "holdout").shape == (3, 3, 32, 32)
     runs = [list(step_loader(data, seed=1, batch_size=4, steps=4, workers=n)) for n in (0, 2)]
     assert same(*runs)
+
+
+def test_a_fork_reads_tar_files_of_its_own(source: Path, tmp_path: Path) -> None:
+    """It would share the place in the file with its parent, and each would read what the other looked for."""
+    data = prepared(of_kind("tar", source), tmp_path / "m")
+    wanted = everything(data, "train")  # opens the file here
+
+    def places() -> dict[str, int]:
+        files = {path.name: os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists()}
+        return {fd: os.lseek(int(fd), 0, os.SEEK_CUR) for fd, file in files.items() if file.endswith(".tar")}
+
+    before = places()
+    assert before
+    if (child := os.fork()) == 0:
+        status = 1
+        with contextlib.suppress(BaseException):
+            status = int(not torch.equal(data.images("train", np.arange(1)), wanted[:1]))
+        os._exit(status)
+    assert os.waitpid(child, 0) == (child, 0)
+    assert places() == before
 
 
 def test_hashes_are_of_pixels_and_asked_for(source: Path, tmp_path: Path) -> None:

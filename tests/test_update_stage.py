@@ -131,7 +131,7 @@ BAD_INPUT = {
     "row of another kind": (
         "small-magnitude",
         lambda p: None,
-        "no updated row; allowed: small-squares, small-again, small-undone",
+        "not an updated row; allowed: small-squares, small-again, small-undone",
     ),
     "masks of another pattern": (
         "small-squares",

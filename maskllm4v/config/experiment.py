@@ -194,8 +194,9 @@ class Experiment(Settings):
         """
         row = self.row(key)
         if not isinstance(row, kind):
-            allowed = ", ".join(row.key for row in self.all_rows if isinstance(row, kind)) or "(none)"
-            raise ConfigError(f"{key!r} is not a {kind.noun} row; allowed: {allowed}")
+            allowed = ", ".join(one.key for one in self.all_rows if isinstance(one, kind)) or "(none)"
+            article = "an" if kind.noun[0] in "aeiou" else "a"
+            raise ConfigError(f"{key!r} is not {article} {kind.noun} row; allowed: {allowed}")
         return row
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +71,13 @@ def reader(manifest: Manifest, settings: DataSettings) -> Callable[[Entry], tupl
 
 
 def _reader(settings: DataSettings, opened: Mapping[str, Any]) -> Callable[[Entry], tuple[Any, str]]:
+    reading = os.getpid()
+
     def read(entry: Entry) -> tuple[Any, str]:
+        nonlocal reading
+        if reading != (reading := os.getpid()):  # a loader's worker, forked from the process that read before
+            for dataset in opened.values():
+                _forget_open_files(dataset)
         split, _, digits = entry.path.partition("/")
         dataset, number = opened[split], int(digits)
         name = f"{_name(settings)}, image {entry.path}{_file(dataset, number)}"
@@ -80,6 +87,18 @@ def _reader(settings: DataSettings, opened: Mapping[str, Any]) -> Callable[[Entr
             raise DataError(f"{name} cannot be read as an image: {error}") from error
 
     return read
+
+
+def _forget_open_files(dataset: Any) -> None:
+    """Let timm open tar files anew: a fork shares the place in an open file, so that processes read each other's bytes.
+
+    Other sources open a file for each image, or map them into memory.
+    """
+    state = getattr(getattr(dataset, "reader", None), "tar_state", None)
+    for tar in state.values() if isinstance(state, dict) else filter(None, [state]):
+        tar.reset()
+        for child in tar.children.values():
+            child.reset()
 
 
 def _name(settings: DataSettings) -> str:

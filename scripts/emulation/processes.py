@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ class Worker:
                 text=True,
             )
         self.kernels: dict[str, str] = {}
+        self._ending = threading.Lock()  # one thread may read while another, after an error, ends all
 
     def wait(self) -> None:
         """Until it has imported torch."""
@@ -137,11 +139,12 @@ class Worker:
             assert stream is not None
             with suppress(OSError):
                 stream.close()
-        if self._process.returncode is None:
-            _, status, usage = os.wait4(self._process.pid, 0)
-            self._process.returncode = os.waitstatus_to_exitcode(status)
-            self.seconds = usage.ru_utime + usage.ru_stime
-        return self._process.returncode
+        with self._ending:
+            if self._process.returncode is None:
+                _, status, usage = os.wait4(self._process.pid, 0)
+                self._process.returncode = os.waitstatus_to_exitcode(status)
+                self.seconds = usage.ru_utime + usage.ru_stime
+            return self._process.returncode
 
     def __enter__(self) -> Self:
         return self
