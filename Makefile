@@ -14,7 +14,7 @@
 PYTHON ?= python3.11
 VENV   ?= $(CURDIR)/.venv
 PORT   ?= 5000
-READY  := $(VENV)/.installed
+READY  := $(VENV)/.command
 
 export PATH := $(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
@@ -72,8 +72,11 @@ publish: $(READY)
 use: $(READY)
 	python -m maskllm4v use $(EXPERIMENT)
 
-$(READY): requirements.lock
+$(VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q --require-hashes -r requirements.lock
+	touch $@
+
+$(READY): $(VENV)/.installed pyproject.toml
 	$(VENV)/bin/pip install -q --no-deps --no-build-isolation --no-index --editable .
 	touch $@

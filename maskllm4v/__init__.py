@@ -56,6 +56,10 @@ if TYPE_CHECKING:
     from maskllm4v.utils.errors import UserError as UserError
 
 
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"maskllm4v.{_HOMES[name]}"), name)

@@ -6,7 +6,8 @@
 A recording (``exact: false``) took hours on a machine whose artifacts nobody else has, so that neither ``dvc repro``
 nor ``dvc commit`` can lock it again where code was only moved or renamed. This writes down the dependencies that
 ``dvc.yaml`` declares now, with the digests of the working tree; commands, data, settings and outputs stay as they are.
-It is for changes that alter no result, and proves nothing: for exact tables ``make proof`` has to agree afterwards.
+It is for changes that alter no output of any stage, exported files included, and proves nothing: for exact tables
+``make proof`` has to agree afterwards.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def relock(root: Path, tables: Collection[str] = ()) -> list[str]:
         tables: whose stages; none: all tables' and the rendering stages.
 
     Raises:
-        UserError: no such table.
+        UserError: no such table, or a dependency without files.
     """
     declared = _declared(root, tables)
     path = root / "dvc.lock"
@@ -89,7 +90,7 @@ def _renewed(block: str, stage: Mapping[str, Any], entry: Callable[[str], str]) 
     begin, entries, end = _dependencies(block)
     if begin is None:
         return block
-    kept = {path: entry for path, entry in entries.items() if not path.startswith(CODE)}
+    kept = {path: text for path, text in entries.items() if not path.startswith(CODE)}
     now = [path_of(dep) for dep in stage.get("deps", [])]  # one that is declared twice is written down twice
     kept |= {path: entry(path) * now.count(path) for path in now if path.startswith(CODE)}
     return begin + "".join(kept[path] for path in sorted(kept)) + end
@@ -114,6 +115,8 @@ def _dependencies(block: str) -> tuple[str | None, dict[str, str], str]:
 def _entry(root: Path, path: str) -> str:
     """A file or folder as DVC writes it down: a folder's digest is that of the list of its files."""
     names = files_below(root, [path])
+    if not names:
+        raise UserError(f"dvc.yaml: {path} has no files")
     sizes = sum((root / name).stat().st_size for name in names)
     if (root / path).is_file():
         found: dict[str, Any] = {"md5": _md5((root / path).read_bytes()), "size": sizes}

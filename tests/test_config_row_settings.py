@@ -313,6 +313,7 @@ def test_labels_are_templates_over_settings(template: str, row: str, label: str)
         ("({steps", "own", "expected '}' before end of string"),
         ("{steps:%}}", "own", "Single '}'"),
         ("{steps:q}", "own", "Unknown format code 'q'"),
+        ("{steps:{lr}}", "own", "a format specification holds braces"),
     ],
 )
 def test_labels_that_name_no_setting_are_errors(template: str, row: str, why: str) -> None:

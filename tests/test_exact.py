@@ -122,7 +122,7 @@ def test_every_variable_counts_once_torch_is_there(key: str, monkeypatch: pytest
 def test_late_pin_in_a_fresh_interpreter() -> None:
     done = python("import torch\nfrom maskllm4v.utils import determinism\ndeterminism.pin_kernels()")
     assert done.returncode == 1
-    assert "RuntimeError: determinism.pin_kernels() has to come before the import of" in done.stderr
+    assert "RuntimeError: pin_kernels() has to come before the import of" in done.stderr
 
 
 def test_pin_torch_sets_one_thread_and_determinism() -> None:
@@ -154,18 +154,18 @@ def test_other_machines_get_a_warning_and_no_promise(
     assert not streams.out
 
 
-@pytest.mark.parametrize(("flags", "is_supported"), [("sse4_2 avx avx2 bmi", True), ("sse4_2 avx bmi", False)])
+@pytest.mark.parametrize(("flags", "supported"), [("sse4_2 avx avx2 bmi", True), ("sse4_2 avx bmi", False)])
 def test_promise_needs_avx2(
-    flags: str, is_supported: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: str, supported: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in PIN.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(Path, "exists", lambda _: True)
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"flags\t\t: fpu {flags} erms\n")
-    assert determinism.is_supported() is is_supported
+    assert determinism.is_supported() is supported
     determinism.pin_kernels()
-    assert bool(capsys.readouterr().err) is not is_supported
+    assert bool(capsys.readouterr().err) is not supported
 
 
 LIGHT = [

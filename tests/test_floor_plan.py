@@ -62,7 +62,7 @@ LIBRARIES = {  # who may speak to it: a module, or a package as a whole
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_one_room_speaks_to_each_library(library: str) -> None:
+def test_one_folder_speaks_to_each_library(library: str) -> None:
     found = {module for module in ALL if library in roots(module)}
     places = {place for module in found for place in LIBRARIES[library] if f"{module}.".startswith(f"{place}.")}
     strangers = {m for m in found if not any(f"{m}.".startswith(f"{place}.") for place in LIBRARIES[library])}
@@ -87,13 +87,13 @@ def test_reports_need_no_torch(module: str) -> None:
 
 
 def test_no_cycles() -> None:
-    doors = {
+    imported = {
         m: {other for other in imports(m) if not m.startswith(f"{other}.")} for m in ALL
     }  # not to one's own package
-    while doors:
-        leaves = {m for m, ahead in doors.items() if not ahead & doors.keys()}
-        assert leaves, f"a cycle among {sorted(doors)}"
-        doors = {m: ahead for m, ahead in doors.items() if m not in leaves}
+    while imported:
+        leaves = {m for m, ahead in imported.items() if not ahead & imported.keys()}
+        assert leaves, f"a cycle among {sorted(imported)}"
+        imported = {m: ahead for m, ahead in imported.items() if m not in leaves}
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
@@ -106,6 +106,7 @@ def test_public_names_exist() -> None:
     import maskllm4v
 
     assert all(getattr(maskllm4v, name) is not None for name in maskllm4v.__all__)
+    assert {name for name in dir(maskllm4v) if not name.startswith("__")} == set(maskllm4v.__all__)
 
 
 # The packages' own __init__.py hold names and a version: nothing that a result could depend on.

@@ -104,7 +104,7 @@ def test_runs_repeat_without_saved_state() -> None:
         assert torch.equal(second(x), expected)
 
 
-def test_set_draw_fixes_the_noise() -> None:
+def test_set_noise_key_fixes_the_noise() -> None:
     layer, x = LearnableMaskedLinear(16, 6, name="a"), torch.randn(3, 16)
     set_noise_key(nn.Sequential(layer), NoiseKey(seed=1, step=2))
     output = layer(x)

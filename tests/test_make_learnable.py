@@ -191,7 +191,7 @@ def test_dense_forward_takes_no_draw(learnable_vit: nn.Module) -> None:
 # Learning
 
 
-def test_set_draw_reaches_every_layer(learnable_vit: nn.Module) -> None:
+def test_set_noise_key_reaches_every_layer(learnable_vit: nn.Module) -> None:
     set_noise_key(learnable_vit, NoiseKey(step=7))
     x = torch.randn(IMAGES)
     assert torch.equal(learnable_vit(x), learnable_vit(x))

@@ -163,5 +163,5 @@ def test_recomputing_a_layer_that_has_moved_on_is_refused(reentrant: bool) -> No
     """Its second forward would draw other noise than its first, and gradients would be wrong."""
     layer = LearnableMaskedLinear(16, 8)
     output = checkpoint(layer, torch.randn(5, 16, requires_grad=True), use_reentrant=reentrant)
-    with pytest.raises(RuntimeError, match="set_draw"):
+    with pytest.raises(RuntimeError, match="set_noise_key"):
         output.sum().backward()

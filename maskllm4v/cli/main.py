@@ -1,4 +1,4 @@
-"""The command line, for single steps without the pipeline: ``maskllm4v --help``."""
+"""Single steps without the pipeline, and what looks after its results."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.checkpoints.masks import MaskCheckpoint, save_masks
     from maskllm4v.cli import inputs
     from maskllm4v.runs.curves import write_curve
-    from maskllm4v.runs.records import versions
+    from maskllm4v.runs.records import FORMAT, versions
     from maskllm4v.sparsity.permutation import apply_permutations_
     from maskllm4v.sparsity.surgery import make_learnable
     from maskllm4v.training.mask_learning import CURVE_COLUMNS, learn_masks
@@ -218,6 +218,7 @@ def run(arguments: argparse.Namespace) -> None:
     prefixed = {f"permutation.{name}": order for name, order in permutations.items()}
     identity = {
         "settings": experiment.row(options.LEARNED).made_with(defaults=False),
+        "format": FORMAT,
         "inputs": {"manifest": manifest, "dense": base, "prior": tensors_digest({**prior, **prefixed})},
         "versions": versions(),
     }

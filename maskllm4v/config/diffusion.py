@@ -103,7 +103,7 @@ class DiffusionSettings(Settings):
 
     @property
     def augmentation(self) -> TaskSettings:
-        """What the data room is told: images whole, no augmentation but flips."""
+        """What ``data`` is told: images whole, no augmentation but flips."""
         return TaskSettings(hflip=self.hflip, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), color_jitter=0.0)
 
     @model_validator(mode="after")

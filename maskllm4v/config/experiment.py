@@ -83,7 +83,7 @@ class Experiment(Settings):
             return raw
         common = raw.get("learning")
         if defaults := default_learning(raw.get("task")):
-            common = {**defaults, **common} if isinstance(common, dict) else (common or defaults)
+            common = {**defaults, **common} if isinstance(common, dict) else (defaults if common is None else common)
         merged = {}
         for section, settings in (("learned", LearnedSettings), ("finetuned", FinetunedSettings)):
             if isinstance(raw.get(section), dict) and isinstance(common, dict):
@@ -107,8 +107,6 @@ class Experiment(Settings):
                 raise ValueError(f"finetuned.{row}.start is {finetuned.start!r}; allowed: {allowed}")
         check_starts(self)
         check_patterns(self)
-        for made_row in self.all_rows:
-            _ = made_row.label  # a template that names what the row has not
         for row, learned in self.learned.items():
             if learned.select == "best" and not self.data.holdout:
                 raise ValueError(f"learned.{row}.select is 'best', which needs data.holdout; never the reported split")
@@ -130,6 +128,8 @@ class Experiment(Settings):
             raise ValueError(f"runtime.processes is {self.runtime.processes}, but exact: true needs one process")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: {self.seeds} holds one twice")
+        for made_row in self.all_rows:
+            _ = made_row.label  # a template that names what the row has not
         return self
 
     def _task_and_model_agree(self) -> None:

@@ -34,7 +34,7 @@ def load_experiment(path: Path = PARAMS) -> Experiment:
         key = re.search(r'duplicate key "(.*?)"', str(error.problem))
         line = error.problem_mark.line + 1
         raise ConfigError(f"{path}, line {line}: key {key[1] if key else ''!r} is there twice") from error
-    except (YAMLError, ValueError) as error:  # ValueError: no UTF-8, an impossible date
+    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # no UTF-8, an impossible date, a wrong tag
         raise ConfigError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
     return parse_experiment(raw, str(path))
 

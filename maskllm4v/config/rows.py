@@ -7,7 +7,7 @@ Whoever asks what a row starts from, which pattern its masks have or what a tabl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from string import Formatter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -41,7 +41,7 @@ class Row(ABC):
     """
 
     key: str
-    experiment: Experiment
+    experiment: Experiment = field(repr=False, compare=False)
 
     kind: ClassVar[Kind]
     stage: ClassVar[Stage]
@@ -66,9 +66,11 @@ class Row(ABC):
         settings = {**dict(self.settings), "pattern": self.pattern}
         known = {name: value for name, value in settings.items() if isinstance(value, str | int | float)}
         try:
-            named = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+            named = {name: spec or "" for _, name, spec, _ in Formatter().parse(template) if name is not None}
             if unknown := [name for name in named if name not in known]:
                 raise ValueError(f"it names {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+            if any("{" in spec for spec in named.values()):
+                raise ValueError("a format specification holds braces")
             return template.format_map(known)
         except ValueError as error:
             raise ValueError(f"rows.{self.key} is {template!r}: {error}") from None
@@ -129,7 +131,7 @@ class Row(ABC):
         return self.experiment.seeds
 
     @abstractmethod
-    def steps(self) -> dict[str, Any]:
+    def step_settings(self) -> dict[str, Any]:
         """Settings of what is done after the dense model: for this row itself, and for the row that it starts from."""
 
     def made_with(self, *, defaults: bool = True) -> dict[str, Any]:
@@ -163,7 +165,7 @@ class Row(ABC):
         }
         if pattern := self.pattern:
             found["pattern"] = pattern
-        return found | self.steps()
+        return found | self.step_settings()
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class DenseRow(Row):
     def seeds(self) -> list[int]:
         return list(dict.fromkeys(map(self.experiment.dense_seed, self.experiment.seeds)))
 
-    def steps(self) -> dict[str, Any]:
+    def step_settings(self) -> dict[str, Any]:
         return {}
 
 
@@ -210,18 +212,18 @@ class OneShotRow(Row):
     def method(self) -> str:
         return self.settings.method
 
-    def steps(self) -> dict[str, Any]:
+    def step_settings(self) -> dict[str, Any]:
         return {"prior": self.settings}
 
 
 class _FromMasks(Row):
     """A row that starts from another one's masks."""
 
-    def steps(self) -> dict[str, Any]:
+    def step_settings(self) -> dict[str, Any]:
         source = self.source
         if source is None:
             return {}
-        return source.steps() if isinstance(source, OneShotRow) else {"start": source.steps()}
+        return source.step_settings() if isinstance(source, OneShotRow) else {"start": source.step_settings()}
 
 
 @dataclass(frozen=True)
@@ -253,8 +255,8 @@ class LearnedRow(_FromMasks):
     def method(self) -> str:
         return "maskllm"
 
-    def steps(self) -> dict[str, Any]:
-        return {**super().steps(), "learning": self.settings}
+    def step_settings(self) -> dict[str, Any]:
+        return {**super().step_settings(), "learning": self.settings}
 
 
 @dataclass(frozen=True)
@@ -286,8 +288,8 @@ class UpdatedRow(_FromMasks):
     def method(self) -> str:
         return self.settings.update if self.updates_weights else self.source.method
 
-    def steps(self) -> dict[str, Any]:
-        return {**super().steps(), "update": self.settings}
+    def step_settings(self) -> dict[str, Any]:
+        return {**super().step_settings(), "update": self.settings}
 
 
 @dataclass(frozen=True)
@@ -319,8 +321,8 @@ class FinetunedRow(_FromMasks):
     def method(self) -> str:
         return "finetune"
 
-    def steps(self) -> dict[str, Any]:
-        return {**super().steps(), "finetuning": self.settings}
+    def step_settings(self) -> dict[str, Any]:
+        return {**super().step_settings(), "finetuning": self.settings}
 
 
 def _plain(value: Any, defaults: bool) -> Any:

@@ -1,7 +1,7 @@
 """The sections of ``params.yaml``, one class each; defaults and units stand here and nowhere else.
 
 Records hold what differs from the defaults. A new setting with one leaves all records as they are; to change a default
-takes a migration of them, see :meth:`maskllm4v.config.Experiment.record_settings`.
+takes a migration of them, see :meth:`maskllm4v.config.Row.record_settings`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Settings(BaseModel):
         return {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
 
     def beyond_defaults(self) -> dict[str, Any]:
-        """The settings that differ from their defaults, as plain values: validated again, they give the same section.
+        """The settings that differ from their defaults, as plain values. Validated again, they give the same section.
+
+        That holds for sections, not for a whole ``Experiment``, whose rows inherit from ``learning``.
 
         What has no default is always among them, and so is the key that names a section's kind. A section inside that
         equals its default is not; one that does not, but whose own settings are all at their defaults, is ``{}``.

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from maskllm4v.config.experiment import Experiment
 
-MAX_CANDIDATES, MAX_WIDE = (
-    70,
-    16,
-)  # those of maskllm4v.sparsity.patterns, which this room may not ask: it would import torch
+# Those of maskllm4v.sparsity.patterns, which imports torch.
+MAX_CANDIDATES, MAX_WIDE = 70, 16
 
 
 def check_patterns(experiment: Experiment) -> None:

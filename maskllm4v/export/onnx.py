@@ -50,7 +50,7 @@ def export_onnx(
 
     Args:
         path: ``.onnx``.
-        deployable: a folded model, on any device.
+        exportable: a folded model, on any device.
         half: weights and arithmetic in float16; inputs and outputs stay float32, and are cast inside.
         masks: boolean ``[out, in]`` by layer name, of the layers that have to be N:M sparse in the graph.
         pattern: theirs.

@@ -44,6 +44,8 @@ def permute_channels_(
 ) -> dict[str, Tensor]:
     """Permute a dense model's hidden channels, in place, so that N:M masks keep more; its outputs stay the same.
 
+    After Pool and Yu (NeurIPS 2021).
+
     ::
 
         permutations = maskllm4v.permute_channels_(model, "2:4", exclude=["head"])

@@ -94,9 +94,23 @@ def register_pruner(
 ) -> Callable[[LayerPruner], LayerPruner]:
     """Add a method of one's own to the registry::
 
-    @maskllm4v.register_pruner("smallest-first")
-    def smallest_first(weight, statistic, pattern, *, update_weights, layer, seed):
-        return Pruned(pattern.topn_mask(-weight.abs(), layer))
+        from maskllm4v.oneshot.prune import Pruned
+
+        @maskllm4v.register_pruner("smallest-first")
+        def smallest_first(weight, statistic, pattern, *, update_weights, layer, seed):
+            return Pruned(pattern.topn_mask(-weight.abs(), layer))
+
+    Args:
+        name: for :func:`prune` and ``priors.<row>.method``.
+        statistic: what it has to know of a layer's inputs, from :mod:`maskllm4v.oneshot.activations.statistics`.
+        updates: whether it can update the weights ``[out, in]`` that it keeps.
+        propagate: what later layers see by default while calibrating, ``"dense"`` or ``"pruned"``.
+
+    Returns:
+        A decorator, which gives the function back.
+
+    Raises:
+        ConfigError: the name is taken.
     """
 
     def register(prune_layer: LayerPruner) -> LayerPruner:
@@ -122,6 +136,9 @@ def prune(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Prune the linear layers of a model in one shot, in place.
+
+    By magnitude, Wanda (arXiv 2306.11695), RIA (Zhang et al., ICLR 2024), SparseGPT (arXiv 2301.00774), at random, or
+    by a registered method.
 
     Args:
         model: any module; its linear layers become :class:`MaskedLinear`, with their dense weights, or

@@ -56,7 +56,7 @@ def build_record(
     Args:
         row: its key.
         kind: ``"dense"``, ``"oneshot"``, ``"learned"``, ``"updated"`` or ``"finetuned"``.
-        settings: everything the result depends on, see :meth:`maskllm4v.config.Experiment.record_settings`.
+        settings: everything the result depends on, see :meth:`maskllm4v.config.Row.record_settings`.
         metrics: by seed, then by name.
         summaries: by seed: the original's JSON object; empty for tasks that the original has not.
         inputs: digests of what was evaluated.

@@ -19,7 +19,7 @@ from torch import Tensor
 from maskllm4v.sparsity.gumbel import masked_weight
 from maskllm4v.sparsity.masks import LearnableMaskedLinear
 
-CPU_GROUPS = 32_768  # in a call: more leave the cache, as in gumbel.chunked
+CPU_GROUPS = 32_768  # in a call: more leave the cache, as in gumbel.eager
 CUDA_GROUPS = 2**17  # one layer of ViT-B is more: what a launch costs counts below
 
 

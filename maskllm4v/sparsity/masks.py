@@ -53,7 +53,9 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
 
 
 class MaskedLinear(nn.Linear):
-    """``y = x (w ⊙ mask)ᵀ + b`` with a fixed boolean mask ``[out, in]``.
+    """``y = x (w ⊙ mask)ᵀ + b`` with a fixed boolean N:M mask ``[out, in]`` (Mishra et al., arXiv 2104.08378).
+
+    Inputs are ``[..., in_features]``, outputs ``[..., out_features]``.
 
     Args:
         in_features, out_features, bias: as in ``nn.Linear``.
@@ -114,7 +116,13 @@ class MaskedLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """Which noise a learnable mask gets: all that its Gumbel draws depend on, next to the layer's name."""
+    """Which noise a learnable mask gets: all that its Gumbel draws depend on, next to the layer's name.
+
+    Attributes:
+        seed: of the run.
+        step, micro_step: of training, and within a step that accumulates gradients; from 0.
+        rank: of the process.
+    """
 
     seed: int = 0
     step: int = 0
@@ -125,6 +133,7 @@ class NoiseKey:
 class LearnableMaskedLinear(nn.Linear):
     """A frozen linear layer whose N:M mask is learned (MaskLLM, arXiv 2409.17481).
 
+    Inputs are ``[..., in_features]``, outputs ``[..., out_features]``.
     In training mode each forward samples a soft mask from ``logits``; in evaluation mode the arg-max
     mask is used. Weight and bias are frozen; ``logits`` ``[K, groups]`` is the parameter.
 
@@ -145,8 +154,13 @@ class LearnableMaskedLinear(nn.Linear):
             layer is ``joined``.
         joined: what draws its masks together with other layers' (:mod:`maskllm4v.sparsity.joined`), if anything.
         backend: of the mask operation, one of :data:`maskllm4v.sparsity.gumbel.BACKENDS`.
-        draw: the noise used next. Training loops set it (:func:`set_noise_key`); where nobody does, each
-            training forward moves on to the next step by itself.
+        draw: the noise used next. Training loops set it (:func:`~maskllm4v.sparsity.surgery.set_noise_key`); where
+            nobody does, each training forward moves on to the next step by itself.
+
+    Raises:
+        PatternError: the pattern is none, or does not divide ``in_features``.
+        ConfigError: ``gate`` is unknown.
+        ValueError: ``tau`` or ``scaling`` is not a positive number.
     """
 
     candidates: Tensor | None
@@ -176,7 +190,7 @@ class LearnableMaskedLinear(nn.Linear):
         self.draw = NoiseKey(seed)
         self.backend = "auto"
         self.kept_energy: Tensor | None = None
-        self.auto_advance = True  # by itself, until set_draw takes over
+        self.auto_advance = True  # by itself, until set_noise_key takes over
         self.dense_mode = False  # see as_dense
         self.joined: JoinedDraw | None = None
         self._freeze_and_add_logits()
@@ -281,7 +295,7 @@ class LearnableMaskedLinear(nn.Linear):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance(self) -> None:
         if torch._C._current_graph_task_id() != -1:  # within backward, where checkpointing repeats this forward
-            raise RuntimeError("activation checkpointing needs set_draw: a layer would draw anew when recomputed")
+            raise RuntimeError("activation checkpointing needs set_noise_key: a layer would draw anew when recomputed")
         self.draw = NoiseKey(self.draw.seed, self.draw.step + 1)
 
     def fold(self) -> nn.Linear:

@@ -83,13 +83,24 @@ def replace_linear_with_(
         maskllm4v.replace_linear_with_(model, maskllm4v.LearnableMaskedLinear, exclude=[model.head],
                                        N=2, M=4, hard=False)
 
+    Args:
+        model: of any depth; not a single linear layer.
+        layer_class: what layers become.
+        exclude: modules or name patterns that stay as they are.
+        N, M: the pattern.
+        on_misfit: ``"error"`` or ``"skip"`` for layers that the pattern does not fit.
+
     Returns:
         The same model.
+
+    Raises:
+        ConfigError: ``exclude`` matches no layer, or the model is a single linear layer.
+        PatternError: M does not divide a layer's inputs.
     """
 
-    def new(name: str, get_linear: nn.Linear) -> nn.Linear:
+    def new(name: str, linear: nn.Linear) -> nn.Linear:
         names = {"name": name} if issubclass(layer_class, LearnableMaskedLinear) else {}
-        return layer_class.from_linear(get_linear, N=N, M=M, **names, **kwargs)
+        return layer_class.from_linear(linear, N=N, M=M, **names, **kwargs)
 
     linears = prunable_linears(model, NMPattern(N, M), exclude=exclude, on_misfit=on_misfit)
     replace_(model, linears, new)
@@ -132,17 +143,34 @@ def learnable_layers(model: nn.Module) -> dict[str, LearnableMaskedLinear]:
 
 
 def current_masks(model: nn.Module) -> dict[str, Tensor]:
-    """The boolean masks ``[out, in]`` that a model uses at inference, by module name."""
+    """The boolean masks ``[out, in]`` that a model uses at inference, by module name.
+
+    Raises:
+        PatternError: a layer has no mask yet.
+    """
     return {name: layer.current_mask() for name, layer in masked_layers(model).items()}
 
 
 def apply_masks_(model: Model, masks: Mapping[str, Tensor], pattern: NMPattern | str) -> Model:
-    """Turn the named linear layers into :class:`MaskedLinear` with the masks given, in place."""
+    """Turn the named linear layers into :class:`MaskedLinear` with the masks given, in place.
+
+    Args:
+        model: dense, or masked already.
+        masks: boolean ``[out, in]`` by module name.
+        pattern: that all of them satisfy, such as ``"2:4"``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: a mask names no linear layer, or has another shape than the layer's weight.
+        PatternError: a mask breaks the pattern.
+    """
     pattern = NMPattern(pattern)
     _check_masks(model, masks, pattern)
 
-    def new(name: str, get_linear: nn.Linear) -> MaskedLinear:
-        layer = MaskedLinear.from_linear(get_linear, N=pattern.n, M=pattern.m)
+    def new(name: str, linear: nn.Linear) -> MaskedLinear:
+        layer = MaskedLinear.from_linear(linear, N=pattern.n, M=pattern.m)
         layer.set_mask(masks[name], name)
         return layer
 
@@ -151,7 +179,15 @@ def apply_masks_(model: Model, masks: Mapping[str, Tensor], pattern: NMPattern |
 
 
 def fold_(model: Model) -> Model:
-    """Replace every masked layer by a plain ``nn.Linear`` whose pruned weights are zero, in place."""
+    """Replace every masked layer by a plain ``nn.Linear`` whose pruned weights are zero, in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: the model is a single masked layer.
+        PatternError: a layer has no mask yet.
+    """
     layers = masked_layers(model)
     if "" in layers:
         raise ConfigError("the model is a single masked layer, which cannot be replaced in place; call its fold()")
@@ -204,16 +240,16 @@ def make_learnable(
     names = list(prunable_linears(model, pattern, exclude=exclude) if prior_masks is None else prior_masks)
     model.requires_grad_(False)
 
-    def new(name: str, get_linear: nn.Linear) -> LearnableMaskedLinear:
+    def new(name: str, linear: nn.Linear) -> LearnableMaskedLinear:
         std = gate_std if init == "prior" else 0.0
         layer = LearnableMaskedLinear.from_linear(
-            get_linear, N=pattern.n, M=pattern.m, gate=gate, hard=hard, gate_std=std, name=name, seed=seed
+            linear, N=pattern.n, M=pattern.m, gate=gate, hard=hard, gate_std=std, name=name, seed=seed
         )
         with torch.no_grad():
             if init == "magnitude":
-                layer.logits.copy_(layer.gate.magnitude(get_linear.weight.detach()))
+                layer.logits.copy_(layer.gate.magnitude(linear.weight.detach()))
             elif prior_masks is not None:
-                mask = prior_masks[name].to(get_linear.weight.device)
+                mask = prior_masks[name].to(linear.weight.device)
                 layer.logits.add_(
                     layer.gate.shift(mask).to(layer.logits), alpha=prior_strength * float(layer.logits.std())
                 )

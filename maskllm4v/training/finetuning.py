@@ -100,7 +100,9 @@ def finetune(
     resume: Resume | None = None,
     watch: Callable[[list[tuple[float, ...]]], None] | None = None,
 ) -> tuple[list[tuple[float, ...]], Cost]:
-    """Train a model's weights on, in place, its masks (if it has any) fixed; ``watch`` as in :func:`loop.run`.
+    """Train a model's weights on, in place, its masks, if it has any, fixed.
+
+    ``watch`` is as in :func:`maskllm4v.training.trainer.run`.
 
     Returns:
         The curve, in the order of :data:`CURVE_COLUMNS`, and what it cost.

@@ -62,7 +62,7 @@ def learn_masks(
     on_point: Callable[[int], None] | None = None,
     watch: Callable[[list[tuple[float, ...]]], None] | None = None,
 ) -> MaskResult:
-    """Learn the masks of a model whose layers :func:`maskllm4v.make_learnable` has made learnable.
+    """Learn the masks of a model whose layers :func:`maskllm4v.make_learnable` has made learnable (arXiv 2409.17481).
 
     Args:
         model: left in evaluation mode, its logits trained (their average if ``settings.ema`` is on).
@@ -78,8 +78,12 @@ def learn_masks(
         on_point: called with the step whenever a point of the curve has been taken.
         watch: given the points themselves, see :func:`maskllm4v.training.trainer.run`.
 
+    Returns:
+        Masks ``[out, in]`` by module name, points of the training curve, and what it cost.
+
     Raises:
         TrainingError: nothing is learnable, or the loss stopped being finite; names row, seed and step.
+        CheckpointError: the state to resume from is damaged.
     """
     learner = MaskLearner(model, task, settings, prior=prior, row=row, on_point=on_point, teacher=teacher)
     cost = run(learner, task, settings, seed=seed, position=position, resume=resume, watch=watch)

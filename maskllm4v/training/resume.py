@@ -22,7 +22,7 @@ import torch
 
 from maskllm4v.config import Experiment
 from maskllm4v.runs.paths import resume_folder
-from maskllm4v.runs.records import versions
+from maskllm4v.runs.records import FORMAT, versions
 from maskllm4v.utils.errors import CheckpointError
 from maskllm4v.utils.io import replacing, value_digest
 from maskllm4v.utils.processes import is_main
@@ -106,6 +106,7 @@ def resume_of(experiment: Experiment, row: str, seed: int, **inputs: str) -> Res
         seed,
         {
             "settings": experiment.row(row).made_with(defaults=False),
+            "format": FORMAT,  # of settings without defaults, and so which defaults these are
             "seed": seed,
             "inputs": inputs,
             "versions": versions(experiment.task.name),

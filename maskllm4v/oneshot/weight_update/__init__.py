@@ -75,6 +75,8 @@ def update_weights_(
 ) -> Model:
     """Update the weights of a model's masked layers, in place; its masks stay.
 
+    By least squares, or SparseGPT's way (arXiv 2301.00774); formulas stand beside the code of each.
+
     Args:
         model: with :class:`MaskedLinear` layers, or learnable ones, which become :class:`MaskedLinear` under their
             present masks. New weights are new parameters: a model that shared the old ones is left alone.

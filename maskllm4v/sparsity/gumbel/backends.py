@@ -12,6 +12,7 @@ from maskllm4v.sparsity.gumbel import eager, inductor, topn
 from maskllm4v.sparsity.gumbel.sampling import Sampling
 from maskllm4v.utils.errors import ConfigError
 
+# Names as in settings and records: "chunked" is eager.py, "compiled" inductor.py.
 BACKENDS = ("auto", "chunked", "compiled", "triton")
 
 
