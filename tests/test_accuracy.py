@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from maskllm4v.tasks.classification.accuracy import BINS, ClassificationMetrics
 
@@ -130,3 +131,14 @@ def test_sums_of_all_processes_are_added(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("maskllm4v.tasks.classification.accuracy.distributed.sum_", add)
     assert here.metrics() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_metrics_are_those_of_torchmetrics(classes: int) -> None:
+    logits, labels, dense = samples(400, classes)
+    found = tallied(logits, labels, dense, [150, 250])
+    for k in (1, 5):
+        wanted = MulticlassAccuracy(classes, top_k=k, average="micro")(logits, labels)
+        assert found[f"top{k}"] == pytest.approx(100 * float(wanted), rel=1e-6)
+    wanted = MulticlassCalibrationError(classes, n_bins=BINS, norm="l1")(logits, labels)
+    assert found["ece"] == pytest.approx(100 * float(wanted), rel=1e-5)
