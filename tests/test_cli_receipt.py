@@ -201,7 +201,9 @@ def test_make_repro_ends_with_the_verdict(here: Path, code: int, tmp_path: Path)
     (venv / "bin" / "dvc").chmod(0o755)
     (venv / "bin" / "python").write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
     (venv / "bin" / "python").chmod(0o755)
-    (venv / ".installed").touch()
+    (here / "pyproject.toml").touch()
+    for stamp in (".installed", ".command"):  # one after the other, as make looks at their times
+        (venv / stamp).touch()
     (here / "mlruns" / "published").mkdir(parents=True)
     command = ["make", "-s", "repro", f"VENV={venv}"]
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
