@@ -11,8 +11,6 @@ the new digests of records and of folders that hold some, where it had the old o
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +21,7 @@ from maskllm4v.runs.paths import REPORTS
 from maskllm4v.runs.records import FORMAT
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import json_text, read_json, value_digest, write_text
+from scripts.lock_entries import dvc_entry
 
 Record = dict[str, Any]
 LOCK = Path("dvc.lock")
@@ -87,7 +86,7 @@ def without_defaults(record: Record) -> Record:
 
 
 def _sparse(key: str, value: Any) -> Any:
-    """A section without its defaults; what is no section, as it is."""
+    """A section without its defaults; any other value as it is."""
     if key == "start":
         return {inner: _sparse(inner, section) for inner, section in value.items()}
     if key == "task":
@@ -121,7 +120,7 @@ def migrated(record: Record, path: Path) -> Record:
     """A record in the present format.
 
     Raises:
-        UserError: it was edited, or there is no way from its format.
+        UserError: it was edited, or no step leads from its format.
     """
     found = record
     if value_digest(found["settings"]) != found["settings_digest"]:
@@ -140,13 +139,13 @@ def outdated(root: Path) -> dict[Path, str]:
     """What records that are not of the present format have to become, by path below the root.
 
     Raises:
-        UserError: one of them is damaged or was edited, or there is no way from its format.
+        UserError: one of them is damaged or was edited, or no step leads from its format.
     """
     texts = {}
     for path in sorted((root / REPORTS).glob("*/runs/*/evaluation/record.json")):
         record, name = read_json(path), path.relative_to(root)
         if not isinstance(record, dict) or not {"metrics", *FORM} <= record.keys():
-            raise UserError(f"{name} is no record")
+            raise UserError(f"{name} is not a record")
         if record["format"] != FORMAT:
             texts[name] = json_text(migrated(record, name))
     return texts
@@ -172,29 +171,6 @@ def relocked(root: Path, lock: str, texts: Mapping[Path, str]) -> str:
         return entry["head"] + "".join(f"      {key}: {new.get(key, value)}\n" for key, value in said)
 
     return ENTRY.sub(renewed, lock)
-
-
-def dvc_entry(root: Path, path: str, texts: Mapping[Path, str]) -> Record:
-    """What DVC writes down of a file or folder; ``texts``: of files that are to have another content."""
-
-    def content(file: Path) -> bytes:
-        name = file.relative_to(root)
-        return texts[name].encode() if name in texts else file.read_bytes()
-
-    if not (root / path).is_dir():
-        found = content(root / path) if (root / path).exists() else b""
-        return {"md5": hashlib.md5(found, usedforsecurity=False).hexdigest(), "size": len(found)}
-    files = {file.relative_to(root / path).as_posix(): content(file) for file in _files(root / path)}
-    digests = {name: hashlib.md5(found, usedforsecurity=False).hexdigest() for name, found in files.items()}
-    listed = json.dumps([{"md5": digests[name], "relpath": name} for name in sorted(files)], sort_keys=True)
-    digest = hashlib.md5(listed.encode(), usedforsecurity=False).hexdigest()
-    return {"md5": f"{digest}.dir", "size": sum(map(len, files.values())), "nfiles": len(files)}
-
-
-def _files(folder: Path) -> list[Path]:
-    """Those that DVC sees, see ``.dvcignore``."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return [path for path in found if "__pycache__" not in path.parts and path.suffix != ".pyc"]
 
 
 def migrate(root: Path) -> list[Path]:

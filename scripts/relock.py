@@ -13,8 +13,6 @@ It is for changes that alter no output of any stage, exported files included, an
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -25,7 +23,8 @@ from typing import Any
 from maskllm4v.config import PARAMS, load_experiment
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import write_text
-from scripts.proof_records import RENDERING, Stages, declared_stages, files_below, path_of
+from scripts.lock_entries import dvc_entry
+from scripts.proof_records import RENDERING, Stages, declared_stages, path_of
 
 CODE = ("maskllm4v/", "stages/")
 _STAGE = re.compile(r"  (\S+):")
@@ -113,24 +112,11 @@ def _dependencies(block: str) -> tuple[str | None, dict[str, str], str]:
 
 
 def _entry(root: Path, path: str) -> str:
-    """A file or folder as DVC writes it down: a folder's digest is that of the list of its files."""
-    names = files_below(root, [path])
-    if not names:
-        raise UserError(f"dvc.yaml: {path} has no files")
-    sizes = sum((root / name).stat().st_size for name in names)
-    if (root / path).is_file():
-        found: dict[str, Any] = {"md5": _md5((root / path).read_bytes()), "size": sizes}
-    else:
-        listed = sorted((name.removeprefix(f"{path}/"), _md5((root / name).read_bytes())) for name in names)
-        text = json.dumps([{"md5": digest, "relpath": name} for name, digest in listed])
-        found = {"md5": f"{_md5(text.encode())}.dir", "size": sizes, "nfiles": len(names)}
-    return "".join(
-        [f"    - path: {path}\n", "      hash: md5\n", *(f"      {key}: {value}\n" for key, value in found.items())]
-    )
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+    """A file or folder as DVC writes it down."""
+    if not (root / path).exists():
+        raise UserError(f"dvc.yaml: {path} is missing")
+    facts = "".join(f"      {key}: {value}\n" for key, value in dvc_entry(root, path).items())
+    return f"    - path: {path}\n      hash: md5\n{facts}"
 
 
 def main() -> None:

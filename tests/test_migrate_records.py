@@ -19,7 +19,8 @@ from maskllm4v.runs.records import FORMAT, read_record
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import file_digest, read_json, value_digest, write_json, write_text
 from scripts import migrate_records
-from scripts.migrate_records import dvc_entry, migrate, outdated, relocked, without_defaults
+from scripts.lock_entries import dvc_entry
+from scripts.migrate_records import migrate, outdated, relocked, without_defaults
 
 FIXTURES = Path(__file__).parent / "old_records" / "format2"
 OLD = sorted(FIXTURES.glob("*.json"))
@@ -247,7 +248,7 @@ def spoilt(key: str, value: Any) -> Record:
         (spoilt("format", 1), f"has format 1, from which no way leads to {FORMAT}"),
         (spoilt("format", FORMAT + 1), f"has format {FORMAT + 1}, from which no way leads to {FORMAT}"),
         (spoilt("format", "2"), f"has format 2, from which no way leads to {FORMAT}"),
-        ({"row": "digits-hybrid-long", "table": "digits"}, "is no record"),
+        ({"row": "digits-hybrid-long", "table": "digits"}, "is not a record"),
     ],
 )
 def test_if_one_cannot_be_migrated_none_is(record: Record, said: str, root: Path) -> None:
