@@ -25,18 +25,23 @@ TABLE, DENSE, LEARNED = "digits", "digits-dense", "digits-maskllm-distilled-prio
 ONE_SHOT, BEST_ONE_SHOT = "digits-wanda", "digits-sparsegpt-update"
 
 
+def copied(reports: Path) -> Path:
+    """The committed records of the table and the benchmarks; no receipts, whose claim an edited record would lose."""
+    shutil.copytree(ROOT / "reports" / TABLE / "runs", reports / TABLE / "runs")
+    shutil.copytree(ROOT / "reports" / "benchmarks", reports / "benchmarks")
+    return reports
+
+
 @pytest.fixture(scope="module")
-def before() -> Page:
+def before(tmp_path_factory: pytest.TempPathFactory) -> Page:
     """The page of the committed records."""
-    return page(ROOT / "reports")
+    return page(copied(tmp_path_factory.mktemp("before")))
 
 
 @pytest.fixture
 def reports(tmp_path: Path) -> Path:
-    """The committed records of the table and the benchmarks, to be edited."""
-    shutil.copytree(ROOT / "reports" / TABLE / "runs", tmp_path / TABLE / "runs")
-    shutil.copytree(ROOT / "reports" / "benchmarks", tmp_path / "benchmarks")
-    return tmp_path
+    """The committed records, to be edited."""
+    return copied(tmp_path)
 
 
 def page(reports: Path) -> Page:
