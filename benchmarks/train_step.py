@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import roofline
 from benchmarks.baselines.dense import Dense
@@ -25,6 +25,7 @@ from benchmarks.workloads import RandomImages, Workload, workloads
 from maskllm4v.config import LearnedSettings
 from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.surgery import make_learnable, prunable_linears
+from maskllm4v.training.engine import mixed_precision
 from maskllm4v.training.mask_learning import MaskLearner
 from maskllm4v.training.trainer import TrainTarget
 from maskllm4v.utils.devices import pick_device
@@ -56,7 +57,7 @@ class Step:
         self.learner, self.task, self.clip = learner, task, learning.clip_grad
         self.batch = task.batch(learning.batch_size)
         model = torch.compile(learner.model) if compiled else learner.model
-        self.model = _Autocast(model, task.device, learning.amp)
+        self.model = mixed_precision(model, task.device, learning.amp)
         self.number = 0
         learner.train_mode()
 
@@ -86,19 +87,6 @@ class Step:
         """Bytes of parameters, optimiser state and batch, and the most that a step needs on top."""
         state = state_bytes(self.learner.model, self.learner.optimizer, *self.batch)
         return state + peak_bytes(self, self.task.device)
-
-
-class _Autocast(nn.Module):
-    """A model whose forward pass runs in mixed precision and gives float32, as accelerate's does."""
-
-    def __init__(self, model: Any, device: torch.device, amp: str) -> None:
-        super().__init__()
-        self.model, self.device, self.enabled = model, device.type, amp == "bf16"
-
-    def forward(self, *args: Any) -> Tensor:
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.enabled):
-            outputs: Tensor = self.model(*args)
-        return outputs.float()
 
 
 def make(variant: str, workload: Workload, device: torch.device) -> Step:

@@ -53,7 +53,7 @@ def test_the_pin_can_come_before_numpy_and_torch(name: str) -> None:
 
 
 LIBRARIES = {  # who may speak to it: a module, or a package as a whole
-    "accelerate": {"maskllm4v.utils.distributed", "maskllm4v.training.trainer"},
+    "accelerate": {"maskllm4v.utils.distributed"},
     "dvc": set(),
     "jinja2": {"maskllm4v.reporting.page"},
     "matplotlib": {"maskllm4v.reporting.figures"},

@@ -19,9 +19,11 @@ from maskllm4v.sparsity.masks import LearnableMaskedLinear, NoiseKey
 from maskllm4v.sparsity.surgery import as_dense, current_masks, learnable_layers
 from maskllm4v.tasks import Task, train_mode
 from maskllm4v.training.averaging import Average
+from maskllm4v.training.cost import Cost
+from maskllm4v.training.optim import optimizer_for
 from maskllm4v.training.resume import Resume
 from maskllm4v.training.schedule import lerp
-from maskllm4v.training.trainer import Cost, TrainTarget, optimizer_for, run
+from maskllm4v.training.trainer import TrainTarget, run
 from maskllm4v.utils.errors import TrainingError
 from maskllm4v.utils.processes import world_size
 
