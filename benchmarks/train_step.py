@@ -56,7 +56,7 @@ class Step:
     ) -> None:
         self.learner, self.task, self.clip = learner, task, learning.clip_grad
         self.batch = task.batch(learning.batch_size)
-        model = torch.compile(learner.model) if compiled else learner.model
+        model: Any = torch.compile(learner.model) if compiled else learner.model
         self.model = mixed_precision(model, task.device, learning.amp)
         self.number = 0
         learner.train_mode()

@@ -167,6 +167,13 @@ def test_recomputing_activations_gives_the_same_gradients(tiny_vit: nn.Module) -
     assert not recomputed.grad_checkpointing
 
 
+def test_recomputing_ends_with_a_training_that_fails(tiny_vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Images, "loss", lambda self, outputs, batch: outputs.sum() * math.nan)
+    with pytest.raises(TrainingError):
+        learned_by_vit(tiny_vit, grad_checkpointing=True)
+    assert not tiny_vit.grad_checkpointing
+
+
 def test_activations_are_recomputed(tiny_vit: nn.Module) -> None:
     calls = []
     tiny_vit.blocks[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -66,7 +66,8 @@ class Engine:
         if settings.grad_checkpointing:
             _checkpoint_activations(model, on=True)
         try:
-            wrapped = mixed_precision(torch.compile(model) if settings.compile else model, self.device, settings.amp)
+            wrapped: Any = torch.compile(_Around(model)) if settings.compile else model  # it marks what it is given
+            wrapped = mixed_precision(wrapped, self.device, settings.amp)
             if world_size() > 1:
                 # All that is trained has to get a gradient: the next forward pass names what got none.
                 devices = [self.device] if self.device.type == "cuda" else None
@@ -78,8 +79,9 @@ class Engine:
 
     def micro_step(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward pass of a micro-batch: only the ``last`` of a step talks to other processes."""
-        keep = isinstance(wrapped, DistributedDataParallel) and not last
-        return wrapped.no_sync() if keep else nullcontext()
+        if last or not isinstance(wrapped, DistributedDataParallel):
+            return nullcontext()
+        return wrapped.no_sync()
 
     def backward(self, objective: Tensor) -> None:
         """Add the gradients of a scalar to those that are there."""
@@ -114,16 +116,27 @@ def mixed_precision(model: nn.Module, device: torch.device, amp: str) -> nn.Modu
     return model if amp == "no" else _MixedPrecision(model, device.type, _HALF[amp])
 
 
-class _MixedPrecision(nn.Module):
+class _Around(nn.Module):
+    """Calls a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+class _MixedPrecision(_Around):
     """Calls a model under autocast."""
 
     def __init__(self, model: nn.Module, device_type: str, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model, self.device_type, self.dtype = model, device_type, dtype
+        super().__init__(model)
+        self.device_type, self.dtype = device_type, dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.device_type, self.dtype):
-            outputs = self.model(*args, **kwargs)
+            outputs = super().forward(*args, **kwargs)
         return _float32(outputs)
 
 
