@@ -66,10 +66,11 @@ class Engine:
         if settings.grad_checkpointing:
             _checkpoint_activations(model, on=True)
         try:
-            wrapped: Any = torch.compile(_Around(model)) if settings.compile else model  # it marks what it is given
+            # torch.compile sets an attribute on what it is given: not on the caller's model.
+            wrapped: Any = torch.compile(_Around(model)) if settings.compile else model
             wrapped = mixed_precision(wrapped, self.device, settings.amp)
             if world_size() > 1:
-                # All that is trained has to get a gradient: the next forward pass names what got none.
+                # Each trained tensor has to get a gradient: otherwise the next forward pass raises, on all processes.
                 devices = [self.device] if self.device.type == "cuda" else None
                 wrapped = DistributedDataParallel(wrapped, device_ids=devices)
             yield wrapped

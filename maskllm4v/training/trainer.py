@@ -106,6 +106,7 @@ def run(
         watch: given the points of the curve in the main process: first those restored, then each as it is taken.
 
     Raises:
+        ConfigError: device or model cannot do what ``amp`` or ``grad_checkpointing`` asks for.
         TrainingError: the loss stopped being finite; names row, seed and step.
         CheckpointError: the state is damaged or belongs to other settings.
         SystemExit, KeyboardInterrupt: on SIGTERM or SIGINT, after the state was saved.
