@@ -12,10 +12,10 @@ from torch import nn
 
 from maskllm4v.config import Experiment, LearnedSettings, load_experiment, parse_experiment
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.tasks.classification import Batch, Classification
 from maskllm4v.tasks.classification.models import image_settings, num_classes
-from maskllm4v.tasks.diffusion import Diffusion
+from maskllm4v.tasks.classification.task import Batch, Classification
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
+from maskllm4v.tasks.diffusion.task import Diffusion
 from maskllm4v.utils.sharding import WHOLE, BatchShard
 
 EXPERIMENTS = Path("experiments")

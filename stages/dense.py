@@ -11,7 +11,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints.masks import save_dense
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
     from maskllm4v.training.dense import obtain_dense
     from maskllm4v.training.resume import forget, resume_of
     from maskllm4v.utils.processes import is_main

@@ -16,7 +16,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.runs.provenance import read_origin, where
     from maskllm4v.runs.records import build_record, write_record
     from maskllm4v.runs.seeds import map_seeds
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
     from maskllm4v.utils.images import write_picture
     from maskllm4v.utils.io import empty_folder, write_csv, write_text
     from maskllm4v.utils.processes import is_main

@@ -11,7 +11,7 @@ from stages.entry import run
 def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.export.writing import write_row
     from maskllm4v.runs.provenance import read_origin
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
     from maskllm4v.utils.io import empty_folder, write_json
     from maskllm4v.utils.processes import is_main
 

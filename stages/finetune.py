@@ -16,7 +16,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.runs.live import watched
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
     from maskllm4v.training.finetuning import CURVE_COLUMNS, finetune
     from maskllm4v.training.resume import forget, resume_of
     from maskllm4v.utils.io import write_json

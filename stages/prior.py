@@ -17,7 +17,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.sparsity.patterns import NMPattern
     from maskllm4v.sparsity.surgery import get_linear
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
     from maskllm4v.utils.processes import is_main
 
     oneshot = experiment.row_of(OneShotRow, row)

@@ -17,7 +17,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.sparsity.permutation import apply_permutations_
     from maskllm4v.sparsity.surgery import make_learnable
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
     from maskllm4v.training.hybrid import kept_weights, start_from_updated_
     from maskllm4v.training.mask_learning import CURVE_COLUMNS, learn_masks
     from maskllm4v.training.resume import forget, resume_of

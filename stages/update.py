@@ -16,7 +16,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.sparsity.permutation import apply_permutations_
     from maskllm4v.sparsity.surgery import apply_masks_, get_linear
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
     from maskllm4v.utils.processes import is_main
 
     updated = experiment.row_of(UpdatedRow, row)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from maskllm4v.config import DiTSettings, Experiment, parse_experiment
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.dit import build_dit
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
+from maskllm4v.tasks.diffusion.task import Diffusion
 
 ARGS = {
     "num_attention_heads": 2,

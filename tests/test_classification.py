@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maskllm4v.data import prepare
 from maskllm4v.reporting.published import ROWS
-from maskllm4v.tasks.classification import Classification
+from maskllm4v.tasks.classification.task import Classification
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.sharding import BatchShard
 

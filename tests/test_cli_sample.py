@@ -24,8 +24,8 @@ from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.runs.paths import checkpoint, data_folder
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.surgery import prunable_linears
-from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.classic import to_classic
+from maskllm4v.tasks.diffusion.task import Diffusion
 from maskllm4v.utils.images import read_picture
 
 FAST = ("--steps", "4", "--sampler", "ddim", "--device", "cpu")

@@ -8,8 +8,8 @@ import pytest
 import small_digits
 import torch
 
-from maskllm4v.tasks import ExportableModel
-from maskllm4v.tasks.classification import Classification
+from maskllm4v.tasks.base import ExportableModel
+from maskllm4v.tasks.classification.task import Classification
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
 
 

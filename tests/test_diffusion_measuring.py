@@ -20,9 +20,9 @@ from maskllm4v.checkpoints.masks import save_dense
 from maskllm4v.config import Experiment
 from maskllm4v.data import prepare
 from maskllm4v.runs.paths import judge_file
-from maskllm4v.tasks import open_task
-from maskllm4v.tasks.diffusion import Diffusion
+from maskllm4v.tasks.base import open_task
 from maskllm4v.tasks.diffusion.judge import Judge, distances
+from maskllm4v.tasks.diffusion.task import Diffusion
 from maskllm4v.training.dense import obtain_dense
 from maskllm4v.utils.errors import CheckpointError
 from maskllm4v.utils.rng import generator

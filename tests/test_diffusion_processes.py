@@ -21,8 +21,8 @@ from small_project import said, together
 from maskllm4v.checkpoints.masks import save_dense
 from maskllm4v.data import prepare
 from maskllm4v.runs.paths import judge_file
-from maskllm4v.tasks import open_task
-from maskllm4v.tasks.diffusion import Diffusion
+from maskllm4v.tasks.base import open_task
+from maskllm4v.tasks.diffusion.task import Diffusion
 from maskllm4v.utils.distributed import rows_of_all
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.processes import rank, world_size

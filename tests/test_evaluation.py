@@ -21,8 +21,8 @@ from maskllm4v.data import prepare
 from maskllm4v.evaluation.evaluate import measure
 from maskllm4v.evaluation.layer_errors import COLUMNS, layer_diagnostics
 from maskllm4v.sparsity.masks import MaskedLinear
-from maskllm4v.tasks.classification import Classification
 from maskllm4v.tasks.classification.models import PLAIN_VIT, build_model
+from maskllm4v.tasks.classification.task import Classification
 from maskllm4v.utils.errors import CheckpointError
 
 

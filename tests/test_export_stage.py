@@ -18,7 +18,7 @@ from maskllm4v.export.onnx import about_graph
 from maskllm4v.export.verify import passes, verify_file
 from maskllm4v.runs.records import measurement_digest
 from maskllm4v.sparsity.surgery import fold_
-from maskllm4v.tasks import open_task
+from maskllm4v.tasks.base import open_task
 from maskllm4v.tasks.classification.models import build_model
 from maskllm4v.utils.io import file_digest, read_json
 

@@ -40,7 +40,7 @@ from maskllm4v.runs.paths import (
     record_file,
 )
 from maskllm4v.sparsity.surgery import fold_
-from maskllm4v.tasks import open_task
+from maskllm4v.tasks.base import open_task
 from maskllm4v.tasks.classification.models import build_model
 from maskllm4v.utils.errors import CheckpointError
 from maskllm4v.utils.io import file_digest, read_json

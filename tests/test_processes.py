@@ -42,7 +42,7 @@ from maskllm4v.oneshot.activations.sequential import part_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.runs.paths import checkpoint, data_folder
 from maskllm4v.sparsity.surgery import learnable_layers, make_learnable, prunable_linears
-from maskllm4v.tasks import Task, open_task
+from maskllm4v.tasks.base import Task, open_task
 from maskllm4v.training.finetuning import finetune
 from maskllm4v.training.mask_learning import CURVE_COLUMNS, learn_masks
 from maskllm4v.utils.io import read_json

@@ -18,7 +18,7 @@ from small_project import copied, ready_project, run_stage, said, tiny_params
 from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.export.writing import folded_row
 from maskllm4v.runs.paths import record_file
-from maskllm4v.tasks import ExportableModel, open_task
+from maskllm4v.tasks.base import ExportableModel, open_task
 from maskllm4v.tracking.champion import _save
 from maskllm4v.tracking.publishing import publish
 from maskllm4v.utils.io import read_json, write_json

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from maskllm4v.config import Experiment
     from maskllm4v.export.files import Folded
     from maskllm4v.sparsity.patterns import NMPattern
-    from maskllm4v.tasks import Task
+    from maskllm4v.tasks.base import Task
 
 FORMATS = {
     "packed": "kept values and their places; maskllm4v.load_packed reads it",
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.cli import inputs
     from maskllm4v.export.writing import file_name, folded_row, write
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
 
     a = arguments
     _check_flags(a)

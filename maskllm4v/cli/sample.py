@@ -27,7 +27,7 @@ from maskllm4v.utils.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from maskllm4v.tasks.diffusion import Diffusion
+    from maskllm4v.tasks.diffusion.task import Diffusion
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of DiT-S, -B, -L and -XL, by width: a state dict does not tell
 
@@ -60,8 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from maskllm4v.cli.inputs import say
-    from maskllm4v.tasks.diffusion import Diffusion
     from maskllm4v.tasks.diffusion.images import picture
+    from maskllm4v.tasks.diffusion.task import Diffusion
     from maskllm4v.utils.images import write_picture
 
     a = arguments

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from maskllm4v.sparsity.patterns import NMPattern
-    from maskllm4v.tasks import Task
+    from maskllm4v.tasks.base import Task
 
     Tensors = dict[str, Tensor]
 

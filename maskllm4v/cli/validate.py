@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from maskllm4v.checkpoints.masks import MaskCheckpoint
-    from maskllm4v.tasks import Task
+    from maskllm4v.tasks.base import Task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from maskllm4v.checkpoints.masks import load_state
 from maskllm4v.config import Experiment
-from maskllm4v.tasks import Task
+from maskllm4v.tasks.base import Task
 from maskllm4v.training.finetuning import train_dense
 from maskllm4v.training.resume import Resume
 from maskllm4v.utils.errors import ConfigError

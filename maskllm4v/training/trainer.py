@@ -1,7 +1,7 @@
 """The training loop: whatever is trained, on one process or many, interrupted or not.
 
 Accelerate does mixed precision, gradient scaling and the averaging of gradients over processes. What is
-trained, and by which loss, a :class:`TrainTarget` knows; batches come from a :class:`~maskllm4v.tasks.Task`.
+trained, and by which loss, a :class:`TrainTarget` knows; batches come from a :class:`~maskllm4v.tasks.base.Task`.
 The loop never waits for the device in a step.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from maskllm4v.config import TrainingSettings
 from maskllm4v.sparsity.masks import NoiseKey
-from maskllm4v.tasks import Task
+from maskllm4v.tasks.base import Task
 from maskllm4v.training.nonfinite import NonFiniteGuard
 from maskllm4v.training.resume import Resume, stopping
 from maskllm4v.training.schedule import cosine, progress, warm_up

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from maskllm4v.checkpoints.masks import load_dense
 from maskllm4v.config import Experiment
 from maskllm4v.data.batches import plain_loader
-from maskllm4v.tasks.classification import Classification
 from maskllm4v.tasks.classification.models import image_settings
+from maskllm4v.tasks.classification.task import Classification
 from maskllm4v.utils.distributed import rows_of_all
 from maskllm4v.utils.processes import rank, world_size
 from maskllm4v.utils.rng import torch_seed

@@ -21,7 +21,7 @@ from maskllm4v.utils.progress import bar
 from maskllm4v.utils.rng import generator
 
 if TYPE_CHECKING:
-    from maskllm4v.tasks.diffusion import Diffusion
+    from maskllm4v.tasks.diffusion.task import Diffusion
 
 SEED = 0  # of evaluation's noise: every row of every seed is measured on the same
 
