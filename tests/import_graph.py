@@ -8,7 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OURS = ("maskllm4v", "stages")
-BY_NAME = {"maskllm4v.tasks.base": "task"}  # imports this module of the task's folder, whichever is asked for
+# What imports a module of the task's folder, whichever task it is asked for.
+BY_NAME = {"maskllm4v.config.tasks": "settings", "maskllm4v.tasks.base": "task"}
 
 
 def modules() -> dict[str, Path]:

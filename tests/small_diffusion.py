@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.config import DiTSettings, Experiment, parse_experiment
+from maskllm4v.config import Experiment, parse_experiment
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.diffusion.dit import build_dit
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
+from maskllm4v.tasks.diffusion.settings import DiTSettings
 from maskllm4v.tasks.diffusion.task import Diffusion
 
 ARGS = {

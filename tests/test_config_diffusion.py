@@ -14,9 +14,10 @@ from small_diffusion import raw as small
 from small_params import SECTIONS, TRAINING, at, fault
 from small_params import params as classification
 
-from maskllm4v.config import DataSettings, DiffusionSettings, load_experiment, parse_experiment
+from maskllm4v.config import DataSettings, load_experiment, parse_experiment
 from maskllm4v.reporting.aggregate import current_records
 from maskllm4v.runs.paths import record_file
+from maskllm4v.tasks.diffusion.settings import DiffusionSettings
 from maskllm4v.utils.io import read_json, value_digest
 
 ROOT = Path(__file__).parent.parent
@@ -24,8 +25,8 @@ SAMPLING = ["sampler", "steps", "guidance", "guided_channels", "clip"]
 # Every key of diffusion's own sections, written down a second time.
 OWN = {
     "task": [
-        *("name", "vae", "scheduler", "train_timesteps", "beta_schedule", "beta_start", "beta_end", "hflip"),
-        *("label_dropout", "conditioning_samples", "bank", "judge", "eval_batch_size", "eval_amp", "eval_split"),
+        *("name", "eval_batch_size", "eval_amp", "eval_split", "vae", "scheduler", "train_timesteps", "beta_schedule"),
+        *("beta_start", "beta_end", "hflip", "label_dropout", "conditioning_samples", "bank", "judge"),
     ],
     "task.bank": [*SAMPLING, "samples"],
     "task.judge": ["task", "model", "training"],
@@ -33,7 +34,7 @@ OWN = {
     "task.judge.model": SECTIONS["model"],
     "task.judge.model.input": SECTIONS["model.input"],
     "task.judge.training": TRAINING,
-    "model": ["name", "args", "adaln", "exclude", "on_misfit", "freq_shift", "fused_attention"],
+    "model": ["name", "args", "exclude", "on_misfit", "fused_attention", "adaln", "freq_shift"],
     "evaluation": [*SAMPLING, "images", "timesteps", "samples", "grid", "columns"],
 }
 

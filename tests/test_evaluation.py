@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from maskllm4v.checkpoints.apply import install
 from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, load_masks, save_dense, save_masks
-from maskllm4v.config import ModelSettings
 from maskllm4v.data import prepare
 from maskllm4v.evaluation.evaluate import measure
 from maskllm4v.evaluation.layer_errors import COLUMNS, layer_diagnostics
 from maskllm4v.sparsity.masks import MaskedLinear
 from maskllm4v.tasks.classification.models import PLAIN_VIT, build_model
+from maskllm4v.tasks.classification.settings import TimmSettings
 from maskllm4v.tasks.classification.task import Classification
 from maskllm4v.utils.errors import CheckpointError
 
@@ -311,6 +311,6 @@ def test_pretrained_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     name = "vit_tiny_patch16_224"
     with pytest.raises(CheckpointError, match=f"^no pretrained weights for '{name}': .") as caught:
-        build_model(ModelSettings(name=name, args={"depth": 1}), 0, pretrained=True)
+        build_model(TimmSettings(name=name, args={"depth": 1}), 0, pretrained=True)
     assert "\n" not in str(caught.value)
     assert not tried

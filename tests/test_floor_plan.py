@@ -80,11 +80,17 @@ def test_the_package_knows_nothing_of_what_uses_it(module: str) -> None:
         assert "stages" not in roots(module)
 
 
-LIGHT = ("maskllm4v.receipts", "maskllm4v.reporting", "maskllm4v.runs.live", "maskllm4v.tracking.sender")
+LIGHT = (
+    "maskllm4v.config",
+    "maskllm4v.receipts",
+    "maskllm4v.reporting",
+    "maskllm4v.runs.live",
+    "maskllm4v.tracking.sender",
+)
 
 
 @pytest.mark.parametrize("module", [m for m in ALL if m.startswith(LIGHT)])
-def test_reports_need_no_torch(module: str) -> None:
+def test_reports_and_settings_need_no_torch(module: str) -> None:
     pin = "maskllm4v.utils.determinism"  # pin_torch imports torch, in stages; receipts read the pin's variables
     late = {pin, f"{pin}.portable"}
     assert not any({"torch", "timm"} & roots(name) for name in closure(module) - late)
@@ -135,6 +141,12 @@ def test_stage_declares_the_code_that_it_imports(stage: str) -> None:
     missing = [str(p) for p in sorted(needed) if not any(p == Path(d) or Path(d) in p.parents for d in declared)]
     useless = [d for d in declared if not any(p == Path(d) or Path(d) in p.parents for p in needed)]
     assert (missing, useless) == ([], [])
+
+
+def test_reports_declare_the_settings_of_every_task() -> None:
+    """They show all tables, whatever the task of ``params.yaml``."""
+    settings = {dep for dep in declared_code("report") if dep.startswith("maskllm4v/tasks/")}
+    assert settings == {f"maskllm4v/tasks/{name}/settings.py" for name in TASKS}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -17,11 +17,12 @@ from maskllm4v.checkpoints.apply import check_fits, install
 from maskllm4v.checkpoints.format import tensors_digest
 from maskllm4v.checkpoints.masks import MaskCheckpoint, load_state, save_dense
 from maskllm4v.checkpoints.third_party import LoadedWeights, dense_state, load_any, unpruned
-from maskllm4v.config import DataSettings, Experiment, ModelSettings
+from maskllm4v.config import DataSettings, Experiment
 from maskllm4v.data import prepare
 from maskllm4v.sparsity.surgery import prunable_linears
 from maskllm4v.tasks.base import Task, open_task
 from maskllm4v.tasks.classification.models import num_classes
+from maskllm4v.tasks.classification.settings import TimmSettings
 from maskllm4v.training.dense import obtain_dense
 from maskllm4v.utils.devices import pick_device
 from maskllm4v.utils.distributed import same_everywhere
@@ -54,7 +55,7 @@ def prepare_data(experiment: Experiment, task: Task) -> str:
     Raises:
         DataError: the source is missing or empty, or has not as many classes as the model.
     """
-    assert isinstance(experiment.model, ModelSettings)
+    assert isinstance(experiment.model, TimmSettings)
     if is_main():
         found = len(prepare(experiment.data, data_folder(experiment.data), one_split=True).classes)
         if found != (wanted := num_classes(experiment.model)):

@@ -13,15 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskllm4v.cli import options
-from maskllm4v.config import (
-    PARAMS,
-    DiffusionSettings,
-    EvaluationSettings,
-    Experiment,
-    load_experiment,
-    parse_experiment,
-)
+from maskllm4v.config import PARAMS, Experiment, load_experiment, parse_experiment
 from maskllm4v.runs.paths import checkpoint, data_folder
+from maskllm4v.tasks.diffusion.settings import DiffusionSettings, EvaluationSettings
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints.third_party import dense_state
-from maskllm4v.config import Experiment, ModelSettings, TaskSettings
+from maskllm4v.config import Experiment
 from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
 from maskllm4v.data.decoded import seeded_globals
@@ -21,6 +21,7 @@ from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.base import ExportableModel
 from maskllm4v.tasks.classification.accuracy import ClassificationMetrics
 from maskllm4v.tasks.classification.models import build_model, image_settings, num_classes
+from maskllm4v.tasks.classification.settings import ClassificationSettings, TimmSettings
 from maskllm4v.utils.devices import pick_device
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.processes import rank, world_size
@@ -36,8 +37,8 @@ class Classification:
     """Cross-entropy on labels; accuracy, cross-entropy and calibration error on the reported split."""
 
     def __init__(self, experiment: Experiment, data_folder: Path) -> None:
-        assert isinstance(experiment.task, TaskSettings)
-        assert isinstance(experiment.model, ModelSettings)
+        assert isinstance(experiment.task, ClassificationSettings)
+        assert isinstance(experiment.model, TimmSettings)
         self.experiment, self.settings, self.model = experiment, experiment.task, experiment.model
         self.device = pick_device(experiment.runtime.device)
         self._folder = data_folder

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v.config import DiffusionSettings, DiTSettings, Experiment, SamplingSettings
+from maskllm4v.config import Experiment
 from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
 from maskllm4v.sparsity.calibration import Calibration
@@ -24,6 +24,7 @@ from maskllm4v.tasks.diffusion.images import GeneratedDataset, PixelSpace, VAELa
 from maskllm4v.tasks.diffusion.measuring import Measuring
 from maskllm4v.tasks.diffusion.noising import Draws, NoisyBatch
 from maskllm4v.tasks.diffusion.sampling import Sampler
+from maskllm4v.tasks.diffusion.settings import DiffusionSettings, DiTSettings, SamplingSettings
 from maskllm4v.utils.devices import pick_device
 from maskllm4v.utils.distributed import rows_of_all
 from maskllm4v.utils.errors import ConfigError
