@@ -24,7 +24,7 @@ def main(experiment: Experiment, row: str) -> None:
 
     tuned = experiment.row_of(FinetunedRow, row)
     settings, start = tuned.settings, tuned.source
-    task = open_task(experiment, data_folder(experiment.data.name))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))

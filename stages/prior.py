@@ -22,7 +22,7 @@ def main(experiment: Experiment, row: str) -> None:
 
     oneshot = experiment.row_of(OneShotRow, row)
     settings, pattern = oneshot.settings, NMPattern(oneshot.pattern or "")
-    task = open_task(experiment, data_folder(experiment.data.name))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))

@@ -26,7 +26,7 @@ def main(experiment: Experiment, row: str) -> None:
 
     trained = experiment.row_of(LearnedRow, row)
     settings, pattern = trained.settings, trained.pattern
-    task = open_task(experiment, data_folder(experiment.data.name))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))

@@ -21,7 +21,7 @@ def main(experiment: Experiment, row: str) -> None:
 
     updated = experiment.row_of(UpdatedRow, row)
     settings, pattern = updated.settings, updated.pattern or ""
-    task = open_task(experiment, data_folder(experiment.data.name))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))

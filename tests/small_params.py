@@ -42,7 +42,7 @@ SECTIONS = {
     "priors.one": ["method", "pattern", "update_weights", "propagate", "batch_size", "inputs", "permutation"],
     "learning": LEARNING,
     "learned.own": [*LEARNING, "prior", "weights"],
-    "updated.better": ["masks", "update", "target", "damping", "batch_size", "inputs"],
+    "updated.better": ["update", "target", "damping", "batch_size", "inputs", "masks"],
     "finetuned.tuned": FINETUNING,
     "exports.own": ["formats", "dtypes"],
     "runtime": [

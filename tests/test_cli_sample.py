@@ -83,7 +83,7 @@ def test_rows_that_are_made(here: Path) -> None:
 
 def test_pictures_are_those_of_the_evaluation(here: Path) -> None:
     experiment: Experiment = load_experiment()
-    task, model = Diffusion(experiment, data_folder("digits")), dit()
+    task, model = Diffusion(experiment.task_spec(), data_folder("digits")), dit()
     load_dense(checkpoint("dense", 0), model, "DiTTransformer2DModel")
     well("sample", "dense", "--device", "cpu")
     assert np.array_equal(picture("dense")[:, :, 0], task.pictures(model)["samples"])

@@ -51,7 +51,7 @@ def task(folder: Path) -> Diffusion:
 
 
 def test_task_is_opened_by_its_name(folder: Path) -> None:
-    task = open_task(experiment(), folder)
+    task = open_task(experiment().task_spec(), folder)
     assert isinstance(task, Diffusion)
     assert (task.shape, task.classes, task.schedule) == ((1, 8, 8), 10, LINEAR)
     assert len(task.data_digest) == 64

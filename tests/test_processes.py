@@ -143,7 +143,7 @@ def test_updated_weights_are_those_of_one_process(one: Path, two: Path) -> None:
 def opened() -> tuple[Experiment, Task, torch.nn.Module]:
     """Inside a project: settings, task, dense model."""
     experiment = load_experiment()
-    task = open_task(experiment, data_folder(experiment.data.name))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
     model = task.build_model(0)
     load_dense(checkpoint("tiny-dense", 0), model, experiment.model.name)
     return experiment, task, model

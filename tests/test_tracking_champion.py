@@ -78,7 +78,7 @@ def settings(folder: Path) -> Experiment:
 
 def folded(folder: Path, row: str, batch: int) -> ExportableModel:
     with chdir(folder):
-        task = open_task(settings(folder), Path("artifacts/data/digits"))
+        task = open_task(settings(folder).task_spec(), Path("artifacts/data/digits"))
         return task.exportable(folded_row(settings(folder), task, row).model.eval(), batch)
 
 

@@ -26,7 +26,9 @@ from maskllm4v.config.sections import (
     TaskSettings,
     TrainingSettings,
     UpdatedSettings,
+    UpdateSettings,
 )
+from maskllm4v.config.tasks import TaskSpec
 
 __all__ = [
     "PARAMS",
@@ -49,7 +51,9 @@ __all__ = [
     "RuntimeSettings",
     "Settings",
     "TaskSettings",
+    "TaskSpec",
     "TrainingSettings",
+    "UpdateSettings",
     "UpdatedRow",
     "UpdatedSettings",
     "load_experiment",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, create_model, model_validator
@@ -25,7 +26,7 @@ from maskllm4v.config.sections import (
     UpdatedSettings,
 )
 from maskllm4v.config.starts import check_patterns, check_starts
-from maskllm4v.config.tasks import task_name, task_sections
+from maskllm4v.config.tasks import TaskSpec, task_name, task_sections
 from maskllm4v.utils.errors import ConfigError
 
 SomeRow = TypeVar("SomeRow", bound=Row)
@@ -110,25 +111,6 @@ class Experiment(Settings):
             _ = made_row.label  # a template that names what the row has not
         return self
 
-    @property
-    def judge(self) -> Experiment | None:
-        """The classifier that judges samples, as an experiment of its own on the same data, with one dense row."""
-        judge = getattr(self.task, "judge", None)
-        if judge is None:
-            return None
-        return experiment_class(judge.task.name)(
-            table=self.table,
-            title="Judge",
-            exact=self.exact,
-            seeds=self.seeds[:1],
-            data=self.data,
-            task=judge.task,
-            model=judge.model,
-            dense=DenseSettings(row="judge", init="scratch", **dict(judge.training)),
-            rows={"judge": "Judge"},
-            runtime=self.runtime,
-        )
-
     def row(self, key: str) -> Row:
         """The row of that name.
 
@@ -170,9 +152,9 @@ class Experiment(Settings):
         """Which seed's dense model a seed uses."""
         return self.seeds[0] if self.dense.shared or self.dense.init != "scratch" else seed
 
-    def calibration_set(self, seed: int) -> int:
-        """Which calibration set a seed uses."""
-        return self.seeds.index(seed) % self.data.calibration_sets
+    def task_spec(self, judge: Path | None = None) -> TaskSpec:
+        """What the table's task is made of; ``judge``: see :class:`~maskllm4v.config.tasks.TaskSpec`."""
+        return TaskSpec(self.task, self.model, self.evaluation, self.data, self.seeds, self.runtime, judge)
 
     def measured_with(self) -> dict[str, Settings]:
         """Sections that metrics depend on beyond those that rows are made with."""

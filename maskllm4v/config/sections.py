@@ -10,7 +10,7 @@ takes a migration of them, see :meth:`maskllm4v.config.Row.record_settings`.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -237,10 +237,9 @@ class LearnedSettings(LearningSettings):
 AS_SPARSEGPT: dict[str, Any] = {"target": "symmetric", "damping": 0.01}  # defaults of its update, as its authors do
 
 
-class UpdatedSettings(Settings):
-    """One row whose masks are another row's, and whose kept weights make up for the pruned ones; nothing is trained."""
+class UpdateSettings(Settings):
+    """How the weights that masks keep make up for the pruned ones; nothing is trained."""
 
-    masks: Slug  # the one-shot or learned row
     update: Literal["none", "least_squares", "sparsegpt"]  # none: dense weights, whatever the other row's are
     # What each layer's outputs are fitted to: the dense network's, or those of the dense weights on the layer's inputs
     # as they have become (all that SparseGPT knows).
@@ -258,17 +257,20 @@ class UpdatedSettings(Settings):
         return super().defaults() | (AS_SPARSEGPT if self.update == "sparsegpt" else {})
 
     @model_validator(mode="after")
-    def _target_goes_with_update(self) -> UpdatedSettings:
+    def _target_goes_with_update(self) -> Self:
         if self.update == "sparsegpt" and self.target != "symmetric":
             raise ValueError(f"target is {self.target!r}; allowed for update 'sparsegpt': 'symmetric'")
-        fields = type(self).model_fields.items()
-        if self.update == "none" and (
-            given := [
-                key for key, field in fields if key not in ("masks", "update") and getattr(self, key) != field.default
-            ]
-        ):
+        defaults = UpdateSettings.model_fields.items()
+        given = [key for key, field in defaults if key != "update" and getattr(self, key) != field.default]
+        if self.update == "none" and given:
             raise ValueError(f"{given[0]} is {getattr(self, given[0])!r}, but update is 'none'")
         return self
+
+
+class UpdatedSettings(UpdateSettings):
+    """One row whose masks are another row's, and whose kept weights make up for the pruned ones."""
+
+    masks: Slug  # the one-shot or learned row
 
 
 class FinetunedSettings(TrainingSettings):

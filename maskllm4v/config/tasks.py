@@ -1,19 +1,20 @@
-"""Which sections of ``params.yaml`` a task brings: its folder's ``settings.py``, found by ``task.name``.
+"""What a task is made of, and which sections of ``params.yaml`` are its own.
 
-That file lies on a higher storey than the one that loads it, which is the one exception to their order: so a new task
-is one new folder. It imports no torch, for ``params.yaml`` is read before torch may be imported.
+The sections stand in its folder's ``settings.py``, found by ``task.name``, so that a new task is a new folder. That
+file lies on a higher storey than this one, the one exception to their order. It imports no torch, for ``params.yaml``
+is read before torch may be imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskllm4v.config.base import Settings
-from maskllm4v.config.sections import ModelSettings, NoEvaluation, TaskSettings
+from maskllm4v.config.sections import DataSettings, ModelSettings, NoEvaluation, RuntimeSettings, TaskSettings
 
 if TYPE_CHECKING:
     from maskllm4v.config.experiment import Experiment
@@ -41,6 +42,32 @@ class TaskSections:
     evaluation: type[Settings] = NoEvaluation
     learning: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Experiment], None] = _nothing
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What a task is made of: :func:`maskllm4v.tasks.base.open_task`.
+
+    Attributes:
+        task, model, evaluation: the sections of that name.
+        data: the images; None: there are none, and models are but built, loaded and exported, or sampled from.
+        seeds: that the calibration sets go to in turn.
+        runtime: device and loader workers.
+        judge: weights of the classifier that judges samples; needed where samples are evaluated.
+    """
+
+    task: TaskSettings
+    model: ModelSettings
+    evaluation: Settings = field(default_factory=NoEvaluation)
+    data: DataSettings | None = None
+    seeds: Sequence[int] = (0,)
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    judge: Path | None = None
+
+    def calibration_set(self, seed: int) -> int:
+        """Which calibration set a seed uses; there have to be data."""
+        assert self.data is not None
+        return self.seeds.index(seed) % self.data.calibration_sets
 
 
 def task_names() -> list[str]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from maskllm4v.config import Experiment
+from maskllm4v.config import DataSettings, TaskSpec, TrainingSettings
 from maskllm4v.sparsity.calibration import Calibration
+from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.sharding import BatchShard
 
 if TYPE_CHECKING:
@@ -37,6 +38,21 @@ class ExportableModel:
     output: str
 
 
+@dataclass(frozen=True)
+class JudgeTraining:
+    """A classifier that judges what a task's models make, and how it is trained beside the dense model.
+
+    Attributes:
+        task: the classifier's own, on the same data.
+        model: the name of its architecture.
+        settings: optimiser and length.
+    """
+
+    task: Task
+    model: str
+    settings: TrainingSettings
+
+
 class Task(Protocol):
     """Everything that pruning, training and evaluation need to know about a task.
 
@@ -46,6 +62,10 @@ class Task(Protocol):
     @property
     def data_digest(self) -> str:
         """Digest of the data's manifest."""
+
+    @property
+    def judge(self) -> JudgeTraining | None:
+        """What has to be trained to judge what models make; None: nothing."""
 
     def build_model(self, seed: int, *, pretrained: bool = False) -> nn.Module:
         """The dense architecture, its weights drawn from ``seed`` where nothing else is loaded."""
@@ -109,7 +129,23 @@ def train_mode(task: Task, model: nn.Module) -> None:
     getattr(task, "train_mode", nn.Module.train)(model)
 
 
-def open_task(experiment: Experiment, data_folder: Path) -> Task:
-    """The task of an experiment on a prepared data source."""
-    found: Task = import_module(f"maskllm4v.tasks.{experiment.task.name}.task").TASK(experiment, data_folder)
+def open_task(spec: TaskSpec, data_folder: Path | None = None) -> Task:
+    """The task that some settings describe.
+
+    Args:
+        spec: the settings; of a table's task :meth:`maskllm4v.config.Experiment.task_spec`.
+        data_folder: of the prepared data; it need not be there before data are asked for.
+    """
+    found: Task = import_module(f"maskllm4v.tasks.{spec.task.name}.task").TASK(spec, data_folder)
     return found
+
+
+def opened_data(spec: TaskSpec, folder: Path | None) -> tuple[DataSettings, Path]:
+    """Settings and folder of the data that a task was opened with.
+
+    Raises:
+        ConfigError: it was opened without.
+    """
+    if spec.data is None or folder is None:
+        raise ConfigError(f"task {spec.task.name!r} was opened without data")
+    return spec.data, folder

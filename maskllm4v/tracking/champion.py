@@ -89,7 +89,7 @@ def _measured_model(experiment: Experiment, row: str, record: Mapping[str, Any])
     from maskllm4v.tasks.base import open_task
 
     read_origin(experiment, row)
-    task = open_task(experiment, data_folder(experiment.data.name))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
     path = checkpoint(row, record["seeds"][0])
     folded = folded_row(experiment, task, row)
     found = {"manifest": folded.manifest, "dense": folded.base, "masks": load_masks(path).digest}

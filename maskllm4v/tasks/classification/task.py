@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints.third_party import dense_state
-from maskllm4v.config import Experiment
+from maskllm4v.config import TaskSpec
 from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
 from maskllm4v.data.decoded import seeded_globals
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.tasks.base import ExportableModel
+from maskllm4v.tasks.base import ExportableModel, JudgeTraining, opened_data
 from maskllm4v.tasks.classification.accuracy import ClassificationMetrics
 from maskllm4v.tasks.classification.models import build_model, image_settings, num_classes
 from maskllm4v.tasks.classification.settings import ClassificationSettings, TimmSettings
@@ -36,18 +36,20 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Classification:
     """Cross-entropy on labels; accuracy, cross-entropy and calibration error on the reported split."""
 
-    def __init__(self, experiment: Experiment, data_folder: Path) -> None:
-        assert isinstance(experiment.task, ClassificationSettings)
-        assert isinstance(experiment.model, TimmSettings)
-        self.experiment, self.settings, self.model = experiment, experiment.task, experiment.model
-        self.device = pick_device(experiment.runtime.device)
+    judge: JudgeTraining | None = None
+
+    def __init__(self, spec: TaskSpec, data_folder: Path | None = None) -> None:
+        assert isinstance(spec.task, ClassificationSettings)
+        assert isinstance(spec.model, TimmSettings)
+        self.spec, self.settings, self.model = spec, spec.task, spec.model
+        self.device = pick_device(spec.runtime.device)
         self._folder = data_folder
 
     @cached_property
     def data(self) -> ImageData:
         """Opened when first needed."""
-        e = self.experiment
-        return open_data(self._folder, e.data, self.settings, image_settings(self.model))
+        data, folder = opened_data(self.spec, self._folder)
+        return open_data(folder, data, self.settings, image_settings(self.model))
 
     @property
     def data_digest(self) -> str:
@@ -63,7 +65,7 @@ class Classification:
         model.train()
 
     def resized(self, size: int) -> Classification:
-        other = Classification(self.experiment, self._folder)
+        other = Classification(self.spec, self._folder)
         other.data = self.data.resized(size)
         return other
 
@@ -80,7 +82,7 @@ class Classification:
             steps=steps,
             start=start,
             share=share,
-            workers=self.experiment.runtime.loader_workers,
+            workers=self.spec.runtime.loader_workers,
             pin_memory=self.device.type == "cuda",
         )
         keys = ((step, part) for step in range(start, steps) for part in share.parts)
@@ -95,7 +97,7 @@ class Classification:
 
     def _calibration_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         manifest = self.data.manifest
-        indices = manifest.calibration[self.experiment.calibration_set(seed)]
+        indices = manifest.calibration[self.spec.calibration_set(seed)]
         if len(indices) < world_size():
             raise ConfigError(f"data.calibration is {len(indices)}, fewer than the {world_size()} processes")
         return self._plain(manifest.calibration_split, indices, batch_size)
@@ -187,7 +189,7 @@ class Classification:
     def _plain(self, split: str, indices: np.ndarray, batch_size: int) -> Iterator[Batch]:
         """This process's images of a split, decoded by the loader's workers."""
         own = indices[rank() :: world_size()]
-        for batch in plain_loader(self.data, split, own, batch_size, self.experiment.runtime.loader_workers):
+        for batch in plain_loader(self.data, split, own, batch_size, self.spec.runtime.loader_workers):
             yield self._on_device(batch)
 
     def _on_device(self, batch: Batch) -> Batch:

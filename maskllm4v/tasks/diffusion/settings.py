@@ -146,6 +146,14 @@ class DiTSettings(ModelSettings):
         return ["transformer_blocks.*.norm1.emb", "proj_out_1", "proj_out_2", *modulation, *self.exclude]
 
 
+def check_sampling(model: DiTSettings, evaluation: EvaluationSettings) -> None:
+    """Raise ``ValueError`` where pictures are asked for that a model cannot make."""
+    if wrong := [label for label in evaluation.grid or () if label >= model.classes]:
+        raise ValueError(f"evaluation.grid: no class {wrong[0]}; the model has {model.classes}")
+    if (evaluation.guided_channels or 0) > model.shape[0]:
+        raise ValueError(f"evaluation.guided_channels is {evaluation.guided_channels}; there are {model.shape[0]}")
+
+
 def check_diffusion(experiment: Experiment) -> None:
     """Raise ``ValueError`` where settings of a diffusion experiment do not go together."""
     task, model, evaluation = experiment.task, experiment.model, experiment.evaluation
@@ -157,11 +165,10 @@ def check_diffusion(experiment: Experiment) -> None:
         raise ValueError(f"evaluation.samples is {evaluation.samples}, which needs task.judge")
     if evaluation.timesteps > task.train_timesteps:
         raise ValueError(f"evaluation.timesteps is {evaluation.timesteps}, but there are {task.train_timesteps}")
-    if wrong := [label for label in evaluation.grid or () if label >= model.classes]:
-        raise ValueError(f"evaluation.grid: no class {wrong[0]}; the model has {model.classes}")
+    check_sampling(model, evaluation)
+    if (task.bank.guided_channels or 0) > model.shape[0]:
+        raise ValueError(f"task.bank.guided_channels is {task.bank.guided_channels}; there are {model.shape[0]}")
     for section, sampling in (("evaluation", evaluation), ("task.bank", task.bank)):
-        if (sampling.guided_channels or 0) > model.shape[0]:
-            raise ValueError(f"{section}.guided_channels is {sampling.guided_channels}; there are {model.shape[0]}")
         if experiment.dense.init == "scratch" and not task.label_dropout and sampling.guidance > 1:
             raise ValueError(f"{section}.guidance is {sampling.guidance}, which needs task.label_dropout in training")
     if experiment.dense.progressive is not None:

@@ -13,18 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v.config import Experiment
+from maskllm4v.config import TaskSpec
 from maskllm4v.data import ImageData, open_data
 from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.tasks.base import ExportableModel
+from maskllm4v.tasks.base import ExportableModel, JudgeTraining, opened_data
 from maskllm4v.tasks.diffusion import noising
 from maskllm4v.tasks.diffusion.dit import build_dit, condition, read_weights
 from maskllm4v.tasks.diffusion.images import GeneratedDataset, PixelSpace, VAELatents
+from maskllm4v.tasks.diffusion.judge import classifier
 from maskllm4v.tasks.diffusion.measuring import Measuring
 from maskllm4v.tasks.diffusion.noising import Draws, NoisyBatch
 from maskllm4v.tasks.diffusion.sampling import Sampler
-from maskllm4v.tasks.diffusion.settings import DiffusionSettings, DiTSettings, SamplingSettings
+from maskllm4v.tasks.diffusion.settings import DiffusionSettings, DiTSettings, EvaluationSettings, SamplingSettings
 from maskllm4v.utils.devices import pick_device
 from maskllm4v.utils.distributed import rows_of_all
 from maskllm4v.utils.errors import ConfigError
@@ -56,11 +57,12 @@ class Diffusion:
     Models stay in evaluation mode while they are trained.
     """
 
-    def __init__(self, experiment: Experiment, data_folder: Path) -> None:
-        assert isinstance(experiment.task, DiffusionSettings)
-        assert isinstance(experiment.model, DiTSettings)
-        self.experiment, self.settings, self.model = experiment, experiment.task, experiment.model
-        self.device = pick_device(experiment.runtime.device)
+    def __init__(self, spec: TaskSpec, data_folder: Path | None = None) -> None:
+        assert isinstance(spec.task, DiffusionSettings)
+        assert isinstance(spec.model, DiTSettings)
+        assert isinstance(spec.evaluation, EvaluationSettings)
+        self.spec, self.settings, self.model, self.evaluation = spec, spec.task, spec.model, spec.evaluation
+        self.device = pick_device(spec.runtime.device)
         self.folder = data_folder
         self._bank: GeneratedDataset | None = None
 
@@ -87,7 +89,8 @@ class Diffusion:
             "crop_pct": 1.0,
             "crop_mode": "center",
         }
-        data = open_data(self.folder, self.experiment.data, self.settings.augmentation, transform)
+        settings, folder = opened_data(self.spec, self.folder)
+        data = open_data(folder, settings, self.settings.augmentation, transform)
         if (found := len(data.manifest.classes)) != self.classes:
             raise ConfigError(f"model.args.num_embeds_ada_norm is {self.classes}, but the data has {found} classes")
         return data
@@ -104,6 +107,13 @@ class Diffusion:
         if vae is None:
             return digest
         return value_digest([digest, *(file_digest(path) for path in sorted(Path(vae).iterdir()) if path.is_file())])
+
+    @property
+    def judge(self) -> JudgeTraining | None:
+        judge = self.settings.judge
+        if judge is None:
+            return None
+        return JudgeTraining(classifier(judge, self.spec, self.folder), judge.model.name, judge.training)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -177,7 +187,7 @@ class Diffusion:
             steps=steps,
             start=start,
             share=share,
-            workers=self.experiment.runtime.loader_workers,
+            workers=self.spec.runtime.loader_workers,
             pin_memory=self.device.type == "cuda",
         )
         size = batch_size // share.count
@@ -254,7 +264,7 @@ class Diffusion:
     def _calibration_batches(self, batch_size: int, seed: int) -> Iterator[NoisyBatch]:
         """Timesteps stratified over the whole set; what is drawn for a sample depends on its place in it alone."""
         manifest = self.data.manifest
-        split, chosen = manifest.calibration_split, manifest.calibration[self.experiment.calibration_set(seed)]
+        split, chosen = manifest.calibration_split, manifest.calibration[self.spec.calibration_set(seed)]
         if self._bank is not None:  # whose labels go through the classes in turn
             drawn = generator(seed, "calibration", "samples").permutation(len(self._bank.samples))
             split, chosen = "train", drawn[: len(chosen)]
@@ -262,7 +272,7 @@ class Diffusion:
             raise ConfigError(f"data.calibration is {len(chosen)}, fewer than the {world_size()} processes")
         strata = noising.stratified(generator(seed, "calibration timesteps"), len(chosen), len(self.alphas))
         own = np.arange(len(chosen))[rank() :: world_size()]
-        workers = self.experiment.runtime.loader_workers
+        workers = self.spec.runtime.loader_workers
         place = 0
         for images, labels in plain_loader(self.source, split, chosen[own], batch_size, workers):
             places = own[place : place + len(labels)]
