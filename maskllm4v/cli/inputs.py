@@ -44,8 +44,9 @@ def data_folder(data: DataSettings) -> Path:
 
 
 def task_of(spec: TaskSpec) -> Task:
-    """A command's task; its data, if it has any, need not be prepared yet."""
-    return open_task(spec, None if spec.data is None else data_folder(spec.data))
+    """The task of a command that has data; they need not be prepared yet."""
+    assert spec.data is not None
+    return open_task(spec, data_folder(spec.data))
 
 
 def prepare_data(spec: TaskSpec, task: Task) -> str:

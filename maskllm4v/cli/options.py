@@ -190,7 +190,7 @@ class Flags(Settings):
 SomeFlags = TypeVar("SomeFlags", bound=Flags)
 
 
-def settings(kind: type[SomeFlags], arguments: argparse.Namespace, **sections: dict[str, Any] | None) -> SomeFlags:
+def settings(kind: type[SomeFlags], arguments: argparse.Namespace, **sections: dict[str, Any]) -> SomeFlags:
     """The flags as settings.
 
     Args:
@@ -204,9 +204,9 @@ def settings(kind: type[SomeFlags], arguments: argparse.Namespace, **sections: d
     a = arguments
     raw = {
         **sections,
-        "model": _model(a, sections.get("model") or {}),
+        "model": _model(a, sections.get("model", {})),
         "seed": a.seed,
-        "runtime": {"device": a.device, "loader_workers": a.workers, **(sections.get("runtime") or {})},
+        "runtime": {"device": a.device, "loader_workers": a.workers, **sections.get("runtime", {})},
     }
     try:
         return parse_section(kind, raw)
@@ -225,7 +225,7 @@ def images(arguments: argparse.Namespace, name: str, calibration: int = 1) -> di
 
 
 def _flag(key: str) -> str:
-    """``--tau-range`` for ``learned.masks.tau.0``."""
+    """``--tau-range`` for ``learning.tau.0``."""
     name = [part for part in key.split(".") if not part.isdigit()][-1]
     return FLAGS.get(name, f"--{name.replace('_', '-')}")
 
