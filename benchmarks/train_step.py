@@ -22,7 +22,7 @@ from benchmarks.baselines.textbook import Textbook
 from benchmarks.measure import Timing, ceilings, interleaved, peak_bytes, ratio, saved_bytes, state_bytes, threads
 from benchmarks.results import Row, save
 from benchmarks.workloads import RandomImages, Workload, workloads
-from maskllm4v.config import LearnedSettings
+from maskllm4v.config import LearningSettings
 from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.surgery import make_learnable, prunable_linears
 from maskllm4v.training.engine import mixed_precision
@@ -52,7 +52,7 @@ class Step:
     """
 
     def __init__(
-        self, learner: TrainTarget, task: RandomImages, learning: LearnedSettings, *, compiled: bool = False
+        self, learner: TrainTarget, task: RandomImages, learning: LearningSettings, *, compiled: bool = False
     ) -> None:
         self.learner, self.task, self.clip = learner, task, learning.clip_grad
         self.batch = task.batch(learning.batch_size)
@@ -91,15 +91,15 @@ class Step:
 
 def make(variant: str, workload: Workload, device: torch.device) -> Step:
     """A variant's step on a model of its own."""
-    experiment, learning = workload.experiment, workload.learning
-    model, task = workload.build(device), RandomImages(experiment, device)
-    exclude = experiment.model.excluded_layers
+    spec, learning = workload.spec, workload.learning
+    model, task = workload.build(device), RandomImages(spec, device)
+    exclude = spec.model.excluded_layers
     if variant == "dense":
         return Step(Dense(model), task, learning)
     if variant == "textbook":
         learner = Textbook(
             model,
-            experiment.pattern,
+            workload.pattern,
             exclude=exclude,
             hard=learning.hard,
             lr=learning.lr,
@@ -107,7 +107,7 @@ def make(variant: str, workload: Workload, device: torch.device) -> Step:
             regularisation=learning.regularisation,
         )
         return Step(learner, task, learning)
-    make_learnable(model, None, pattern=experiment.pattern, exclude=exclude, hard=learning.hard)
+    make_learnable(model, None, pattern=workload.pattern, exclude=exclude, hard=learning.hard)
     compiled = variant == "ours_compiled"
     changes: dict[str, Any] = {"distillation": 1.0} if variant == "ours_distilled" else {"compile": compiled}
     settings = learning.model_copy(update=changes)
@@ -122,7 +122,7 @@ def measure(
     torch.compiler.reset()  # or a second model is compiled for shapes that vary
     steps = {variant: make(variant, workload, device) for variant in variants}
     times = interleaved(dict[str, Callable[[], Any]](steps), repeats=repeats, warmup=warmup)
-    linears = prunable_linears(workload.build(device), exclude=workload.experiment.model.excluded_layers)
+    linears = prunable_linears(workload.build(device), exclude=workload.spec.model.excluded_layers)
     weights = sum(linear.weight.numel() for linear in linears.values())
     first, rows, roof = variants[0], list[Row](), list[Row]()
     precision = {"no": "fp32"}.get(workload.learning.amp, workload.learning.amp)

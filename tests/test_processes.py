@@ -44,7 +44,7 @@ from maskllm4v.oneshot.activations.sequential import part_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.runs.paths import checkpoint, data_folder
 from maskllm4v.sparsity.surgery import learnable_layers, make_learnable, prunable_linears
-from maskllm4v.tasks import Task, open_task
+from maskllm4v.tasks.base import Task, open_task
 from maskllm4v.training.finetuning import finetune
 from maskllm4v.training.mask_learning import CURVE_COLUMNS, learn_masks
 from maskllm4v.utils.io import read_json
@@ -145,7 +145,7 @@ def test_updated_weights_are_those_of_one_process(one: Path, two: Path) -> None:
 def opened() -> tuple[Experiment, Task, torch.nn.Module]:
     """Inside a project: settings, task, dense model."""
     experiment = load_experiment()
-    task = open_task(experiment, data_folder(experiment.data.name))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
     model = task.build_model(0)
     load_dense(checkpoint("tiny-dense", 0), model, experiment.model.name)
     return experiment, task, model

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.surgery import prunable_linears, replace_
-from maskllm4v.tasks import Task
+from maskllm4v.tasks.base import Task
 from maskllm4v.training.trainer import TrainTarget
 
 

@@ -1,4 +1,4 @@
-"""Flags that commands share, and the experiment that they add up to. Names are the original's and timm's.
+"""Flags that commands share, and the settings that they add up to. Names are the original's and timm's.
 
 A flag that is not given is no setting: what the library does by default stands in :mod:`maskllm4v.config`.
 Of the original's flags some have a second name here, and those without a counterpart say what to do instead.
@@ -10,12 +10,13 @@ import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from maskllm4v.config import Experiment, parse_experiment
+from maskllm4v.config import DataSettings, RuntimeSettings, Settings, TaskSpec, parse_section
+from maskllm4v.config.base import Number
+from maskllm4v.tasks.classification.settings import ClassificationSettings, TimmSettings
 from maskllm4v.utils.errors import ConfigError
 
-DENSE, PRIOR, LEARNED, UPDATED = "dense", "prior", "masks", "updated"  # rows of the experiment that a command runs
 FLAGS = {  # settings whose flags have other names
     "accumulate": "--grad-accum-steps",
     "auto_augment": "--aa",
@@ -26,11 +27,11 @@ FLAGS = {  # settings whose flags have other names
     "label_smoothing": "--smoothing",
     "loader_workers": "--workers",
     "log_every": "--log-interval",
+    "name": "--model",
     "checkpoint_minutes": "--save-minutes",
     "random_erasing": "--reprob",
     "regularisation": "--sparse-weight-reg",
     "scaling": "--scaling-range",
-    "seeds": "--seed",
     "tau": "--tau-range",
 }
 
@@ -171,42 +172,60 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def experiment(arguments: argparse.Namespace, *, data: dict[str, Any], **sections: Any) -> Experiment:
-    """The flags as an experiment of one seed.
+class Flags(Settings):
+    """What flags say of a model and its images, as settings; commands add sections of their own."""
+
+    data: DataSettings | None = None
+    task: ClassificationSettings = ClassificationSettings()
+    model: TimmSettings
+    seed: Number
+    runtime: RuntimeSettings
+
+    @property
+    def spec(self) -> TaskSpec:
+        """What the command's task is made of."""
+        return TaskSpec(self.task, self.model, data=self.data, seeds=[self.seed], runtime=self.runtime)
+
+
+SomeFlags = TypeVar("SomeFlags", bound=Flags)
+
+
+def settings(kind: type[SomeFlags], arguments: argparse.Namespace, **sections: dict[str, Any]) -> SomeFlags:
+    """The flags as settings.
 
     Args:
-        arguments: of :func:`add_model`, :func:`add_data` and :func:`add_runtime`.
-        data: settings of the data that only the command knows, ``train`` and ``test`` among them.
-        sections: ``task``, ``priors``, ``learned``, ``updated``, ... as in ``params.yaml``.
+        kind: which sections the command has.
+        arguments: of :func:`add_model` and :func:`add_runtime`.
+        sections: what only the command knows of each, as in ``params.yaml``; ``data``: of :func:`images`.
 
     Raises:
-        ConfigError: a value is out of its range; names the setting.
+        ConfigError: a value is out of its range; names the flag.
     """
     a = arguments
-    given = a.dense_checkpoint
-    source = {"source": "timm", "dataset": a.dataset} if a.dataset else {"source": "folder"}
-    rows = [DENSE, *(row for section in ("priors", "learned", "updated") for row in sections.get(section, {}))]
     raw = {
-        "table": "cli",
-        "title": a.model,
-        "seeds": [a.seed],
-        "data": {"name": "cli", "root": a.data_dir, **source, **data},
-        "model": _model(a, sections.pop("model_args", {}), sections.pop("exclude", None)),
-        "dense": {"row": DENSE}
-        | ({"init": "checkpoint", "checkpoint": str(given)} if given else {"init": "pretrained"}),
-        "rows": {row: row for row in rows},
-        "runtime": {"device": a.device, "loader_workers": a.workers, **sections.pop("runtime", {})},
         **sections,
+        "model": _model(a, sections.get("model", {})),
+        "seed": a.seed,
+        "runtime": {"device": a.device, "loader_workers": a.workers, **sections.get("runtime", {})},
     }
     try:
-        return parse_experiment(raw)
+        return parse_section(kind, raw)
     except ConfigError as error:  # say flags, not settings
         text = re.sub(r"^params: (\S+)(?= is )", lambda key: _flag(key[1]), str(error), flags=re.MULTILINE)
         raise ConfigError(re.sub(r"^params: (\S+: )?", "", text, flags=re.MULTILINE)) from error
 
 
+def images(arguments: argparse.Namespace, name: str, calibration: int = 1) -> dict[str, Any]:
+    """Settings of the data: the ``"train"`` or ``"val"`` split of :func:`add_data`, the only one that is looked at."""
+    a = arguments
+    given: str | None = getattr(a, f"{name}_split")
+    split = given or ("validation" if a.dataset and name == "val" else name)
+    source = {"source": "timm", "dataset": a.dataset} if a.dataset else {"source": "folder"}
+    return {"name": "cli", "root": a.data_dir, **source, "train": split, "test": split, "calibration": calibration}
+
+
 def _flag(key: str) -> str:
-    """``--tau-range`` for ``learned.masks.tau.0``."""
+    """``--tau-range`` for ``learning.tau.0``."""
     name = [part for part in key.split(".") if not part.isdigit()][-1]
     return FLAGS.get(name, f"--{name.replace('_', '-')}")
 
@@ -216,16 +235,10 @@ def set_only(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def split(arguments: argparse.Namespace, name: str) -> str:
-    """What the data source calls its ``"train"`` or ``"val"`` split."""
-    given: str | None = getattr(arguments, f"{name}_split")
-    return given or ("validation" if arguments.dataset and name == "val" else name)
-
-
-def _model(a: argparse.Namespace, args: dict[str, Any], exclude: list[str] | None) -> dict[str, Any]:
+def _model(a: argparse.Namespace, more: dict[str, Any]) -> dict[str, Any]:
     import timm
 
-    args = {**args, **set_only(num_classes=a.num_classes)}
+    args = {**more.get("args", {}), **set_only(num_classes=a.num_classes)}
     overruled = set_only(mean=a.mean, std=a.std, crop_pct=a.crop_pct, interpolation=a.interpolation)
     if a.img_size is not None:
         known = timm.get_pretrained_cfg(a.model) if timm.is_model(a.model) else None
@@ -233,4 +246,4 @@ def _model(a: argparse.Namespace, args: dict[str, Any], exclude: list[str] | Non
             args["img_size"] = a.img_size
         else:
             overruled["img_size"] = a.img_size
-    return {"name": a.model, "args": args, "input": overruled, **set_only(exclude=exclude)}
+    return {**more, "name": a.model, "args": args, "input": overruled}

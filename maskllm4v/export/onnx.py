@@ -19,7 +19,7 @@ from maskllm4v import __version__
 from maskllm4v.checkpoints.format import tensors_digest
 from maskllm4v.export.graph import about_graph, describe, graph_weights, library, line, matrices, read_graph
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.tasks import ExportableModel
+from maskllm4v.tasks.base import ExportableModel
 from maskllm4v.utils.errors import CheckpointError, ConfigError, UserError
 from maskllm4v.utils.io import replacing
 

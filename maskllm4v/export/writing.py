@@ -18,7 +18,7 @@ from maskllm4v.export.onnx import export_onnx
 from maskllm4v.runs.paths import checkpoint, record_file
 from maskllm4v.runs.records import measurement_digest, read_record
 from maskllm4v.sparsity.surgery import fold_
-from maskllm4v.tasks import Task
+from maskllm4v.tasks.base import Task
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 from maskllm4v.utils.io import file_digest, replacing
 

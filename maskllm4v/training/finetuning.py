@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.config import DenseSettings, FinetunedSettings, TrainingSettings
-from maskllm4v.tasks import Task, train_mode
+from maskllm4v.tasks.base import Task, train_mode
 from maskllm4v.training.averaging import Average
 from maskllm4v.training.cost import Cost
 from maskllm4v.training.mask_learning import freeze_statistics

@@ -1,6 +1,6 @@
 """Learning masks: frozen weights, trained logits (MaskLLM, arXiv 2409.17481).
 
-It knows no images and no labels: a :class:`~maskllm4v.tasks.Task` runs the model and gives the loss.
+It knows no images and no labels: a :class:`~maskllm4v.tasks.base.Task` runs the model and gives the loss.
 Curves are kept on the device and fetched at the end.
 """
 
@@ -17,7 +17,7 @@ from maskllm4v.config import LearningSettings
 from maskllm4v.sparsity.joined import join_layers
 from maskllm4v.sparsity.masks import LearnableMaskedLinear, NoiseKey
 from maskllm4v.sparsity.surgery import as_dense, current_masks, learnable_layers
-from maskllm4v.tasks import Task, train_mode
+from maskllm4v.tasks.base import Task, train_mode
 from maskllm4v.training.averaging import Average
 from maskllm4v.training.cost import Cost
 from maskllm4v.training.optim import optimizer_for

@@ -1,7 +1,7 @@
 """The training loop: whatever is trained, on one process or many, interrupted or not.
 
 What is trained, and by which loss, a :class:`TrainTarget` knows; batches come from a
-:class:`~maskllm4v.tasks.Task`; precision and processes are the :class:`~maskllm4v.training.engine.Engine`'s.
+:class:`~maskllm4v.tasks.base.Task`; precision and processes are the :class:`~maskllm4v.training.engine.Engine`'s.
 The loop never waits for the device in a step.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from maskllm4v.config import TrainingSettings
 from maskllm4v.sparsity.masks import NoiseKey
-from maskllm4v.tasks import Task
+from maskllm4v.tasks.base import Task
 from maskllm4v.training.cost import Clock, Cost
 from maskllm4v.training.engine import Engine
 from maskllm4v.training.nonfinite import NonFiniteGuard
