@@ -28,7 +28,11 @@ from maskllm4v.utils.io import file_digest, read_json, value_digest, write_json
 
 PROOFS = REPORTS / "proofs"
 PARTS = ("code", "settings", "packages", "outputs")
-RENDERING = {"report", "track"}  # stages that only show records; a proof runs them for every table, stale or not
+RENDERING = {
+    "report",
+    "documents",
+    "track",
+}  # stages that only show records; a proof runs them for every table, stale or not
 NO_RESULTS = {"runtime", "title"}  # settings that no result depends on, nor on what rows are called
 Stages = dict[str, dict[str, Any]]
 
