@@ -36,15 +36,11 @@ def experiment_files(root: Path) -> dict[str, Experiment]:
     return {path.stem: load_experiment(path) for path in sorted((root / "experiments").glob("*.yaml"))}
 
 
-def published(root: Path) -> dict[str, Experiment]:
-    """The experiments in ``experiments/`` by table: what README, findings and the list of tables show."""
-    return {experiment.table: experiment for experiment in experiment_files(root).values()}
-
-
 def experiments(root: Path) -> dict[str, Experiment]:
     """All experiments by table: those in ``experiments/``, and the active one in place of its original."""
     active = load_experiment(root / "params.yaml")
-    return {**published(root), active.table: active}
+    found = {experiment.table: experiment for experiment in experiment_files(root).values()}
+    return {**found, active.table: active}
 
 
 def find_experiment(root: Path, table: str | None) -> Experiment:
@@ -97,12 +93,12 @@ def readme_sections(known: Mapping[str, Experiment], reports: Path) -> dict[str,
 
 
 def documents(root: Path) -> dict[Path, str]:
-    """What shows all tables, as records and ``experiments/`` have it, whatever table is active.
+    """What shows all tables: those of ``experiments/``, and the active one as ``params.yaml`` has it.
 
     README and findings, as far as they are there, with their generated sections; and the list of tables.
     """
     readme, findings, reports = root / "README.md", root / FINDINGS, root / "reports"
-    known = published(root)
+    known = experiments(root)
     texts = {path: path.read_text(encoding="utf-8") for path in (readme, findings) if path.exists()}
     sections: dict[Path, dict[str, str]] = {}
     if readme in texts:
