@@ -56,8 +56,9 @@ LIBRARIES = {  # who may speak to it: a module, or a package as a whole
     "accelerate": {"maskllm4v.utils.distributed", "maskllm4v.training.trainer"},
     "dvc": set(),
     "jinja2": {"maskllm4v.reporting.page"},
-    "matplotlib": {"maskllm4v.reporting.figures"},
+    "matplotlib": {"maskllm4v.reporting.figures.samples"},
     "mlflow": {"maskllm4v.tracking"},
+    "rich": {"maskllm4v.reporting.terminal"},
 }
 
 

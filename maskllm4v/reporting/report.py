@@ -129,7 +129,7 @@ def write_report(root: Path) -> list[Path]:
 
 
 def check_report(root: Path) -> None:
-    """Raise :class:`UserError` unless README, findings, tables, charts and pages are what the committed records give."""
+    """Raise :class:`UserError` unless README, findings, tables, charts and pages are what the records give."""
     wrong, reports, files = [], root / "reports", experiment_files(root)
     expected = {**documents(root), reports / PAGE: index_page(experiments(root), reports)}
     for table, experiment in experiments(root).items():
