@@ -60,8 +60,9 @@ LIBRARIES = {  # who may speak to it: a module, or a package as a whole
     "accelerate": {"maskllm4v.utils.distributed"},
     "dvc": set(),
     "jinja2": {"maskllm4v.reporting.page"},
-    "matplotlib": {"maskllm4v.reporting.figures"},
+    "matplotlib": {"maskllm4v.reporting.figures.samples"},
     "mlflow": {"maskllm4v.tracking"},
+    "rich": {"maskllm4v.reporting.terminal"},
 }
 
 

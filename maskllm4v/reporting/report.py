@@ -13,7 +13,7 @@ from maskllm4v.reporting.benchmarks.deployment import deployment_markdown, expor
 from maskllm4v.reporting.benchmarks.performance import performance_markdown
 from maskllm4v.reporting.comparison import comparison_markdown
 from maskllm4v.reporting.curves import curves_csv
-from maskllm4v.reporting.figures import draw_figures
+from maskllm4v.reporting.figures import draw_figures, figure_texts
 from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.page import PAGE, index_page, table_page
 from maskllm4v.reporting.paired import paired_sections
@@ -28,6 +28,7 @@ PERFORMANCE = "performance"  # the one with the benchmarks of training and pruni
 DEPLOYMENT = "deployment"  # the one with sizes and speeds of what was exported
 RECEIPTS = "receipts"  # the one with the CPUs on which tables were reproduced
 REPRODUCED = "reproduced"  # the claim at the head, from the same receipts
+FIGURES = "figures"  # the folder of a table's charts and pictures
 FINDINGS = Path("docs/findings.md")
 
 
@@ -126,8 +127,7 @@ def write_table(root: Path) -> list[Path]:
     for name, text in table_texts(experiment, reports).items():
         write_text(folder / name, text)
         written.append(folder / name)
-    records = current_records(experiment, reports)
-    written += draw_figures(experiment, records, aggregate(experiment, records), reports, folder / "figures")
+    written += draw_figures(experiment, reports, folder / FIGURES)
     write_text(folder / PAGE, page_text(experiment, reports, experiment_files(root)))
     return [*written, folder / PAGE]
 
@@ -143,12 +143,14 @@ def check_documents(root: Path) -> None:
 
 
 def check_report(root: Path) -> None:
-    """Raise :class:`UserError` unless README, findings, tables and pages are what the committed records give."""
+    """Raise :class:`UserError` unless README, findings, tables, charts and pages are what the records give."""
     reports, files = root / "reports", experiment_files(root)
     expected = documents(root)
     for table, experiment in experiments(root).items():
         texts = {**table_texts(experiment, reports), PAGE: page_text(experiment, reports, files)}
         expected |= {reports / table / name: text for name, text in texts.items()}
+        drawn = figure_texts(experiment, reports)
+        expected |= {reports / table / FIGURES / name: text for name, text in drawn.items()}
     _compare(expected, root)
 
 
