@@ -88,7 +88,8 @@ def given_dense(arguments: argparse.Namespace) -> bool:
 
 def dense_model(experiment: Experiment, task: Task) -> nn.Module:
     """The dense model that the flags say, or timm's pretrained one, on the task's device."""
-    model = obtain_dense(experiment, task, experiment.seeds[0]).to(pick_device(experiment.runtime.device))
+    model = obtain_dense(experiment, task, experiment.seeds[0])
+    model.to(pick_device(experiment.runtime.device))
     say(f"dense weights: {experiment.dense.checkpoint or f'{experiment.model.name}, pretrained'}")
     return model
 

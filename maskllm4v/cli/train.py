@@ -199,7 +199,8 @@ def run(arguments: argparse.Namespace) -> None:
     a = arguments
     experiment, task, model, pattern, prior, permutations = start(a)
     learning = experiment.learned[options.LEARNED]
-    dense, base = copy.deepcopy(model).cpu(), tensors_digest(model.state_dict())
+    dense, base = copy.deepcopy(model), tensors_digest(model.state_dict())
+    dense.cpu()
     manifest = inputs.prepare_data(experiment, task)
     apply_permutations_(model, permutations)
     make_learnable(

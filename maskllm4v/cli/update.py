@@ -73,7 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     how, task = experiment.updated[options.UPDATED], inputs.task_of(experiment)
     model, masks = inputs.start_from(a, experiment, task, found, a.checkpoint)
-    dense = copy.deepcopy(model).cpu()  # written at the end: a command that fails leaves nothing
+    dense = copy.deepcopy(model)  # written at the end: a command that fails leaves nothing
+    dense.cpu()
     inputs.prepare_data(experiment, task)
     update_weights_(
         install(model, replace(masks, weights={}), str(a.checkpoint)),

@@ -48,7 +48,8 @@ def build_model(settings: ModelSettings, seed: int, *, pretrained: bool) -> nn.M
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # type: ignore[assignment]
-    return model.eval()
+    model.eval()
+    return model
 
 
 def image_settings(settings: ModelSettings) -> dict[str, Any]:
