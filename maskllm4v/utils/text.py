@@ -7,10 +7,18 @@ from collections.abc import Sequence
 SHOWN = 3
 
 
-def few(names: Sequence[str], of: str = "", shown: int = SHOWN) -> str:
-    """``'a', 'b', 'c' and 4 more``, after ``of`` as a noun in singular or plural: ``layers 'a' and 'b'``."""
-    *first, last = [repr(name) for name in names[:shown]]
-    more = len(names) - shown
-    ends = [*first, last, f"{more:,} more"] if more > 0 else [*first, last]
-    listed = f"{', '.join(ends[:-1])} and {ends[-1]}" if len(ends) > 1 else last
+def few(names: Sequence[str], of: str = "", *, shown: int = SHOWN, quoted: bool = True) -> str:
+    """``'a', 'b', 'c' and 4 more``, empty without names.
+
+    Args:
+        names: of which so many as ``shown`` are told.
+        of: a noun to go before them, in singular or plural: ``layers 'a' and 'b'``.
+        quoted: in quotation marks.
+    """
+    if not names:
+        return ""
+    told = [repr(name) if quoted else name for name in names[:shown]]
+    if (more := len(names) - len(told)) > 0:
+        told.append(f"{more:,} more")
+    listed = " and ".join(filter(None, [", ".join(told[:-1]), told[-1]]))
     return f"{of}{'s' if len(names) > 1 else ''} {listed}" if of else listed
