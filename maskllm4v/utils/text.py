@@ -1,10 +1,15 @@
-"""Lists in messages: the first few, and how many more there are."""
+"""Parts of messages: the first few of many names, and what somebody else's error says."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 SHOWN = 3
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def few(names: Sequence[str], of: str = "", *, shown: int = SHOWN, quoted: bool = True) -> str:
