@@ -16,7 +16,7 @@ from maskllm4v.oneshot.activations.paired import layer_statistics
 from maskllm4v.oneshot.activations.statistics import CrossCovariance, Hessian, InputNorm
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.sparsity.surgery import prunable_linears
-from maskllm4v.utils.errors import DataError
+from maskllm4v.utils.errors import ConfigError, DataError
 
 METHODS: dict[str, Callable[[nn.Module, Any], object]] = {
     "wanda": lambda model, shown: prune(model, "wanda", calibration=shown),
@@ -182,3 +182,23 @@ def test_compiled_models_are_calibrated_as_they_are(tiny_vit: nn.Module, method:
     METHODS[method](compiled, shown)
     found = tiny_vit.state_dict()
     assert all(found[name].equal(tensor) for name, tensor in other.state_dict().items())
+
+
+# Weights without values
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random", "wanda", "sparsegpt", "permutation", "update"])
+def test_layers_on_meta_say_so(tiny_vit: nn.Module, method: str) -> None:
+    if method == "update":
+        prune(tiny_vit, "magnitude")
+    for layer in (tiny_vit.blocks[0].mlp.fc1, tiny_vit.blocks[1].mlp.fc2):
+        layer.to("meta")
+    before = list(tiny_vit.named_modules())
+    calls = {
+        "permutation": lambda: permute_channels_(tiny_vit, "2:4"),
+        "update": lambda: update_weights_(tiny_vit, calibration=images()),
+    }
+    call = calls.get(method, lambda: prune(tiny_vit, method, calibration=images()))
+    with pytest.raises(ConfigError, match=r"^layers 'blocks\.0\.mlp\.fc1' and 'blocks\.1\.mlp\.fc2': on device 'meta'"):
+        call()
+    assert list(tiny_vit.named_modules()) == before

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.utils.errors import ConfigError, DataError
+from maskllm4v.utils.text import few
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -22,6 +23,15 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def check_materialised(layers: Mapping[str, nn.Linear]) -> None:
+    """Raise :class:`ConfigError`, naming layers, where weights have no values yet (device ``meta``)."""
+    if empty := [name for name, layer in layers.items() if layer.weight.is_meta]:
+        raise ConfigError(
+            f"{few(empty, 'layer')}: on device 'meta', without values; first load the model's weights (to_empty and "
+            "load_state_dict, or load_state_dict with assign=True)"
+        )
 
 
 @contextmanager
