@@ -48,8 +48,12 @@ def task_of(experiment: Experiment) -> Task:
     return open_task(experiment, data_folder(experiment.data))
 
 
-def prepare_data(experiment: Experiment, task: Task) -> str:
+def prepare_data(experiment: Experiment, task: Task, *, labels: bool = True) -> str:
     """Write the manifest, anew each time: folders change. Returns its digest.
+
+    Args:
+        experiment, task: whose data they are.
+        labels: whether labels are looked at. Where they are not, as in calibration, a model without classes will do.
 
     Raises:
         DataError: the source is missing or empty, or has not as many classes as the model.
@@ -57,7 +61,8 @@ def prepare_data(experiment: Experiment, task: Task) -> str:
     assert isinstance(experiment.model, ModelSettings)
     if is_main():
         found = len(prepare(experiment.data, data_folder(experiment.data), one_split=True).classes)
-        if found != (wanted := num_classes(experiment.model)):
+        wanted = num_classes(experiment.model)
+        if found != wanted and (labels or wanted):
             where = experiment.data.dataset or experiment.data.root
             raise DataError(
                 f"{where} has {found} classes, but {experiment.model.name} tells {wanted} apart; say --num-classes, "

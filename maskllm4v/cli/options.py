@@ -157,7 +157,11 @@ def add_pattern(parser: argparse.ArgumentParser, default: str) -> None:
 
 def add_exclude(parser: argparse.ArgumentParser, when: str = "") -> None:
     parser.add_argument(
-        "--exclude", nargs="*", default=["head"], metavar="LAYER", help=f"{when}stay dense (default head)"
+        "--exclude",
+        nargs="*",
+        default=["head"],
+        metavar="LAYER",
+        help=f"{when}stay dense (default head); one of a model's classifiers stands for all, e.g. also for head_dist",
     )
 
 
@@ -222,9 +226,26 @@ def split(arguments: argparse.Namespace, name: str) -> str:
     return given or ("validation" if arguments.dataset and name == "val" else name)
 
 
+def _with_classifiers(model: str, exclude: list[str]) -> list[str]:
+    """Layers to exclude, with the other classifiers of a distilled model where they name one of them."""
+    import timm
+
+    from maskllm4v.cli.inputs import say
+
+    config = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    classifier = "" if config is None or config.classifier is None else config.classifier
+    names = [classifier] if isinstance(classifier, str) else classifier
+    tops = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    more = [top for top in tops if top not in exclude] if any(top in exclude for top in tops) else []
+    if more:
+        say(f"--exclude {' '.join(exclude)}: {', '.join(more)}, too, as {model} has several classifiers")
+    return [*exclude, *more]
+
+
 def _model(a: argparse.Namespace, args: dict[str, Any], exclude: list[str] | None) -> dict[str, Any]:
     import timm
 
+    exclude = None if exclude is None else _with_classifiers(a.model, exclude)
     args = {**args, **set_only(num_classes=a.num_classes)}
     overruled = set_only(mean=a.mean, std=a.std, crop_pct=a.crop_pct, interpolation=a.interpolation)
     if a.img_size is not None:

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     dense = copy.deepcopy(model)  # written at the end: a command that fails leaves nothing
 
     def calibration() -> Iterator[Any]:  # only methods that look at inputs ask for them
-        inputs.prepare_data(experiment, task)
+        inputs.prepare_data(experiment, task, labels=False)
         (part,) = task.calibration(prior.batch_size, a.seed)
         yield from part.batches
 

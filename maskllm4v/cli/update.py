@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     model, masks = inputs.start_from(a, experiment, task, found, a.checkpoint)
     dense = copy.deepcopy(model)  # written at the end: a command that fails leaves nothing
     dense.cpu()
-    inputs.prepare_data(experiment, task)
+    inputs.prepare_data(experiment, task, labels=False)
     update_weights_(
         install(model, replace(masks, weights={}), str(a.checkpoint)),
         how.update,
