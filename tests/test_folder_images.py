@@ -12,13 +12,15 @@ import pytest
 import torch
 from images import TRANSFORM, draw_folder, everything, folder_settings, prepared, same
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from maskllm4v.data import ImageData
-from maskllm4v.data.batches import step_loader
+from maskllm4v.data import ImageData, prepare
+from maskllm4v.data.batches import plain_loader, step_loader
 from maskllm4v.tasks.classification.models import image_settings
 from maskllm4v.tasks.classification.settings import TimmSettings
-from maskllm4v.utils.errors import ConfigError, DataError
+from maskllm4v.utils.errors import ConfigError, DataError, UserError
+from maskllm4v.utils.images import read_picture
 from maskllm4v.utils.rng import generator
 
 MODEL = TimmSettings(name="vit_tiny_patch16_224", args={"img_size": 32})
@@ -226,3 +228,59 @@ def test_images_have_the_shape_that_the_model_takes(args: dict[str, Any], shape:
     data = open_folder(source, TimmSettings(name="vit_tiny_patch16_224", args=args))
     assert data.images("train", np.arange(2), None).shape == (2, *shape)
     assert data.images("train", np.arange(2), np.random.default_rng(0)).shape == (2, *shape)
+
+
+# Pictures that nobody expects
+
+
+def too_large(path: Path) -> None:
+    Image.new("1", (20_000, 9_500)).save(path)
+
+
+def long_text(path: Path) -> None:
+    info = PngInfo()
+    info.add_text("note", "x" * 2**21, zip=True)
+    Image.new("RGB", (40, 40)).save(path, pnginfo=info)
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+ODD = {"too large": too_large, "long text": long_text, "truncated": truncate}
+
+
+@pytest.mark.parametrize("spoil", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_odd_picture_is_named_in_a_line(source: Path, spoil: Callable[[Path], None], workers: int) -> None:
+    path = source / "train" / "cat" / "3.png"
+    spoil(path)
+    data = open_folder(source)
+    loads = (
+        lambda: list(step_loader(data, seed=1, batch_size=11, steps=1, workers=workers)),
+        lambda: list(plain_loader(data, "train", np.arange(11), 4, workers)),
+    )
+    for load in loads:
+        with pytest.raises(DataError) as caught:
+            load()
+        assert str(caught.value).startswith(f"{path} cannot be read as an image: ")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spoil", ODD.values(), ids=ODD)
+def test_odd_picture_is_named_while_hashing(source: Path, spoil: Callable[[Path], None]) -> None:
+    path = source / "train" / "cat" / "3.png"
+    spoil(path)
+    with pytest.raises(DataError) as caught:
+        prepare(folder_settings(source, hash_files=True), source.parent / "m")
+    assert str(caught.value).startswith(f"{path} is no image that can be read: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spoil", ODD.values(), ids=ODD)
+def test_odd_picture_of_our_own_is_named(spoil: Callable[[Path], None], tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    spoil(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"^cannot read .*/a\.png: \S"):
+        read_picture(tmp_path / "a.png")

@@ -49,8 +49,12 @@ def task_of(spec: TaskSpec) -> Task:
     return open_task(spec, data_folder(spec.data))
 
 
-def prepare_data(spec: TaskSpec, task: Task) -> str:
+def prepare_data(spec: TaskSpec, task: Task, *, labels: bool = True) -> str:
     """Write the manifest, anew each time: folders change. Returns its digest.
+
+    Args:
+        spec, task: whose data they are.
+        labels: whether labels are looked at. Where they are not, as in calibration, a model without classes will do.
 
     Raises:
         DataError: the source is missing or empty, or has not as many classes as the model.
@@ -59,7 +63,8 @@ def prepare_data(spec: TaskSpec, task: Task) -> str:
     assert spec.data is not None
     if is_main():
         found = len(prepare(spec.data, data_folder(spec.data), one_split=True).classes)
-        if found != (wanted := num_classes(spec.model)):
+        wanted = num_classes(spec.model)
+        if found != wanted and (labels or wanted):
             where = spec.data.dataset or spec.data.root
             raise DataError(
                 f"{where} has {found} classes, but {spec.model.name} tells {wanted} apart; say --num-classes, "

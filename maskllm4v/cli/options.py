@@ -158,7 +158,11 @@ def add_pattern(parser: argparse.ArgumentParser, default: str) -> None:
 
 def add_exclude(parser: argparse.ArgumentParser, when: str = "") -> None:
     parser.add_argument(
-        "--exclude", nargs="*", default=["head"], metavar="LAYER", help=f"{when}stay dense (default head)"
+        "--exclude",
+        nargs="*",
+        default=["head"],
+        metavar="LAYER",
+        help=f"{when}stay dense (default head); one of a model's classifiers stands for all, e.g. also for head_dist",
     )
 
 
@@ -235,9 +239,27 @@ def set_only(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def _with_classifiers(model: str, exclude: list[str]) -> list[str]:
+    """Layers to exclude, with the other classifiers of a distilled model where they name one of them."""
+    import timm
+
+    from maskllm4v.cli.inputs import say
+
+    config = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    classifier = "" if config is None or config.classifier is None else config.classifier
+    names = [classifier] if isinstance(classifier, str) else classifier
+    tops = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    more = [top for top in tops if top not in exclude] if any(top in exclude for top in tops) else []
+    if more:
+        say(f"--exclude {' '.join(exclude)}: {', '.join(more)}, too, as {model} has several classifiers")
+    return [*exclude, *more]
+
+
 def _model(a: argparse.Namespace, more: dict[str, Any]) -> dict[str, Any]:
     import timm
 
+    if (exclude := more.get("exclude")) is not None:
+        more = {**more, "exclude": _with_classifiers(a.model, exclude)}
     args = {**more.get("args", {}), **set_only(num_classes=a.num_classes)}
     overruled = set_only(mean=a.mean, std=a.std, crop_pct=a.crop_pct, interpolation=a.interpolation)
     if a.img_size is not None:

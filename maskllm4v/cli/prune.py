@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     dense = copy.deepcopy(model)  # written at the end: a command that fails leaves nothing
 
     def calibration() -> Iterator[Any]:  # only methods that look at inputs ask for them
-        inputs.prepare_data(spec, task)
+        inputs.prepare_data(spec, task, labels=False)
         (part,) = task.calibration(how.batch_size, a.seed)
         yield from part.batches
 

@@ -202,7 +202,8 @@ def run(arguments: argparse.Namespace) -> None:
     a = arguments
     flags, task, model, pattern, prior, permutations = start(a)
     spec, learning = flags.spec, flags.learning
-    dense, base = copy.deepcopy(model).cpu(), tensors_digest(model.state_dict())
+    dense, base = copy.deepcopy(model), tensors_digest(model.state_dict())
+    dense.cpu()
     manifest = inputs.prepare_data(spec, task)
     apply_permutations_(model, permutations)
     make_learnable(

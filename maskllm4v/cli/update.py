@@ -79,8 +79,9 @@ def run(arguments: argparse.Namespace) -> None:
     spec, how = flags.spec, flags.update
     task = inputs.task_of(spec)
     model, masks = inputs.start_from(a, spec, task, found, a.checkpoint)
-    dense = copy.deepcopy(model).cpu()  # written at the end: a command that fails leaves nothing
-    inputs.prepare_data(spec, task)
+    dense = copy.deepcopy(model)  # written at the end: a command that fails leaves nothing
+    dense.cpu()
+    inputs.prepare_data(spec, task, labels=False)
     update_weights_(
         install(model, replace(masks, weights={}), str(a.checkpoint)),
         how.update,

@@ -16,6 +16,7 @@ from maskllm4v.data.arrays import ArrayImages, Whole
 from maskllm4v.data.manifest import Entry, Manifest
 from maskllm4v.utils.errors import ConfigError, DataError
 from maskllm4v.utils.progress import bar
+from maskllm4v.utils.text import one_line
 
 Read = Callable[[Entry], tuple[Any, str]]  # a file, path or PIL image, and its name for messages
 
@@ -118,7 +119,7 @@ def decode(read: Read, entry: Entry, mode: str) -> Any:
     """A PIL image in ``mode``.
 
     Raises:
-        DataError: it is missing, no image, or has more than 8 bits a channel.
+        DataError: it is missing, no image, too large for PIL, or has more than 8 bits a channel.
     """
     from PIL import Image
 
@@ -131,8 +132,10 @@ def decode(read: Read, entry: Entry, mode: str) -> Any:
             if "transparency" in image.info:
                 return image.convert("RGBA").convert(mode)
             return image.convert(mode)
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{name} cannot be read as an image: {error}") from error
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise whatever they like
+        raise DataError(f"{name} cannot be read as an image: {one_line(error)}") from error
 
 
 @contextmanager

@@ -22,12 +22,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from maskllm4v.data.decoded import decode
-from maskllm4v.data.folder import SUFFIXES
+from maskllm4v.data.folder import SUFFIXES, is_other_image, warn_of_others
 from maskllm4v.data.manifest import Entry
 from maskllm4v.utils.errors import ConfigError, DataError, UserError
 from maskllm4v.utils.io import read_json, replacing, write_json
 from maskllm4v.utils.processes import end_with_parent
 from maskllm4v.utils.progress import bar
+from maskllm4v.utils.text import one_line
 
 RECORD = "shrunk.json"  # in the copy: what it was made from, and how
 SMALLEST = 64  # pixels
@@ -107,7 +108,10 @@ def shrink(recipe: Recipe, workers: int = 1) -> Shrunk:
         UserError: the output cannot be written, or a process was killed; nothing is left half-written.
     """
     _check(recipe, workers)
-    names = [name for name in bar(_images(recipe), "listing") if not recipe.links(name)]
+    found = [name for name in bar(_images(recipe), "listing") if not recipe.links(name)]
+    others = [name for name in found if is_other_image(name)]
+    names = [name for name in found if not is_other_image(name)]
+    warn_of_others(recipe.source, others)
     if not any(recipe.shrinks(name) for name in names):
         raise DataError(f"{recipe.source} holds no image to shrink ({', '.join(sorted(SUFFIXES))})")
     _claim(recipe)
@@ -148,7 +152,7 @@ def small_copy(path: Path, size: int, quality: int) -> bytes | None:
     except DataError:
         raise
     except Exception as error:  # decoders raise whatever they like, and one image must not end a million others
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
+        raise DataError(f"{path} cannot be read as an image: {one_line(error)}") from error
 
 
 def small_size(size: tuple[int, int], short: int) -> tuple[int, int]:
@@ -215,7 +219,7 @@ def _check(recipe: Recipe, workers: int) -> None:
 
 
 def _images(recipe: Recipe) -> Iterator[str]:
-    """Paths of all images below the source, links followed."""
+    """Paths of all images below the source, links followed; those of other types, too."""
     output = recipe.output.resolve()
 
     def walk(folder: Path, above: frozenset[Path]) -> Iterator[str]:
@@ -232,7 +236,7 @@ def _images(recipe: Recipe) -> Iterator[str]:
         for item in found:
             if item.is_dir():
                 yield from walk(folder / item.name, above | {real})
-            elif Path(item.name).suffix.lower() in SUFFIXES:
+            elif Path(item.name).suffix.lower() in SUFFIXES or is_other_image(item.name):
                 yield (folder / item.name).relative_to(recipe.source).as_posix()
 
     return walk(recipe.source, frozenset())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints.masks import MaskCheckpoint
-from maskllm4v.sparsity.calibration import Calibration, names_by_part
+from maskllm4v.sparsity.calibration import Calibration, hooks_run, names_by_part
 from maskllm4v.sparsity.surgery import get_linear
 from maskllm4v.utils.distributed import sum_
 
@@ -49,8 +49,9 @@ def layer_diagnostics(
             )
             handles.append(layer.register_forward_hook(_measure(weight, layer, errors[name])))
         try:
-            for batch in part.batches:
-                part.forward(dense, batch)
+            with hooks_run():
+                for batch in part.batches:
+                    part.forward(dense, batch)
         finally:
             for handle in handles:
                 handle.remove()

@@ -90,7 +90,8 @@ class _Runtime(nn.Module):
 
     def __init__(self, module: nn.Module, half: bool) -> None:
         super().__init__()
-        self.module, self.half_inside = module.cpu(), half
+        self.module, self.half_inside = module, half
+        self.cpu()
 
     def forward(self, *inputs: Tensor) -> Tensor:
         cast = [x.half() if self.half_inside and x.is_floating_point() else x for x in inputs]

@@ -20,7 +20,7 @@ from maskllm4v.oneshot.methods.result import Pruned
 from maskllm4v.oneshot.methods.ria import prune_ria
 from maskllm4v.oneshot.methods.sparsegpt import prune_sparsegpt
 from maskllm4v.oneshot.methods.wanda import prune_wanda
-from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts
+from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
 from maskllm4v.sparsity.masks import MaskedLinear
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.surgery import Exclude, OnMisfit, prunable_linears, replace_
@@ -161,7 +161,7 @@ def prune(
 
     Raises:
         ConfigError: unknown method, no calibration data for one that needs it or for a layer, no update on
-            offer.
+            offer, or weights without values (device ``meta``).
         DataError: no batch, or none that reaches a layer.
         PatternError: the pattern does not fit a layer.
     """
@@ -173,6 +173,7 @@ def prune(
     layers = prunable_linears(model, pattern, exclude=exclude, on_misfit=on_misfit)
     if not layers:
         raise ConfigError("nothing to prune: the model has no linear layer that is not excluded")
+    check_materialised(layers)
     training = {name: linear.training for name, linear in layers.items()}
     masks: dict[str, Tensor] = {}
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from maskllm4v.utils.errors import ConfigError, DataError
+from maskllm4v.utils.text import few
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -19,6 +23,25 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def check_materialised(layers: Mapping[str, nn.Linear]) -> None:
+    """Raise :class:`ConfigError`, naming layers, where weights have no values yet (device ``meta``)."""
+    if empty := [name for name, layer in layers.items() if layer.weight.is_meta]:
+        raise ConfigError(
+            f"{few(empty, 'layer')}: on device 'meta', without values; first load the model's weights (to_empty and "
+            "load_state_dict, or load_state_dict with assign=True)"
+        )
+
+
+@contextmanager
+def hooks_run() -> Iterator[None]:
+    """Inside, what ``torch.compile`` has compiled runs as plain PyTorch: its code knows no hooks that came later."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.sparsity.gumbel import masked_weight
-from maskllm4v.sparsity.parameterization import gate_of
+from maskllm4v.sparsity.parameterization import gate_of, logits_dtype
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import CheckpointError, PatternError
 from maskllm4v.utils.rng import generator, philox_key
@@ -135,7 +135,8 @@ class LearnableMaskedLinear(nn.Linear):
 
     Inputs are ``[..., in_features]``, outputs ``[..., out_features]``.
     In training mode each forward samples a soft mask from ``logits``; in evaluation mode the arg-max
-    mask is used. Weight and bias are frozen; ``logits`` ``[K, groups]`` is the parameter.
+    mask is used. Weight and bias are frozen; ``logits`` ``[K, groups]`` is the parameter, in
+    float32 at least.
 
     Args:
         in_features, out_features, bias: as in ``nn.Linear``.
@@ -207,7 +208,8 @@ class LearnableMaskedLinear(nn.Linear):
             if parameter is not None:
                 parameter.requires_grad_(False)
         shape = (self.gate.logits, self.weight.numel() // self.pattern.m)
-        self.logits = nn.Parameter(torch.zeros(shape, dtype=self.weight.dtype, device=self.weight.device))
+        dtype = logits_dtype(self.weight)
+        self.logits = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.weight.device))
         candidates = self.gate.candidates(self.weight.device, self.weight.dtype)  # no copy a step
         self.register_buffer("candidates", candidates, persistent=False)
         if self.gate_std and not self.weight.is_meta:

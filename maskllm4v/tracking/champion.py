@@ -96,7 +96,8 @@ def _measured_model(experiment: Experiment, row: str, record: Mapping[str, Any])
     inputs = record["inputs"]
     if found != {"manifest": inputs["manifest"], "dense": inputs["dense"][0], "masks": inputs["masks"][0]}:
         raise CheckpointError(f"{path} is another one than that which was measured")
-    return task.exportable(folded.model.eval(), BATCH)
+    folded.model.eval()
+    return task.exportable(folded.model, BATCH)
 
 
 def _register(

@@ -33,7 +33,9 @@ def start_from_updated_(model: nn.Module, prior: MaskCheckpoint, *, distillation
     for name, mask in prior.masks.items():
         if not get_linear(model, name).weight.shape == mask.shape == prior.weights[f"{name}.weight"].shape:
             raise CheckpointError(f"layer {name!r}: the updated weights do not fit the model")
-    dense = copy.deepcopy(model).eval() if distillation else None
+    dense = copy.deepcopy(model) if distillation else None
+    if dense is not None:
+        dense.eval()
     for name, mask in prior.masks.items():
         weight, updated = get_linear(model, name).weight, prior.weights[f"{name}.weight"]
         weight.copy_(torch.where(mask.to(weight.device), updated.to(weight), weight))

@@ -20,7 +20,7 @@ from maskllm4v.oneshot.activations.sequential import part_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian
 from maskllm4v.oneshot.weight_update.least_squares import update_least_squares
 from maskllm4v.oneshot.weight_update.sparsegpt import update_sparsegpt
-from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts
+from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
 from maskllm4v.sparsity.masks import MaskedLinear, unmasked
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.surgery import Masked, Model, get_linear, masked_layers, replace_
@@ -107,6 +107,7 @@ def update_weights_(
     masked = masked_layers(model)
     if not masked:
         raise ConfigError("nothing to update: the model has no masked layer")
+    check_materialised(masked)
     if dense is not None and (dense is model or masked_layers(dense)):
         raise ConfigError("dense has masks; it is the model before it was pruned, or none: the model without its masks")
     parts = as_parts(calibration, forward)

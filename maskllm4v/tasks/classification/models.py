@@ -46,7 +46,8 @@ def build_model(settings: TimmSettings, seed: int, *, pretrained: bool) -> nn.Mo
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # type: ignore[assignment]
-    return model.eval()
+    model.eval()
+    return model
 
 
 def image_settings(settings: TimmSettings) -> dict[str, Any]:

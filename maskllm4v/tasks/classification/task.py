@@ -56,7 +56,9 @@ class Classification:
         return self.data.manifest.digest
 
     def build_model(self, seed: int, *, pretrained: bool = False) -> nn.Module:
-        return build_model(self.model, seed, pretrained=pretrained).to(self.device)
+        model = build_model(self.model, seed, pretrained=pretrained)
+        model.to(self.device)
+        return model
 
     def read_weights(self, path: Path) -> Mapping[str, Tensor]:
         return dense_state(path)

@@ -123,7 +123,8 @@ class Measuring:
             chosen = np.sort(generator(SEED, "evaluated").permutation(total)[: self.settings.images])
         own, size = chosen[rank() :: world_size()], task.settings.eval_batch_size
         loader = plain_loader(task.data, split, own, size, task.spec.runtime.loader_workers)
-        for first, (images, labels) in zip(range(0, len(own), size), bar(loader, "evaluating"), strict=True):
+        starts = range(0, len(own), size)
+        for first, (images, labels) in zip(starts, bar(loader, "evaluating", total=len(starts)), strict=True):
             yield own[first : first + size].tolist(), images, labels
 
     def _noised(self, clean: Tensor, labels: Tensor, timestep: int, noise: Tensor) -> NoisyBatch:
