@@ -76,6 +76,9 @@ def _add_masks(group: Any) -> None:
     group.add_argument("--prior-strength", type=float, metavar="X", help="how far they are shifted (default 3)")
     group.add_argument("--sparse-weight-reg", type=float, metavar="X", help="λ of −λ·Σ(masked weight)² (default 1e-5)")
     group.add_argument("--hard", action="store_true", help="straight-through masks")
+    group.add_argument(
+        "--gate", choices=("candidates", "positions"), help="what has a logit: each mask of a group, or each position"
+    )
     group.add_argument("--init", choices=("prior", "magnitude"), help="of the logits (default prior)")
 
 
@@ -149,6 +152,7 @@ def settings(arguments: argparse.Namespace) -> TrainFlags:
         scaling=a.scaling_range,
         regularisation=a.sparse_weight_reg,
         init=a.init,
+        gate=a.gate,
         prior_strength=a.prior_strength,
         gate_std=a.gate_init_std,
         ema=a.model_ema_decay if a.model_ema else None,
@@ -230,7 +234,9 @@ def run(arguments: argparse.Namespace) -> None:
     learned = learn_masks(model, task, learning, seed=a.seed, prior=prior or None, row=a.output.stem, resume=resume)
     inputs.keep_beside(a.output, dense, spec)
     if is_main():
-        made = MaskCheckpoint(pattern, learned.masks, base, "maskllm", {}, prior, permutations=permutations)
+        made = MaskCheckpoint(
+            pattern, learned.masks, base, "maskllm", {}, prior, gate=learning.gate, permutations=permutations
+        )
         save_masks(a.output, made)
         write_curve(a.curve or a.output.with_suffix(".csv"), CURVE_COLUMNS, learned.curve)
         shutil.rmtree(states, ignore_errors=True)

@@ -212,7 +212,7 @@ def _check(recipe: Recipe, workers: int) -> None:
     if not recipe.source.is_dir():
         raise DataError(f"{recipe.source} is no folder")
     if recipe.link and recipe.splits is None:
-        raise ConfigError("link is for the splits that are not shrunk; name those that are (splits)")
+        raise ConfigError("`link` is for the splits that are not shrunk; name those that are with `splits`")
     found = sorted(path.name for path in recipe.source.iterdir() if path.is_dir())
     if unknown := [name for name in recipe.splits or () if name not in found]:
         raise ConfigError(f"{recipe.source} has no split {unknown[0]!r}; allowed: {', '.join(found)}")
@@ -225,7 +225,7 @@ def _images(recipe: Recipe) -> Iterator[str]:
     def walk(folder: Path, above: frozenset[Path]) -> Iterator[str]:
         real = folder.resolve()
         if output.is_relative_to(real) or real.is_relative_to(output):
-            raise ConfigError(f"output {recipe.output} and {folder} lie one inside the other; choose another output")
+            raise ConfigError(f"output {recipe.output} and {folder} lie one inside the other; choose another `output`")
         if real in above:
             raise DataError(f"{folder} links to a folder that it lies in")
         try:
@@ -256,9 +256,9 @@ def _claim(recipe: Recipe) -> None:
         if (found := read_json(record)) != about:
             known = found if isinstance(found, dict) else {}
             other = ", ".join(f"{key} {known.get(key)}" for key in about if known.get(key) != about[key])
-            raise ConfigError(f"{recipe.output} was made otherwise: {other}; choose another output, or delete it")
+            raise ConfigError(f"{recipe.output} was made otherwise: {other}; delete it, or choose another `output`")
     elif recipe.output.is_dir() and any(recipe.output.iterdir()):
-        raise ConfigError(f"{recipe.output} is not empty and has no {RECORD}; choose another output")
+        raise ConfigError(f"{recipe.output} is not empty and has no {RECORD}; choose another `output`")
     else:
         write_json(record, about)
 
@@ -267,7 +267,7 @@ def _clear(output: Path, names: Iterable[str]) -> None:
     """Remove what a killed run left behind; refuse to write where a link leads, which may be to originals."""
     for folder in sorted({PurePosixPath(name).parent for name in names}):
         if (output / folder).resolve() != output.resolve() / folder:
-            raise ConfigError(f"{output / folder} is a link or in one; delete the link, or choose another output")
+            raise ConfigError(f"{output / folder} is a link or in one; delete the link, or choose another `output`")
         for leftover in (output / folder).glob(".*.part"):
             leftover.unlink(missing_ok=True)
 
@@ -296,7 +296,7 @@ def _mapped(function: Callable[[str], _Outcome], names: Sequence[str], workers: 
         yield pool.map(function, names, chunksize=CHUNK)
     except BrokenProcessPool:
         raise UserError(
-            "a process was killed (out of memory? fewer workers need less); the same command goes on from there"
+            "a process was killed (out of memory? fewer `workers` need less); the same command goes on from there"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

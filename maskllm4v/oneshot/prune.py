@@ -194,7 +194,7 @@ def prune(
             prune_layer(name, None)
         return masks
     if calibration is None:
-        raise ConfigError(f"{method!r} needs calibration data; none was given")
+        raise ConfigError(f"{method!r} needs calibration data; give it with `calibration`")
     parts = as_parts(calibration, forward)
     statistics = part_statistics(model, layers, parts, chosen.statistic, propagate=propagate or chosen.propagate)
     for unit in bar(statistics, method):

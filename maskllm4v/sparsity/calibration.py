@@ -98,5 +98,7 @@ def names_by_part(names: Iterable[str], parts: Sequence[Calibration]) -> list[li
                 own.append(name)
                 break
         else:
-            raise ConfigError(f"calibration: no part names layer {name!r}; exclude it or add it to one")
+            raise ConfigError(
+                f"calibration: no part names layer {name!r}; add it to one, or leave it dense with `exclude`"
+            )
     return found

@@ -75,7 +75,7 @@ class CandidateGate(MaskParameterization):
         if pattern.num_candidates > MAX_CANDIDATES:
             raise PatternError(
                 f"pattern {pattern} has {pattern.num_candidates} candidate masks a group; with a logit each at most "
-                f"{MAX_CANDIDATES} are supported: say gate 'positions'"
+                f"{MAX_CANDIDATES} are supported; give each position one with `gate='positions'`"
             )
         self.logits = pattern.num_candidates
 
