@@ -309,7 +309,7 @@ def test_number_of_processes_is_no_part_of_a_command() -> None:
         stage = stage.get("do", stage)
         assert stage["cmd"].split()[:3] == ["python", "-m", f"stages.{name}"]
         assert not {"--", "torchrun", "processes"} & set(stage["cmd"].split())
-        listed = ([entry] if isinstance(entry, str) else entry["params.yaml"] for entry in stage["params"])
+        listed = ([entry] if isinstance(entry, str) else entry["params.yaml"] for entry in stage.get("params", []))
         assert "runtime" not in [name for names in listed for name in names]
 
 
