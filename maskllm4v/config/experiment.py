@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -26,7 +26,7 @@ from maskllm4v.config.sections import (
     UpdatedSettings,
 )
 from maskllm4v.config.starts import check_patterns, check_starts
-from maskllm4v.config.tasks import TaskSpec, task_name, task_sections
+from maskllm4v.config.tasks import TaskSpec, task_name, task_names, task_sections
 from maskllm4v.utils.errors import ConfigError
 
 SomeRow = TypeVar("SomeRow", bound=Row)
@@ -53,6 +53,17 @@ class Experiment(Settings):
     evaluation: Settings = NoEvaluation()
     exports: dict[Slug, ExportSettings] = {}
     runtime: RuntimeSettings = RuntimeSettings()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_its_task(cls, raw: Any, validate: Callable[[Any], Experiment]) -> Experiment:
+        """An experiment is one of its task's class, whoever makes it."""
+        if cls is Experiment and not isinstance(raw, Experiment) and task_name(raw) in task_names():
+            return experiment_class(task_name(raw)).model_validate(raw)
+        return validate(raw)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a class that was made cannot be found by its name
+        return Experiment.model_validate, (self.model_dump(exclude_unset=True),)
 
     @model_validator(mode="before")
     @classmethod
