@@ -130,8 +130,8 @@ class MaskLearner(TrainTarget):
             layer.train()
         freeze_statistics(self.model)
 
-    def begin_step(self, step: int, share: float, lr: float) -> None:
-        self.tau, self.scaling = lerp(*self.settings.tau, share), lerp(*self.settings.scaling, share)
+    def begin_step(self, step: int, done: float, lr: float) -> None:
+        self.tau, self.scaling = lerp(*self.settings.tau, done), lerp(*self.settings.scaling, done)
         for layer in self.layers.values():
             layer.tau, layer.scaling = self.tau, self.scaling
         self.energy = torch.zeros_like(self.energy)
