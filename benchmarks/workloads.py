@@ -26,7 +26,7 @@ class RandomImages(Classification):
     """A task with random images and labels: forward pass and losses are its own, data costs nothing.
 
     Args:
-        spec: its settings, of which those of the model and the task count.
+        spec: its settings; only those of the model and the task are used.
         device: where to compute.
         calibration: images of the calibration set.
     """

@@ -203,7 +203,7 @@ def test_lines_over_timesteps_are_means_over_seeds(reports: Path) -> None:
         {e.shows[0]: e for e in page.inside(p) if e.tag == "path" and e.shows[0]} for p in (error, distance)
     )
     assert list(of_error) == list(DIFFUSION.rows)
-    assert list(of_distance) == list(DIFFUSION.rows)[1:]  # the dense model is no distance away from itself
+    assert list(of_distance) == list(DIFFUSION.rows)[1:]  # the distance is to the dense model, which has none
     points = re.findall(r"([\d.]+) ([\d.]+)", of_error["tiny-magnitude"].attributes["d"])
     x, y = (np.array([float(pair[axis]) for pair in points]) for axis in (0, 1))
     assert np.allclose(np.diff(x) / np.diff(TIMESTEPS), (x[-1] - x[0]) / (TIMESTEPS[-1] - TIMESTEPS[0]), atol=0.002)
