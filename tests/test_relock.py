@@ -12,6 +12,7 @@ import yaml
 from import_graph import ROOT
 
 from maskllm4v.utils.errors import UserError
+from scripts.lock_entries import dvc_entry
 from scripts.relock import edited_documents, relock
 
 RENDERING = {"report", "documents", "track"}
@@ -40,6 +41,21 @@ def test_the_committed_lock_names_the_committed_code(root: Path) -> None:
     before = (root / "dvc.lock").read_bytes()
     assert relock(root) == []
     assert (root / "dvc.lock").read_bytes() == before
+
+
+def test_the_committed_lock_names_the_committed_results() -> None:
+    """Whoever renders tables without DVC has to run it afterwards: a clone's ``dvc repro`` would change the lock."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [Path(name) for name in listed.split("\0") if name]
+    committed = {path.as_posix() for file in files for path in (file, *file.parents)}
+    stale = {
+        f"{name} {part} {entry['path']}"
+        for name, stage in locked(ROOT).items()
+        for part in ("deps", "outs")
+        for entry in stage.get(part, [])
+        if entry["path"] in committed and dvc_entry(ROOT, entry["path"])["md5"] != entry["md5"]
+    }
+    assert not stale, "run dvc repro"
 
 
 def test_an_edit_is_written_down_where_it_is_a_dependency(root: Path) -> None:
