@@ -20,7 +20,7 @@ from maskllm4v.config import ModelSettings
 from maskllm4v.data import prepare
 from maskllm4v.evaluation.evaluate import measure
 from maskllm4v.evaluation.layer_errors import COLUMNS, layer_diagnostics
-from maskllm4v.sparsity.masks import MaskedLinear
+from maskllm4v.sparsity.layers import MaskedLinear
 from maskllm4v.tasks.classification import Classification
 from maskllm4v.tasks.classification.models import PLAIN_VIT, build_model
 from maskllm4v.utils.errors import CheckpointError
@@ -185,7 +185,7 @@ def test_unfit_masks_are_refused_with_their_file(fault: str, folder: Path, tmp_p
 # install
 
 
-def test_install_gives_masked_layers(task: Classification) -> None:
+def test_install_gives_masked_parameters(task: Classification) -> None:
     model = task.build_model(0)
     masks = random_masks(model)
     weights = {"blocks.0.mlp.fc1.weight": torch.randn_like(model.blocks[0].mlp.fc1.weight)}

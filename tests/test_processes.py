@@ -41,7 +41,8 @@ from maskllm4v.data.batches import PlainBatches
 from maskllm4v.oneshot.activations.sequential import part_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.runs.paths import checkpoint, data_folder
-from maskllm4v.sparsity.surgery import learnable_layers, make_learnable, prunable_linears
+from maskllm4v.sparsity.parameters import learnable_masks, prunable_matrices
+from maskllm4v.sparsity.surgery import make_learnable
 from maskllm4v.tasks import Task, open_task
 from maskllm4v.training.finetuning import finetune
 from maskllm4v.training.mask_learning import CURVE_COLUMNS, learn_masks
@@ -155,7 +156,7 @@ def rank() -> int:
 
 def _statistics(name: str) -> None:
     experiment, task, model = opened()
-    layers, found = prunable_linears(model, exclude=experiment.model.exclude), {}
+    layers, found = prunable_matrices(model, exclude=experiment.model.exclude), {}
     for statistic in (InputNorm, Hessian):
         units = part_statistics(model, layers, task.calibration(20, 0), statistic, propagate="dense")
         for layer, one in ((layer, one) for unit in units for layer, one in unit.items()):
@@ -195,7 +196,7 @@ def _learn(name: str) -> None:
     prior = load_masks(checkpoint("tiny-magnitude", 0), pattern="2:4")
     make_learnable(model, prior.masks, pattern="2:4", seed=0)
     learn_masks(model, task, experiment.learned["tiny-averaged"], seed=0)
-    torch.save([layer.logits for layer in learnable_layers(model).values()], f"{name}-{rank()}.pt")
+    torch.save([layer.logits for layer in learnable_masks(model).values()], f"{name}-{rank()}.pt")
 
 
 def test_logits_are_the_same_in_both_processes(two: Path) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from maskllm4v.config import DenseSettings, FinetunedSettings, parse_experiment
 from maskllm4v.config.sections import ProgressiveSettings
-from maskllm4v.sparsity.surgery import apply_masks_, current_masks, fold_
+from maskllm4v.sparsity.parameters import current_masks
+from maskllm4v.sparsity.surgery import apply_masks_, fold_
 from maskllm4v.training.dense import obtain_dense
 from maskllm4v.training.finetuning import CURVE_COLUMNS, finetune, train_dense
 from maskllm4v.utils.errors import CheckpointError

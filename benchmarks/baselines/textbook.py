@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskllm4v.sparsity.parameters import prunable_linears
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import prunable_linears, replace_
+from maskllm4v.sparsity.surgery import replace_
 from maskllm4v.tasks import Task
 from maskllm4v.training.trainer import TrainTarget
 

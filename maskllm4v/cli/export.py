@@ -106,8 +106,9 @@ def _folded_file(a: argparse.Namespace, experiment: Experiment, task: Task) -> t
     from maskllm4v.checkpoints.third_party import LoadedWeights, load_any
     from maskllm4v.cli import inputs
     from maskllm4v.export.files import Folded
+    from maskllm4v.sparsity.parameters import prunable_linears
     from maskllm4v.sparsity.patterns import NMPattern
-    from maskllm4v.sparsity.surgery import fold_, prunable_linears
+    from maskllm4v.sparsity.surgery import fold_
 
     found = load_any(a.checkpoint, ema=a.use_ema, pattern=a.pattern)
     said = found.about if isinstance(found, LoadedWeights) else {}
@@ -135,7 +136,7 @@ def _masks_of_zeros(model: nn.Module, pattern: NMPattern, layers: Iterable[str],
         CheckpointError: a layer breaks the pattern.
     """
     from maskllm4v.checkpoints.packed import mask_of
-    from maskllm4v.sparsity.surgery import get_linear
+    from maskllm4v.sparsity.parameters import get_linear
 
     try:
         return {name: mask_of(get_linear(model, name).weight.detach(), pattern, name) for name in layers}

@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.cli import inputs
     from maskllm4v.oneshot.permute import permute_channels_
     from maskllm4v.oneshot.prune import calibrates, prune
+    from maskllm4v.sparsity.parameters import dense_weights
     from maskllm4v.sparsity.patterns import NMPattern
-    from maskllm4v.sparsity.surgery import get_linear
     from maskllm4v.utils.distributed import leave
     from maskllm4v.utils.processes import is_main
 
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=a.seed,
         **layers,
     )
-    weights = {f"{name}.weight": get_linear(model, name).weight for name in masks if prior.update_weights}
+    weights = dense_weights(model, masks) if prior.update_weights else {}
     base = inputs.keep_beside(a.save_model, dense, experiment)
     if is_main():
         found = MaskCheckpoint(pattern, masks, base, prior.method, weights, prior={}, permutations=permutations)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from maskllm4v.checkpoints.masks import MaskCheckpoint
 from maskllm4v.sparsity.calibration import Calibration, names_by_part
-from maskllm4v.sparsity.surgery import get_linear
+from maskllm4v.sparsity.parameters import get_linear
 from maskllm4v.utils.distributed import sum_
 
 COLUMNS = (

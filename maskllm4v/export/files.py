@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from maskllm4v.checkpoints.format import save_verified
 from maskllm4v.checkpoints.masks import MaskCheckpoint, save_masks
 from maskllm4v.checkpoints.packed import POSITIONS, VALUES, pack_weight
+from maskllm4v.sparsity.parameters import get_linear
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import get_linear
 from maskllm4v.utils.errors import CheckpointError, PatternError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from maskllm4v.oneshot.activations.sequential import part_statistics
 from maskllm4v.oneshot.activations.statistics import InputNorm
 from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts
+from maskllm4v.sparsity.parameters import Exclude, OnMisfit, survey
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.permutation import find_channels
-from maskllm4v.sparsity.surgery import Exclude, OnMisfit, prunable_linears
 from maskllm4v.utils.errors import ConfigError, PatternError
 from maskllm4v.utils.progress import bar
 
@@ -72,7 +72,7 @@ def permute_channels_(
         PatternError: the pattern does not fit a layer, or scores are not finite.
     """
     pattern = NMPattern(pattern)
-    layers = prunable_linears(model, pattern, exclude=exclude, on_misfit=on_misfit)
+    layers = survey(model, pattern, exclude=exclude, on_misfit=on_misfit).prunable
     channels = find_channels(model, layers)
     if not channels:
         raise ConfigError("no layer to prune reads channels that can be permuted: hidden units or values of attention")
@@ -83,7 +83,7 @@ def permute_channels_(
             norms |= unit
     found: dict[str, Tensor] = {}
     for name in bar(channels, "permutation"):
-        scores = layers[name].weight.detach().double().abs()
+        scores = layers[name].rows.detach().double().abs()
         if calibration is not None:
             scores *= norms[name].sum_of_squares.double().sqrt()
         order = best_order(scores, pattern, parts=channels[name].parts, sweeps=sweeps, layer=name)

@@ -7,12 +7,15 @@ the same for every block, as in ViT or DiT. Such blocks can be run one after the
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from maskllm4v.oneshot.activations.products import Product, ProductMode
+from maskllm4v.sparsity.parameters import Matrix
 from maskllm4v.utils.errors import DataError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by keyword
@@ -24,7 +27,7 @@ Grouping = Callable[[str], str]
 class Unit:
     """Layers that are pruned together, and the block to run for their inputs (None: the whole model)."""
 
-    layers: dict[str, nn.Linear]
+    layers: dict[str, Matrix]
     block: nn.Module | None
 
 
@@ -35,7 +38,7 @@ def step(block: nn.Module, call: Call) -> Call:
 
 
 def find_sequential_blocks(
-    model: nn.Module, layers: Mapping[str, nn.Linear], run: Callable[[], Any]
+    model: nn.Module, layers: Mapping[str, Matrix], run: Callable[[], Any]
 ) -> tuple[list[Unit], list[nn.Module]]:
     """Units in the order of execution, and all blocks of the chain that holds most of the layers.
 
@@ -60,7 +63,7 @@ def find_sequential_blocks(
     return units, list(chain.values())
 
 
-def _units(layers: Mapping[str, nn.Linear], chain: Mapping[str, nn.Module], group: Grouping) -> list[Unit]:
+def _units(layers: Mapping[str, Matrix], chain: Mapping[str, nn.Module], group: Grouping) -> list[Unit]:
     """Layers of one block that follow one another make a unit; layers outside the chain keep their place.
 
     What lies in a block of the chain belongs to it however deep, such as the experts of a mixture.
@@ -147,11 +150,11 @@ def _equal(first: Contents, second: Contents) -> bool:
 
 
 def _probe(
-    model: nn.Module, layers: Mapping[str, nn.Linear], run: Callable[[], Any], group: Grouping
+    model: nn.Module, layers: Mapping[str, Matrix], run: Callable[[], Any], group: Grouping
 ) -> tuple[Iterable[str], dict[str, nn.Module]]:
     """Run one batch: the layers in order of their first call, and the chain of blocks that holds most of them."""
     groups = {group(name) for name in layers}
-    linears = {id(layer) for layer in layers.values()}
+    linears = {id(module) for layer in layers.values() for module, _ in layer.places}
     chains = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential):
@@ -159,20 +162,19 @@ def _probe(
             # A container of whole stages would be streamed too coarsely: its children must be the layers' blocks.
             if groups & blocks.keys() and not any(id(block) in linears for block in blocks.values()):
                 chains.append(_Chain(blocks))
-    calls: dict[str, int] = {}
+    calls: dict[str, Counter[int]] = {}  # of each block of a matrix
     handles = []
 
-    def count(name: str) -> Callable[..., None]:
-        return lambda *_: calls.__setitem__(name, calls.get(name, 0) + 1)
+    def count(product: Product) -> None:
+        calls.setdefault(product.name, Counter())[product.block] += 1
 
-    for name, layer in layers.items():
-        handles.append(layer.register_forward_pre_hook(count(name)))
     for chain in chains:
         for block in chain.blocks.values():
             handles.append(block.register_forward_pre_hook(chain.enter, with_kwargs=True))
             handles.append(block.register_forward_hook(chain.leave, with_kwargs=True))
     try:
-        run()
+        with ProductMode(layers, before=count):
+            run()
     finally:
         for handle in handles:
             handle.remove()
@@ -183,6 +185,8 @@ def _probe(
         return sum(group(name) in chain.blocks for name in layers)
 
     whole = [c for c in chains if c.unbroken and not c.ahead and 2 * held(c) > len(layers)]
-    if not whole or max(calls.values()) > 1:  # a layer shared between blocks needs the whole model
+    if (
+        not whole or max(max(blocks.values()) for blocks in calls.values()) > 1
+    ):  # a layer shared between blocks needs the whole model
         return calls, {}
     return calls, dict(max(whole, key=held).blocks)

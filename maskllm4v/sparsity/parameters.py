@@ -1,0 +1,297 @@
+"""Which parameters of a model can be masked, which are, and why the others stay dense.
+
+Everything is found by parameter: one that several modules share is one matrix, and has one mask. What multiplies
+activations is told by the kind of its module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from maskllm4v.sparsity.layers import Masked, dense_weight, mask_of
+from maskllm4v.sparsity.layout import Layout, to_rows
+from maskllm4v.sparsity.masks import LearnableMask, Mask
+from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.utils.errors import ConfigError
+
+Exclude = Iterable[nn.Module | str]
+OnMisfit = Literal["error", "skip"]
+Places = tuple[tuple[nn.Module, str], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A parameter that multiplies activations.
+
+    Attributes:
+        name: of its module, if the parameter is called ``weight``; else of the parameter. Tied ones go by their first.
+        key: in the model's state dict.
+        places: modules that hold it, and under which name.
+        layout: how it holds its rows.
+    """
+
+    name: str
+    key: str
+    places: Places
+    layout: Layout = "rows"
+
+    @property
+    def module(self) -> nn.Module:
+        """The first that holds it."""
+        return self.places[0][0]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter, dense."""
+        return dense_weight(*self.places[0])
+
+    @property
+    def blocks(self) -> int:
+        """Equal parts of the rows that may see inputs of their own: the experts of a stack; query, key and value."""
+        rows = self.rows
+        return int(rows.shape[0]) if rows.dim() == 3 else 3 if self.places[0][1] == "in_proj_weight" else 1
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the parameter as it is stored."""
+        return self.weight.shape
+
+    @property
+    def in_features(self) -> int:
+        return int(self.rows.shape[-1])
+
+    @property
+    def rows(self) -> Tensor:
+        """``[..., out, in]``, a view of the dense parameter."""
+        return to_rows(self.weight, self.layout)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedParameter(Matrix):
+    """A parameter under a mask."""
+
+    mask: Mask = field(default=None)  # type: ignore[assignment]
+
+    @property
+    def learnable(self) -> LearnableMask:
+        assert isinstance(self.mask, LearnableMask)
+        return self.mask
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What of a model can be pruned, by name, in the model's order.
+
+    Attributes:
+        prunable: what is to be pruned.
+        dense: what stays dense, and why.
+    """
+
+    prunable: dict[str, Matrix]
+    dense: dict[str, tuple[Matrix, str]]
+
+
+def survey(
+    model: nn.Module, pattern: NMPattern | None = None, *, exclude: Exclude = (), on_misfit: OnMisfit = "error"
+) -> Survey:
+    """Look at all parameters of a model that multiply activations.
+
+    Args:
+        model: any module.
+        pattern: if given, matrices whose inputs it does not divide are an error or stay dense.
+        exclude: modules, or name patterns as in shells (``"head"``, ``"blocks.0.*"``); all below an
+            excluded module is excluded too.
+        on_misfit: ``"error"`` or ``"skip"``.
+
+    Raises:
+        PatternError: a matrix does not fit and ``on_misfit`` is ``"error"``.
+        ConfigError: an exclusion matches nothing, the model is a single linear layer, or a weight is computed from
+            other tensors.
+    """
+    if on_misfit not in ("error", "skip"):
+        raise ConfigError(f"on_misfit is {on_misfit!r}; allowed: 'error', 'skip'")
+    excluded, found = _excluded(model, exclude), Survey({}, {})
+    for matrix in matrices(model):
+        rows, others = matrix.rows, [type(m).__name__ for m, attribute in matrix.places if not _layout_of(m, attribute)]
+        if any(module in excluded for module, _ in matrix.places) or matrix.key in excluded:
+            found.dense[matrix.name] = matrix, "excluded"
+        elif matrix.name == "":
+            raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
+        elif others:
+            found.dense[matrix.name] = matrix, f"shared with {', '.join(others)}"
+        elif pattern is not None and not pattern.fits(rows.shape[-1]):
+            if on_misfit == "error":
+                pattern.check_fits(rows.shape[-1], matrix.name)
+            found.dense[matrix.name] = matrix, f"{rows.shape[-1]} inputs are no multiple of {pattern.m}"
+        else:
+            found.prunable[matrix.name] = matrix
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module not in excluded:
+            _check_parameter(module, name)
+    return found
+
+
+def prunable_matrices(model: nn.Module, pattern: NMPattern | None = None, **how: Any) -> dict[str, Matrix]:
+    """The parameters that may be masked, by name, in the model's order; arguments as of :func:`survey`."""
+    return survey(model, pattern, **how).prunable
+
+
+def prunable_linears(
+    model: nn.Module,
+    pattern: NMPattern | None = None,
+    *,
+    exclude: Exclude = (),
+    on_misfit: OnMisfit = "error",
+) -> dict[str, nn.Linear]:
+    """The linear layers that may be masked, by module name, in the model's order; see :func:`survey`."""
+    found = survey(model, pattern, exclude=exclude, on_misfit=on_misfit).prunable
+    return {name: matrix.module for name, matrix in found.items() if isinstance(matrix.module, nn.Linear)}
+
+
+def matrices(model: nn.Module) -> Iterator[Matrix]:
+    """All parameters of a model that multiply activations, in its order; tied ones once."""
+    places = _places(model)
+    done = set[int]()
+    for path, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            layout = _layout_of(module, attribute)
+            if parameter is None or layout is None or id(parameter) in done:
+                continue
+            done.add(id(parameter))
+            key = f"{path}.{attribute}"
+            yield Matrix(key.removesuffix(".weight"), key.lstrip("."), places[id(parameter)], layout)
+
+
+def find_matrix(model: nn.Module, name: str) -> Matrix:
+    """The matrix of that name; of a tied one any of its names will do.
+
+    Raises:
+        ConfigError: there is none, or the model is nothing but a linear layer.
+    """
+    module: Any = dict(model.named_modules(remove_duplicate=False)).get(name)
+    path, attribute = name, "weight"
+    if module is None or _layout_of(module, attribute) is None:
+        path, _, attribute = name.rpartition(".")
+        module = dict(model.named_modules(remove_duplicate=False)).get(path)
+    layout = None if module is None else _layout_of(module, attribute)
+    if layout is None:
+        raise ConfigError(f"the model has no linear layer, and no other matrix, {name!r}")
+    if module is model and name == "":
+        raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
+    _check_parameter(module, name, attribute)
+    return Matrix(name, f"{path}.{attribute}".lstrip("."), _places(model)[id(module._parameters[attribute])], layout)
+
+
+def get_linear(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = dict(model.named_modules(remove_duplicate=False)).get(name)
+    if not isinstance(found, nn.Linear):
+        raise ConfigError(f"the model has no linear layer {name!r}")
+    if found is model:
+        raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
+    return found
+
+
+def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
+    """All parameters under a mask, by name, in the model's order."""
+    places: dict[Mask, list[tuple[nn.Module, str]]] = {}
+    keys: dict[Mask, str] = {}
+    for path, module in model.named_modules():
+        for attribute in module.masked_attributes if isinstance(module, Masked) else ():
+            if (mask := mask_of(module, attribute)) is not None:
+                places.setdefault(mask, []).append((module, attribute))
+                keys.setdefault(mask, f"{path}.{attribute}")
+    return {
+        (name := keys[mask].removesuffix(".weight")): MaskedParameter(
+            name, keys[mask].lstrip("."), tuple(found), mask.layout, mask
+        )
+        for mask, found in places.items()
+    }
+
+
+def learnable_masks(model: nn.Module) -> dict[str, LearnableMask]:
+    """All masks that are being learned, by the name of their parameter."""
+    return {name: p.mask for name, p in masked_parameters(model).items() if isinstance(p.mask, LearnableMask)}
+
+
+def current_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The boolean masks ``[..., out, in]`` that a model uses at inference, by the name of their parameter.
+
+    Raises:
+        PatternError: one is missing yet.
+    """
+    return {name: parameter.mask.current_mask() for name, parameter in masked_parameters(model).items()}
+
+
+def dense_weights(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The named matrices, dense, by key in the model's state dict."""
+    found = [find_matrix(model, name) for name in names]
+    return {matrix.key: matrix.weight for matrix in found}
+
+
+def state_key(name: str, keys: Iterable[str] | Mapping[str, Any]) -> str:
+    """The key of a matrix in a state dict: that of a layer's weight, or of a parameter that has another name."""
+    return f"{name}.weight" if f"{name}.weight" in keys else name
+
+
+def _layout_of(module: nn.Module, attribute: str) -> Layout | None:
+    """How a module's parameter holds its rows; None if it is not known to multiply activations."""
+    if isinstance(module, nn.Linear):
+        return "rows" if attribute == "weight" else None
+    if isinstance(module, nn.MultiheadAttention):
+        return "rows" if attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight") else None
+    return None
+
+
+def _places(model: nn.Module) -> dict[int, Places]:
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((module, attribute))
+    return {key: tuple(places) for key, places in found.items()}
+
+
+def _check_parameter(module: nn.Module, name: str, attribute: str = "weight") -> None:
+    """Raise :class:`ConfigError` unless a layer's weight is a parameter of its own."""
+    weight = module._parameters.get(attribute)
+    if weight is None:
+        raise ConfigError(
+            f"layer {name!r}: its {attribute} is computed from other tensors, as by torch.nn.utils.prune, weight_norm, "
+            "spectral_norm and parametrize; make it a parameter again (prune.remove, remove_weight_norm, "
+            "remove_spectral_norm, remove_parametrizations), or exclude the layer"
+        )
+    if is_lazy(weight):
+        raise ConfigError(f"layer {name!r} is lazy: it has no weight before the model has run once")
+
+
+def _excluded(model: nn.Module, exclude: Exclude) -> set[nn.Module | str]:
+    """The excluded modules and all below them, by whichever of their names they were meant; and parameters, by key."""
+    if isinstance(exclude, str | nn.Module):
+        raise ConfigError("exclude is a list of modules or name patterns, not a single one")
+    modules = list(model.named_modules(remove_duplicate=False))
+    keys = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    found: set[nn.Module | str] = set()
+    for item in exclude:
+        named = list[str]()
+        if isinstance(item, str):
+            hits = [module for name, module in modules if name and fnmatchcase(name, item)]
+            named = [name for name in keys if fnmatchcase(name, item)]
+        else:
+            hits = [module for _, module in modules if module is item]
+        if not hits and not named:
+            raise ConfigError(f"exclude: {item if isinstance(item, str) else type(item).__name__!r} matches no layer")
+        found.update(below for module in hits for below in module.modules())
+        found.update(named)
+    return found
