@@ -182,7 +182,7 @@ def find_matrix(model: nn.Module, name: str) -> Matrix:
         module = dict(model.named_modules(remove_duplicate=False)).get(path)
     layout = None if module is None else _layout_of(module, attribute)
     if layout is None:
-        raise ConfigError(f"the model has no linear layer, and no other matrix, {name!r}")
+        raise ConfigError(f"the model has no linear layer {name!r}, nor another matrix of that name")
     if module is model and name == "":
         raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
     _check_parameter(module, name, attribute)
