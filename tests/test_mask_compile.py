@@ -17,7 +17,7 @@ from maskllm4v.sparsity import gumbel
 from maskllm4v.sparsity.layers import LearnableMaskedLinear, dense_weight
 from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.parameters import learnable_masks, masked_parameters
-from maskllm4v.sparsity.surgery import as_dense, set_noise_key
+from maskllm4v.sparsity.surgery import as_dense, make_learnable, set_noise_key
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks
 
@@ -160,6 +160,30 @@ def test_annealing_compiles_nothing_again(auto_advance: bool) -> None:
     assert counts[5][1] <= counts[4][1] + 2
     assert counts[7] == counts[5]
     assert counts[0][0] == 1 or auto_advance
+
+
+class Reader(nn.Module):
+    """Reads the weight of one layer itself, and twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.attention = nn.Linear(16, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(torch.tanh(F.linear(x, self.read.weight)), self.read.weight, self.read.bias)
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_weights_that_are_read_compile_whole_and_once() -> None:
+    torch.manual_seed(0)
+    model, x, counting = make_learnable(Reader(), None, pattern="2:4").train(), torch.randn(3, 5, 16), Counting()
+    compiled = torch.compile(model, fullgraph=True, backend=counting)
+    for number, tau in enumerate([4.0, 3.0, 2.0, 1.5]):
+        for mask in learnable_masks(model).values():
+            mask.tau, mask.scaling = tau, 10.0 + number
+        set_noise_key(model, NoiseKey(step=number))
+        agree(step(model, compiled, x), step(model, model, x), rtol=1e-4)
+    assert counting.graphs == 1
 
 
 def test_teacher_is_the_dense_model() -> None:

@@ -136,10 +136,10 @@ def _masks_of_zeros(model: nn.Module, pattern: NMPattern, layers: Iterable[str],
         CheckpointError: a layer breaks the pattern.
     """
     from maskllm4v.checkpoints.packed import mask_of
-    from maskllm4v.sparsity.parameters import get_linear
+    from maskllm4v.sparsity.parameters import find_matrix
 
     try:
-        return {name: mask_of(get_linear(model, name).weight.detach(), pattern, name) for name in layers}
+        return {name: mask_of(find_matrix(model, name).rows.detach(), pattern, name) for name in layers}
     except PatternError as error:
         hint = "if it is pruned, say its --pattern, and --exclude what is dense"
         raise CheckpointError(f"{path}: {error}; {hint}") from error

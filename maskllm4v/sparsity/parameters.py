@@ -23,6 +23,7 @@ from maskllm4v.utils.errors import ConfigError
 
 Exclude = Iterable[nn.Module | str]
 OnMisfit = Literal["error", "skip"]
+EXPERTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")  # of transformers' stacks, each ``[experts, ...]``
 Places = tuple[tuple[nn.Module, str], ...]
 
 
@@ -66,6 +67,13 @@ class Matrix:
     @property
     def in_features(self) -> int:
         return int(self.rows.shape[-1])
+
+    @property
+    def stored(self) -> dict[str, Any] | None:
+        """How files say what it is, if it is not ``[out, in]``: as :func:`stored_rows` takes it."""
+        if self.layout == "rows" and self.weight.dim() == 2:
+            return None
+        return {"layout": self.layout, "shape": list(self.weight.shape)}
 
     @property
     def rows(self) -> Tensor:
@@ -208,7 +216,7 @@ def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
     places: dict[Mask, list[tuple[nn.Module, str]]] = {}
     keys: dict[Mask, str] = {}
     for path, module in model.named_modules():
-        for attribute in module.masked_attributes if isinstance(module, Masked) else ():
+        for attribute in module._parameters if isinstance(module, Masked) else ():
             if (mask := mask_of(module, attribute)) is not None:
                 places.setdefault(mask, []).append((module, attribute))
                 keys.setdefault(mask, f"{path}.{attribute}")
@@ -251,7 +259,19 @@ def _layout_of(module: nn.Module, attribute: str) -> Layout | None:
         return "rows" if attribute == "weight" else None
     if isinstance(module, nn.MultiheadAttention):
         return "rows" if attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight") else None
+    parameter = module._parameters.get(attribute)
+    if parameter is None or is_lazy(parameter):
+        return None
+    if parameter.dim() == 2 and attribute == "weight" and _is_conv1d(module):
+        return "columns"
+    if parameter.dim() == 3 and attribute in EXPERTS and hasattr(module, "num_experts"):
+        return "columns" if getattr(module, "is_transposed", False) else "rows"
     return None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' transposed linear layer, that of GPT-2."""
+    return type(module).__name__.removeprefix("Masked") == "Conv1D" and hasattr(module, "nf")
 
 
 def _places(model: nn.Module) -> dict[int, Places]:
