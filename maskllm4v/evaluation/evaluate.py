@@ -72,5 +72,7 @@ def measure(
         logits = groups * gate_of(found.gate, found.pattern).logits
     counts = {"dense": total, "kept": total - pruned, "logits": logits}
     summary, pictures = task.summary(model, metrics, logits), task.pictures(sparse) if first else {}
-    weight = find_matrix(model, layers[0][0]).rows.detach().float().cpu().numpy() if first and layers else None
+    weight = None
+    if first and layers:
+        weight = find_matrix(model, layers[0][0]).rows.detach().flatten(0, -2).float().cpu().numpy()
     return Measured(metrics, summary, layers, counts, base, found.digest, pictures, weight)

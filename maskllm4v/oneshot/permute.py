@@ -25,6 +25,7 @@ from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts
 from maskllm4v.sparsity.parameters import Exclude, OnMisfit, survey
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.permutation import find_channels
+from maskllm4v.sparsity.rollback import all_or_nothing
 from maskllm4v.utils.errors import ConfigError, PatternError
 from maskllm4v.utils.progress import bar
 
@@ -89,8 +90,11 @@ def permute_channels_(
         order = best_order(scores, pattern, parts=channels[name].parts, sweeps=sweeps, layer=name)
         if not order.equal(torch.arange(len(order))):
             found[name] = order
-    for name, order in found.items():
-        channels[name].permute_(order)
+    with all_or_nothing(model) as rollback:
+        for name, order in found.items():
+            for tensor, _, _ in channels[name].places:
+                rollback.keep(tensor)
+            channels[name].permute_(order)
     return found
 
 

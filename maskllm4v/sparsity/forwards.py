@@ -35,12 +35,6 @@ class ForwardHooks:
             mask.end_forward()
 
 
-def hooks_of(module: nn.Module) -> ForwardHooks | None:
-    """Those that hang on a module."""
-    owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, ForwardHooks)), None)
-
-
 def watch_forwards_(model: nn.Module) -> None:
     """Tell a model's masks of its forwards from now on, and no longer of those of its parts alone.
 
@@ -48,10 +42,10 @@ def watch_forwards_(model: nn.Module) -> None:
     """
     masks = list(dict.fromkeys(module for module in model.modules() if isinstance(module, Mask)))
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(table.items()):
                 if isinstance(getattr(hook, "__self__", None), ForwardHooks):
-                    del hooks[key]
+                    del table[key]
     if masks:
         hooks = ForwardHooks()
         hooks.masks = masks

@@ -135,7 +135,7 @@ def _without_masks(module: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]
 
 
 @cache
-def _masked_class(base: type[nn.Module], attributes: tuple[str, ...], learnable: bool) -> type[nn.Module]:
+def _masked_class(base: Any, attributes: tuple[str, ...], learnable: bool) -> Any:
     if base is nn.Linear and attributes == ("weight",):
         return LearnableMaskedLinear if learnable else MaskedLinear
 
@@ -206,7 +206,7 @@ class MaskedLinear(_MaskedLinear):
     brings one. Weights may be trained; masked ones get no gradient.
     """
 
-    weight = _masked_property("weight")  # type: ignore[assignment]
+    weight = _masked_property("weight")
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, N: int = 2, M: int = 4) -> None:
         linear = nn.Linear(in_features, out_features, bias)
@@ -260,7 +260,7 @@ class LearnableMaskedLinear(_MaskedLinear):
         PatternError, ConfigError, ValueError: as there.
     """
 
-    weight = _masked_property("weight")  # type: ignore[assignment]
+    weight = _masked_property("weight")
     logits, candidates, gate, kept_energy = map(_of_mask, ("logits", "candidates", "gate", "kept_energy"))
     hard, tau, scaling, gate_std = map(_of_mask, ("hard", "tau", "scaling", "gate_std"))
     name, draw, auto_advance, backend = map(_of_mask, ("name", "draw", "auto_advance", "backend"))

@@ -52,8 +52,8 @@ class ProductMode(TorchFunctionMode):
     def __init__(
         self,
         matrices: Mapping[str, Matrix],
-        before: Callable[[Product], None] | None = None,
-        after: Callable[[Product, Tensor], None] | None = None,
+        before: Callable[[Product], None] = lambda product: None,
+        after: Callable[[Product, Tensor], None] = lambda product, output: None,
     ) -> None:
         super().__init__()
         self._before, self._after = before, after
@@ -69,10 +69,10 @@ class ProductMode(TorchFunctionMode):
             with self:
                 return _opened_attention()(*args, **kwargs)
         products = list(self._products(func, args, kwargs))
-        for product in products if self._before is not None else ():
+        for product in products:
             self._before(product)
         output = func(*args, **kwargs)
-        for product in products if self._after is not None else ():
+        for product in products:
             self._after(product, output)
         return output
 

@@ -137,8 +137,8 @@ def update_weights_(
                 rows = _by_blocks(parameter, mask, statistic, update)
                 if not torch.isfinite(rows).all():
                     raise DataError(f"layer {name!r}: updated weights are not finite")
-                weight = from_rows(rows, parameter.layout, parameter.weight.shape).contiguous()
-                new = nn.Parameter(weight, requires_grad=trained[name])
+                values = from_rows(rows, parameter.layout, parameter.weight.shape).contiguous()
+                new = nn.Parameter(values, requires_grad=trained[name])
                 for module, attribute in parameter.places:
                     module._parameters[attribute] = new
                 under = fixed(parameter, mask, parameter.mask.pattern)
