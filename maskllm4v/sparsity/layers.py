@@ -124,11 +124,12 @@ def detach_(module: nn.Module, attribute: str) -> None:
     module.__class__ = _masked_class(base, rest, learnable) if rest else base
 
 
-def _without_masks(module: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]:
+def _without_masks(module: nn.Module) -> tuple[Any, tuple[str, ...]]:
     """A module's class without masks, and which parameters have one."""
     if not isinstance(module, Masked):
         return type(module), ()
-    base, attributes = module.dense_class, module.masked_attributes
+    base: Any = module.dense_class
+    attributes = module.masked_attributes
     if type(module) not in (_masked_class(base, attributes, False), _masked_class(base, attributes, True)):
         raise ConfigError(f"the masks of a {type(module).__name__} cannot be changed; do it before fully_shard")
     return base, attributes
@@ -138,7 +139,6 @@ def _without_masks(module: nn.Module) -> tuple[type[nn.Module], tuple[str, ...]]
 def _masked_class(base: Any, attributes: tuple[str, ...], learnable: bool) -> Any:
     if base is nn.Linear and attributes == ("weight",):
         return LearnableMaskedLinear if learnable else MaskedLinear
-
     if learnable:  # which makes no difference to others
         return _masked_class(base, attributes, False)
 
@@ -150,9 +150,10 @@ def _masked_class(base: Any, attributes: tuple[str, ...], learnable: bool) -> An
     return type(base)(f"Masked{base.__name__}", (Masked, base), members)
 
 
-def _empty(base: type[nn.Module], attributes: tuple[str, ...]) -> nn.Module:
+def _empty(base: Any, attributes: tuple[str, ...]) -> nn.Module:
     cls = _masked_class(base, attributes, False)
-    return cls.__new__(cls)
+    empty: nn.Module = cls.__new__(cls)
+    return empty
 
 
 def _take_over(layer: nn.Module, linear: nn.Linear) -> None:
