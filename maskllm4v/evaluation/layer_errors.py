@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints.masks import MaskCheckpoint
-from maskllm4v.oneshot.activations.products import Product, ProductMode
 from maskllm4v.sparsity.calibration import Calibration, names_by_part
 from maskllm4v.sparsity.layout import to_rows
 from maskllm4v.sparsity.parameters import Matrix, find_matrix, matrices
+from maskllm4v.sparsity.products import Product, ProductMode
 from maskllm4v.utils.distributed import sum_
 
 COLUMNS = (

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from maskllm4v.oneshot.activations.products import Product, ProductMode
 from maskllm4v.sparsity.parameters import Matrix
+from maskllm4v.sparsity.products import Product, ProductMode
 from maskllm4v.utils.errors import DataError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by keyword

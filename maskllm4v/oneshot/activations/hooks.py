@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.oneshot.activations.blocks import Call
-from maskllm4v.oneshot.activations.products import Product, ProductMode
 from maskllm4v.oneshot.activations.statistics import Statistic
 from maskllm4v.sparsity.parameters import Matrix
+from maskllm4v.sparsity.products import Product, ProductMode
 from maskllm4v.utils.errors import DataError
 from maskllm4v.utils.processes import world_size
 
