@@ -10,11 +10,15 @@
 # make plots   training curves of all rows on one axis, in DVC's page (dvc_plots/index.html)
 # make experiments   what `dvc exp run` gave beside this commit; ROW=short-magnitude: of rows called so
 # make publish send all committed records to MLFLOW_TRACKING_URI (or ./mlflow.db)
+# make lock    requirements.lock from pyproject.toml; today's pins are constraints, so that packages are added and none
+#              moves: another torch, numpy or timm would break every exact table. To move one, take out its pin before
 # make use EXPERIMENT=digits   switch params.yaml to experiments/digits.yaml
 PYTHON ?= python3.11
 VENV   ?= $(CURDIR)/.venv
 PORT   ?= 5000
 READY  := $(VENV)/.command
+LOCKER := .cache/locker
+UV     := 0.13.9
 
 export PATH := $(VENV)/bin:$(PATH)
 export PYTHONNOUSERSITE := 1
@@ -22,7 +26,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONPATH
 
-.PHONY: repro test proof proof-ci bench ui figures screenshots plots experiments publish use lint
+.PHONY: repro test proof proof-ci bench ui figures screenshots plots experiments publish lock use lint
 
 repro: $(READY)
 	@test -e mlflow.db || rm -rf mlruns/published  # the store was deleted: publish again
@@ -68,6 +72,12 @@ experiments: $(READY)
 
 publish: $(READY)
 	python -m maskllm4v publish
+
+lock:
+	$(PYTHON) -m venv $(LOCKER)
+	$(LOCKER)/bin/pip install -q uv==$(UV)
+	$(LOCKER)/bin/uv pip compile -q pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+		--no-header --no-annotate --constraint requirements.lock --output-file requirements.lock
 
 use: $(READY)
 	python -m maskllm4v use $(EXPERIMENT)

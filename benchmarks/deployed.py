@@ -187,7 +187,7 @@ def sessions(model: Model, log: Log) -> dict[str, Any]:
     cell = {"model": model.name, "mode": RUNTIME}
     for name, module, masks in ((DENSE, model.dense, {}), (ZEROS, model.zeros, model.masks)):
         with log.attempt(cell, candidate=name), tempfile.TemporaryDirectory() as folder:
-            export, tasks = import_module("maskllm4v.export.onnx"), import_module("maskllm4v.tasks")
+            export, tasks = import_module("maskllm4v.export.onnx"), import_module("maskllm4v.tasks.base")
             runtime, path = import_module("onnxruntime"), Path(folder) / "model.onnx"
             exportable = tasks.ExportableModel(module, {"images": model.images(2)}, "logits")
             export.export_onnx(path, exportable, masks=masks, pattern=PATTERN if masks else None)

@@ -57,7 +57,7 @@ def measured(kind: str, repeats: int, quick: bool) -> list[dict[str, Any]]:
 
     experiment = load_experiment(Path("experiments/digits.yaml"))
     learning = experiment.learned["digits-maskllm-short-magnitude"]
-    workload = Workload("digits", experiment, learning, None)
+    workload = Workload("digits", experiment.task_spec(), experiment.pattern, learning, None)
     count = 1 if quick else 20
 
     def candidate(numpy: bool, joined: bool) -> Callable[[], None]:

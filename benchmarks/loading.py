@@ -25,12 +25,13 @@ from torch import Tensor
 
 from benchmarks.measure import Timing, interleaved, ratio, threads
 from benchmarks.results import Row, save
-from maskllm4v.config import DataSettings, Experiment, ModelSettings, TaskSettings, load_experiment
+from maskllm4v.config import DataSettings, Experiment, load_experiment
 from maskllm4v.data import ImageData, open_data, prepare
 from maskllm4v.data.decoded import decode, seeded_globals, training_transform
 from maskllm4v.data.folder import reader
 from maskllm4v.data.shrink import Recipe, shrink
 from maskllm4v.tasks.classification.models import image_settings
+from maskllm4v.tasks.classification.settings import ClassificationSettings, TimmSettings
 from maskllm4v.utils.rng import generator
 
 EXPERIMENT = Path(__file__).resolve().parent.parent / "experiments" / "imagenet_vit_b16.yaml"
@@ -93,7 +94,7 @@ def main() -> None:
 
 def notes(experiment: Experiment, made: bool) -> list[str]:
     task = experiment.task
-    assert isinstance(task, TaskSettings)
+    assert isinstance(task, ClassificationSettings)
     return [
         f"Images: {'made (noise of all scales over gradients)' if made else 'given'}, in the page cache: a disk may be "
         f"slower. Augmentation of experiments/{EXPERIMENT.name}: {task.auto_augment}, erasing {task.random_erasing}, "
@@ -121,8 +122,8 @@ def opened(folder: Path, root: Path, experiment: Experiment, shrinking: float = 
     manifest = root / f"{folder.name}-manifest"
     prepare(settings, manifest, one_split=True)
     task, model = experiment.task, experiment.model
-    assert isinstance(task, TaskSettings)
-    assert isinstance(model, ModelSettings)
+    assert isinstance(task, ClassificationSettings)
+    assert isinstance(model, TimmSettings)
     transform = image_settings(model)
     data = open_data(manifest, settings, task, transform)
     read, entries = reader(data.manifest, settings), data.manifest.splits["train"]

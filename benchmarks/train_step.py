@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import roofline
 from benchmarks.baselines.dense import Dense
@@ -22,10 +22,11 @@ from benchmarks.baselines.textbook import Textbook
 from benchmarks.measure import Timing, ceilings, interleaved, peak_bytes, ratio, saved_bytes, state_bytes, threads
 from benchmarks.results import Row, save
 from benchmarks.workloads import RandomImages, Workload, workloads
-from maskllm4v.config import LearnedSettings
+from maskllm4v.config import LearningSettings
 from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.parameters import prunable_linears
 from maskllm4v.sparsity.surgery import make_learnable
+from maskllm4v.training.engine import mixed_precision
 from maskllm4v.training.mask_learning import MaskLearner
 from maskllm4v.training.trainer import TrainTarget
 from maskllm4v.utils.devices import pick_device
@@ -52,12 +53,12 @@ class Step:
     """
 
     def __init__(
-        self, learner: TrainTarget, task: RandomImages, learning: LearnedSettings, *, compiled: bool = False
+        self, learner: TrainTarget, task: RandomImages, learning: LearningSettings, *, compiled: bool = False
     ) -> None:
         self.learner, self.task, self.clip = learner, task, learning.clip_grad
         self.batch = task.batch(learning.batch_size)
-        model = torch.compile(learner.model) if compiled else learner.model
-        self.model = _Autocast(model, task.device, learning.amp)
+        model: Any = torch.compile(learner.model) if compiled else learner.model
+        self.model = mixed_precision(model, task.device, learning.amp)
         self.number = 0
         learner.train_mode()
 
@@ -89,30 +90,17 @@ class Step:
         return state + peak_bytes(self, self.task.device)
 
 
-class _Autocast(nn.Module):
-    """A model whose forward pass runs in mixed precision and gives float32, as accelerate's does."""
-
-    def __init__(self, model: Any, device: torch.device, amp: str) -> None:
-        super().__init__()
-        self.model, self.device, self.enabled = model, device.type, amp == "bf16"
-
-    def forward(self, *args: Any) -> Tensor:
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.enabled):
-            outputs: Tensor = self.model(*args)
-        return outputs.float()
-
-
 def make(variant: str, workload: Workload, device: torch.device) -> Step:
     """A variant's step on a model of its own."""
-    experiment, learning = workload.experiment, workload.learning
-    model, task = workload.build(device), RandomImages(experiment, device)
-    exclude = experiment.model.excluded_layers
+    spec, learning = workload.spec, workload.learning
+    model, task = workload.build(device), RandomImages(spec, device)
+    exclude = spec.model.excluded_layers
     if variant == "dense":
         return Step(Dense(model), task, learning)
     if variant == "textbook":
         learner = Textbook(
             model,
-            experiment.pattern,
+            workload.pattern,
             exclude=exclude,
             hard=learning.hard,
             lr=learning.lr,
@@ -120,7 +108,7 @@ def make(variant: str, workload: Workload, device: torch.device) -> Step:
             regularisation=learning.regularisation,
         )
         return Step(learner, task, learning)
-    make_learnable(model, None, pattern=experiment.pattern, exclude=exclude, hard=learning.hard)
+    make_learnable(model, None, pattern=workload.pattern, exclude=exclude, hard=learning.hard)
     compiled = variant == "ours_compiled"
     changes: dict[str, Any] = {"distillation": 1.0} if variant == "ours_distilled" else {"compile": compiled}
     settings = learning.model_copy(update=changes)
@@ -135,7 +123,7 @@ def measure(
     torch.compiler.reset()  # or a second model is compiled for shapes that vary
     steps = {variant: make(variant, workload, device) for variant in variants}
     times = interleaved(dict[str, Callable[[], Any]](steps), repeats=repeats, warmup=warmup)
-    linears = prunable_linears(workload.build(device), exclude=workload.experiment.model.excluded_layers)
+    linears = prunable_linears(workload.build(device), exclude=workload.spec.model.excluded_layers)
     weights = sum(linear.weight.numel() for linear in linears.values())
     first, rows, roof = variants[0], list[Row](), list[Row]()
     precision = {"no": "fp32"}.get(workload.learning.amp, workload.learning.amp)

@@ -5,35 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from maskllm4v.config import Experiment, LearnedSettings, load_experiment, parse_experiment
+from maskllm4v.config import Experiment, LearningSettings, TaskSpec, load_experiment
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.tasks.classification import Batch, Classification
 from maskllm4v.tasks.classification.models import image_settings, num_classes
-from maskllm4v.tasks.diffusion import Diffusion
+from maskllm4v.tasks.classification.settings import ClassificationSettings, TimmSettings
+from maskllm4v.tasks.classification.task import Batch, Classification
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
+from maskllm4v.tasks.diffusion.task import Diffusion
 from maskllm4v.utils.sharding import WHOLE, BatchShard
 
 EXPERIMENTS = Path("experiments")
 
 
 class RandomImages(Classification):
-    """An experiment's task with random images and labels: forward pass and losses are its own, data costs nothing.
+    """A task with random images and labels: forward pass and losses are its own, data costs nothing.
 
     Args:
-        experiment: whose model and task settings count.
+        spec: its settings, of which those of the model and the task count.
         device: where to compute.
-        calibration: images of the calibration set; by default the experiment's number.
+        calibration: images of the calibration set.
     """
 
-    def __init__(self, experiment: Experiment, device: torch.device, calibration: int | None = None) -> None:
-        super().__init__(experiment, Path())
+    def __init__(self, spec: TaskSpec, device: torch.device, calibration: int = 128) -> None:
+        super().__init__(spec)
         self.device = device
-        self.calibration_images = calibration or experiment.data.calibration
+        self.calibration_images = calibration
 
     def batch(self, size: int) -> Batch:
         """Images ``[size, C, H, W]`` of normal noise, and labels ``[size]``."""
@@ -58,10 +59,10 @@ class RandomImages(Classification):
 class RandomNoise(Diffusion):
     """The same of a diffusion task: noised inputs, timesteps and labels at random."""
 
-    def __init__(self, experiment: Experiment, device: torch.device, calibration: int | None = None) -> None:
-        super().__init__(experiment, Path())
+    def __init__(self, spec: TaskSpec, device: torch.device, calibration: int = 128) -> None:
+        super().__init__(spec)
         self.device = device
-        self.calibration_images = calibration or experiment.data.calibration
+        self.calibration_images = calibration
 
     def random_batch(self, size: int) -> NoisyBatch:
         inputs, noise = torch.randn(2, size, *self.shape, device=self.device)
@@ -86,9 +87,9 @@ class RandomNoise(Diffusion):
 def random_task(
     experiment: Experiment, device: torch.device, calibration: int | None = None
 ) -> RandomImages | RandomNoise:
-    """An experiment's task on random data."""
+    """An experiment's task on random data; ``calibration``: images of a set, by default the experiment's number."""
     kind = RandomNoise if experiment.task.name == "diffusion" else RandomImages
-    return kind(experiment, device, calibration)
+    return kind(experiment.task_spec(), device, calibration or experiment.data.calibration)
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,21 @@ class Workload:
 
     Attributes:
         name: in the tables.
-        experiment: model, task and pattern.
+        spec: of its task.
+        pattern: of its masks.
         learning: how its masks are learned; batch size, precision and clipping hold for all variants.
         device: its type, the one that this workload is for; None: any.
     """
 
     name: str
-    experiment: Experiment
-    learning: LearnedSettings
+    spec: TaskSpec
+    pattern: str
+    learning: LearningSettings
     device: str | None = None
 
     def build(self, device: torch.device) -> nn.Module:
         """The dense model with random weights; each time the same ones."""
-        return RandomImages(self.experiment, device).build_model(0)
+        return RandomImages(self.spec, device).build_model(0)
 
 
 def workloads(*, quick: bool = False) -> dict[str, Workload]:
@@ -123,25 +126,13 @@ def workloads(*, quick: bool = False) -> dict[str, Workload]:
     return {workload.name: workload for workload in found}
 
 
-def _vit(name: str, model: str, batch_size: int, amp: str, device: str, quick: bool) -> Workload:
+def _vit(name: str, model: str, batch_size: int, amp: Literal["no", "bf16"], device: str, quick: bool) -> Workload:
     """A vision transformer on 224×224 images and 1,000 classes, its masks learned as in the one-epoch ImageNet rows."""
     tiny = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
-    learning = {"steps": 1000, "batch_size": 2 if quick else batch_size, "amp": amp, "prior": "prior"}
-    experiment = parse_experiment(
-        {
-            "table": name,
-            "title": name,
-            "seeds": [0],
-            "data": {"name": "random", "source": "digits"},
-            "task": {"label_smoothing": 0.1},
-            "model": {"name": model, "args": tiny if quick else {}},
-            "dense": {"row": "dense", "init": "scratch", "steps": 1},
-            "priors": {"prior": {"method": "magnitude"}},
-            "learned": {"masks": {**learning, "tau": [1.0, 1.0], "scaling": [100.0, 100.0]}},
-            "rows": {"dense": "", "prior": "", "masks": ""},
-        }
-    )
-    return Workload(name, experiment, experiment.learned["masks"], device)
+    spec = TaskSpec(ClassificationSettings(label_smoothing=0.1), TimmSettings(name=model, args=tiny if quick else {}))
+    size = 2 if quick else batch_size
+    learning = LearningSettings(steps=1000, batch_size=size, amp=amp, tau=(1.0, 1.0), scaling=(100.0, 100.0))
+    return Workload(name, spec, "2:4", learning, device)
 
 
 def _of_table(table: str, quick: bool) -> Workload:
@@ -149,4 +140,4 @@ def _of_table(table: str, quick: bool) -> Workload:
     experiment = load_experiment(EXPERIMENTS / f"{table}.yaml")
     learning = next(iter(experiment.learned.values()))
     changes: dict[str, Any] = {"batch_size": 2} if quick else {}
-    return Workload(table, experiment, learning.model_copy(update=changes), "cpu")
+    return Workload(table, experiment.task_spec(), experiment.pattern, learning.model_copy(update=changes), "cpu")

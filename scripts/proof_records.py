@@ -28,7 +28,11 @@ from maskllm4v.utils.io import file_digest, read_json, value_digest, write_json
 
 PROOFS = REPORTS / "proofs"
 PARTS = ("code", "settings", "packages", "outputs")
-RENDERING = {"report", "track"}  # stages that only show records; a proof runs them for every table, stale or not
+RENDERING = {
+    "report",
+    "documents",
+    "track",
+}  # stages that only show records; a proof runs them for every table, stale or not
 NO_RESULTS = {"runtime", "title"}  # settings that no result depends on, nor on what rows are called
 Stages = dict[str, dict[str, Any]]
 
@@ -82,7 +86,14 @@ def declared_stages(root: Path, file: Path, *, rendering: bool = False) -> Stage
         except DvcException as error:
             raise UserError(f"dvc.yaml with {file.relative_to(root)}: {error}") from error
     kept = (name for name in found if rendering or name.partition("@")[0] not in RENDERING)
-    return {name: {key: value for key, value in found[name].items() if key != "desc"} for name in kept}
+    return {name: {key: value for key, value in _plain(found[name]).items() if key != "desc"} for name in kept}
+
+
+def _plain(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage whose settings are names in order; in ``dvc.yaml`` some are grouped, for an anchor to stand for them."""
+    listed = ([entry] if isinstance(entry, str) else entry[str(PARAMS)] for entry in stage.get("params", []))
+    names = sorted(name for names in listed for name in names)
+    return {**stage, "params": names} if "params" in stage else dict(stage)
 
 
 def given_paths(stages: Stages) -> list[str]:

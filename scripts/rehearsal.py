@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = ("maskllm4v", "stages", "experiments", "dvc.yaml", ".dvcignore", ".gitignore")
+PROJECT = ("maskllm4v", "stages", "experiments", ".dvcignore", ".gitignore")
 
 
 def arguments(description: str | None, *, images: int, batch_size: int) -> argparse.Namespace:
@@ -42,8 +43,17 @@ def project(table: str) -> Iterator[Path]:
             copy(ROOT / item, folder / item)
         for name in ("benchmarks", "receipts"):
             (folder / "reports" / name).mkdir(parents=True)
+        (folder / "dvc.yaml").write_text(dvc_file(table))
         (folder / "README.md").write_text(f"<!-- {table} -->\n<!-- /{table} -->\n")
+        (folder / "docs").mkdir()
+        (folder / "docs/findings.md").touch()
         yield folder
+
+
+def dvc_file(table: str) -> str:
+    """``dvc.yaml`` of a project with one table, whose README and list of tables depend on no other's records."""
+    text = (ROOT / "dvc.yaml").read_text()
+    return re.sub(r"(?: +- reports/\w+/runs\n)+", f"      - reports/{table}/runs\n", text)
 
 
 def experiment(table: str) -> dict[str, Any]:

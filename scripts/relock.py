@@ -1,4 +1,4 @@
-"""Bring the code that ``dvc.lock`` names up to date, without running a stage.
+"""Bring the code and the prose that ``dvc.lock`` names up to date, without running a stage.
 
     python -m scripts.relock cifar10            the stages of one table
     python -m scripts.relock                    all tables, and the rendering stages of the active one
@@ -8,6 +8,9 @@ nor ``dvc commit`` can lock it again where code was only moved or renamed. This 
 ``dvc.yaml`` declares now, with the digests of the working tree; commands, data, settings and outputs stay as they are.
 It is for changes that alter no output of any stage, exported files included, and proves nothing: for exact tables
 ``make proof`` has to agree afterwards.
+
+README and findings are outputs that people write: after an edit of their prose, the second form writes down their new
+digests, if their generated blocks are what the records give.
 """
 
 from __future__ import annotations
@@ -15,20 +18,22 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from maskllm4v.config import PARAMS, load_experiment
+from maskllm4v.reporting.report import check_documents
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import write_text
 from scripts.lock_entries import dvc_entry
-from scripts.proof_records import RENDERING, Stages, declared_stages, path_of
+from scripts.proof_records import RENDERING, Stages, declared_stages, locked_stages, path_of
 
 CODE = ("maskllm4v/", "stages/")
+DOCUMENTS = "documents"  # the stage whose outputs people edit, too
 _STAGE = re.compile(r"  (\S+):")
-_DEP = re.compile(r"    - path: *(.*)")
+_PATH = re.compile(r"    - path: *(.*)")
 
 
 def relock(root: Path, tables: Collection[str] = ()) -> list[str]:
@@ -39,16 +44,18 @@ def relock(root: Path, tables: Collection[str] = ()) -> list[str]:
         tables: whose stages; none: all tables' and the rendering stages.
 
     Raises:
-        UserError: no such table, or a dependency without files.
+        UserError: no such table, a dependency without files, or a document whose generated blocks were edited.
     """
     declared = _declared(root, tables)
+    if DOCUMENTS in declared and edited_documents(root):
+        check_documents(root)
     path = root / "dvc.lock"
     before = path.read_text(encoding="utf-8")
     changed: list[str] = []
     blocks = []
     entry = cache(partial(_entry, root))  # many stages share a folder
     for name, block in _blocks(before):
-        renewed = _renewed(block, declared[name], entry) if name in declared else block
+        renewed = _renewed(name, block, declared[name], entry) if name in declared else block
         if renewed != block:
             changed.append(name)
         blocks.append(renewed)
@@ -56,6 +63,12 @@ def relock(root: Path, tables: Collection[str] = ()) -> list[str]:
     if after != before:
         write_text(path, after)
     return changed
+
+
+def edited_documents(root: Path) -> list[str]:
+    """README, findings and the list of tables, as far as they are not those of ``dvc.lock``."""
+    outs = locked_stages((root / "dvc.lock").read_text(encoding="utf-8")).get(DOCUMENTS, {}).get("outs", [])
+    return [out["path"] for out in outs if dvc_entry(root, out["path"])["md5"] != out["md5"]]
 
 
 def _declared(root: Path, tables: Collection[str]) -> Stages:
@@ -84,27 +97,36 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
     yield name, "".join(lines)
 
 
-def _renewed(block: str, stage: Mapping[str, Any], entry: Callable[[str], str]) -> str:
-    """A stage's piece with today's code; other dependencies keep their entries."""
-    begin, entries, end = _dependencies(block)
+def _renewed(name: str, block: str, stage: Mapping[str, Any], entry: Callable[[str], str]) -> str:
+    """A stage's piece with today's code, and documents if it writes them; other entries stay."""
+    deps = [path_of(dep) for dep in stage.get("deps", [])]
+    outs = [path_of(out) for out in stage.get("outs", [])] if name == DOCUMENTS else []
+    block = _replaced(block, "deps", lambda path: path.startswith(CODE), deps, entry)
+    return _replaced(block, "outs", lambda path: path in outs, outs, entry)
+
+
+def _replaced(
+    block: str, part: str, renews: Callable[[str], bool], declared: Sequence[str], entry: Callable[[str], str]
+) -> str:
+    """A stage's piece whose ``deps`` or ``outs`` have new entries for some paths, and none that is declared no more."""
+    begin, entries, end = _entries(block, part)
     if begin is None:
         return block
-    kept = {path: text for path, text in entries.items() if not path.startswith(CODE)}
-    now = [path_of(dep) for dep in stage.get("deps", [])]  # one that is declared twice is written down twice
-    kept |= {path: entry(path) * now.count(path) for path in now if path.startswith(CODE)}
+    kept = {path: text for path, text in entries.items() if not renews(path)}
+    kept |= {path: entry(path) * declared.count(path) for path in declared if renews(path)}  # twice if declared twice
     return begin + "".join(kept[path] for path in sorted(kept)) + end
 
 
-def _dependencies(block: str) -> tuple[str | None, dict[str, str], str]:
-    """What comes before a stage's dependencies, each of them as text by path, and what follows."""
+def _entries(block: str, part: str) -> tuple[str | None, dict[str, str], str]:
+    """What comes before a stage's dependencies or outputs, each of them as text by path, and what follows."""
     lines = block.splitlines(keepends=True)
-    if "    deps:\n" not in lines:
+    if f"    {part}:\n" not in lines:
         return None, {}, ""
-    first = last = lines.index("    deps:\n") + 1
+    first = last = lines.index(f"    {part}:\n") + 1
     entries: dict[str, str] = {}
     path = ""
     while last < len(lines) and lines[last].startswith(("    - ", "      ")):
-        if found := _DEP.fullmatch(lines[last].rstrip("\n")):
+        if found := _PATH.fullmatch(lines[last].rstrip("\n")):
             path = found[1] or lines[last + 1].strip()  # a long one is on a line of its own
         entries[path] = entries.get(path, "") + lines[last]
         last += 1

@@ -11,25 +11,25 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints.masks import save_dense
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
-    from maskllm4v.tasks import open_task
-    from maskllm4v.training.dense import obtain_dense
+    from maskllm4v.tasks.base import open_task
+    from maskllm4v.training.dense import obtain_dense, train_judge
     from maskllm4v.training.resume import forget, resume_of
     from maskllm4v.utils.processes import is_main
 
     made = experiment.row_of(DenseRow, row)
-    task = open_task(experiment, data_folder(experiment.data.name))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
         resume = resume_of(experiment, row, seed, manifest=task.data_digest)
-        model = obtain_dense(experiment, task, seed, position, resume)
+        model = obtain_dense(experiment.dense, task, seed, position, resume)
         if is_main():
             save_dense(checkpoint(row, seed), model, experiment.model.name)
 
     map_seeds(experiment, made.seeds, one)
-    if judge := experiment.judge:
-        classifier = obtain_dense(judge, open_task(judge, data_folder(judge.data.name)), judge.seeds[0])
+    if judge := task.judge:
+        classifier = train_judge(judge, experiment.seeds[0])
         if is_main():
-            save_dense(judge_file(row), classifier, judge.model.name)
+            save_dense(judge_file(row), classifier, judge.model)
     write_origin(experiment, row)
     forget(row)
 

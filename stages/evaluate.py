@@ -16,15 +16,15 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.runs.provenance import read_origin, where
     from maskllm4v.runs.records import build_record, write_record
     from maskllm4v.runs.seeds import map_seeds
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
     from maskllm4v.utils.images import write_picture
     from maskllm4v.utils.io import empty_folder, write_csv, write_text
     from maskllm4v.utils.processes import is_main
 
-    evaluated = experiment.row(row)
+    evaluated, made = experiment.row(row), read_origin(experiment, row)
     kind, seeds = evaluated.kind, evaluated.seeds
-    made = read_origin(experiment, row)
-    task = open_task(experiment, paths.data_folder(experiment.data.name))
+    spec = experiment.task_spec(judge=paths.judge_file(experiment.dense.row))
+    task = open_task(spec, paths.data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> Measured:
         dense = paths.checkpoint(experiment.dense.row, experiment.dense_seed(seed))

@@ -11,7 +11,7 @@ from stages.entry import run
 def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.export.writing import write_row
     from maskllm4v.runs.provenance import read_origin
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
     from maskllm4v.utils.io import empty_folder, write_json
     from maskllm4v.utils.processes import is_main
 
@@ -21,7 +21,8 @@ def main(experiment: Experiment, row: str) -> None:
     if not is_main():
         return
     empty_folder(export_folder(row))
-    found = write_row(experiment, open_task(experiment, data_folder(experiment.data.name)), row, export_folder(row))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
+    found = write_row(experiment, task, row, export_folder(row))
     write_json(export_file(experiment.table, row), found)
     for file in found["files"]:
         print(f"{export_folder(row) / file['file']}: {file['bytes']:,} bytes")

@@ -16,7 +16,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.runs.live import watched
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
     from maskllm4v.training.finetuning import CURVE_COLUMNS, finetune
     from maskllm4v.training.resume import forget, resume_of
     from maskllm4v.utils.io import write_json
@@ -24,7 +24,7 @@ def main(experiment: Experiment, row: str) -> None:
 
     tuned = experiment.row_of(FinetunedRow, row)
     settings, start = tuned.settings, tuned.source
-    task = open_task(experiment, data_folder(experiment.data.name))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))

@@ -17,12 +17,12 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.sparsity.parameters import dense_weights
     from maskllm4v.sparsity.patterns import NMPattern
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
     from maskllm4v.utils.processes import is_main
 
     oneshot = experiment.row_of(OneShotRow, row)
     settings, pattern = oneshot.settings, NMPattern(oneshot.pattern or "")
-    task = open_task(experiment, data_folder(experiment.data.name))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))

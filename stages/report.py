@@ -1,4 +1,4 @@
-"""Render the committed records: ``reports/<table>/`` and the README's tables."""
+"""Render the active table's committed records: ``reports/<table>/``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from stages.entry import run
 
 
 def main(experiment: Experiment, _: str) -> None:
-    from maskllm4v.reporting.report import write_report
+    from maskllm4v.reporting.report import write_table
     from maskllm4v.reporting.terminal import show
 
-    written = write_report(Path())
+    written = write_table(Path())
     show(experiment, REPORTS)
     for path in written:
         print(path)

@@ -17,7 +17,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.sparsity.permutation import apply_permutations_
     from maskllm4v.sparsity.surgery import make_learnable
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
     from maskllm4v.training.hybrid import kept_weights, start_from_updated_
     from maskllm4v.training.mask_learning import CURVE_COLUMNS, learn_masks
     from maskllm4v.training.resume import forget, resume_of
@@ -26,7 +26,7 @@ def main(experiment: Experiment, row: str) -> None:
 
     trained = experiment.row_of(LearnedRow, row)
     settings, pattern = trained.settings, trained.pattern
-    task = open_task(experiment, data_folder(experiment.data.name))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
 
     def one(seed: int, position: int) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))

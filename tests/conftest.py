@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import warm_python
+from receipt_project import make_checkout
 from shared import once
 from small_pipeline import make_small
 from timm.models import VisionTransformer
@@ -91,3 +92,13 @@ def small_repro(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_project(small_repro: Path) -> Path:
     """All results of the small digits experiment, to look at, and to copy where they may be changed."""
     return small_repro / "project"
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with committed results (:func:`receipt_project.make_checkout`), to be copied and changed."""
+
+    def make(folder: Path) -> None:
+        make_checkout(folder / "checkout")
+
+    return once(tmp_path_factory, "receipts", make) / "checkout"

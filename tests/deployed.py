@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import maskllm4v
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.tasks import ExportableModel
+from maskllm4v.tasks.base import ExportableModel
 
 Case = tuple[ExportableModel, dict[str, Tensor]]
 
@@ -55,7 +55,7 @@ def dit() -> Case:
     pytest.importorskip("diffusers")
     from small_diffusion import dit as build
 
-    from maskllm4v.tasks.diffusion import Denoiser
+    from maskllm4v.tasks.diffusion.task import Denoiser
 
     model = build()
     masks = fold(model, exclude=["pos_embed", "proj_out_*"])

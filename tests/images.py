@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from maskllm4v.config import DataSettings, ModelSettings, TaskSettings
+from maskllm4v.config import AugmentationSettings, DataSettings
 from maskllm4v.data import ImageData, open_data, prepare
 from maskllm4v.tasks.classification.models import image_settings
+from maskllm4v.tasks.classification.settings import TimmSettings
 
-TRANSFORM = image_settings(ModelSettings(name="vit_tiny_patch16_224", args={"img_size": 32}))
+TRANSFORM = image_settings(TimmSettings(name="vit_tiny_patch16_224", args={"img_size": 32}))
 COUNTS = {"train": (5, 6), "val": (2, 2)}
 
 
@@ -25,7 +26,7 @@ def digits_settings(**values: Any) -> DataSettings:
 
 def open_digits(folder: Path, **task: Any) -> Any:
     """A folder of a prepared digits manifest."""
-    return open_data(folder, digits_settings(), TaskSettings(**task), {})
+    return open_data(folder, digits_settings(), AugmentationSettings(**task), {})
 
 
 def draw_folder(root: Path, counts: Mapping[str, tuple[int, int]] = COUNTS) -> Path:
@@ -47,7 +48,7 @@ def folder_settings(root: Path, **values: Any) -> DataSettings:
 def prepared(settings: DataSettings, folder: Path, transform: Mapping[str, Any] = TRANSFORM, **task: Any) -> ImageData:
     """Prepare a source and open it."""
     prepare(settings, folder)
-    return open_data(folder, settings, TaskSettings(**task), transform)
+    return open_data(folder, settings, AugmentationSettings(**task), transform)
 
 
 def everything(data: ImageData, split: str) -> Tensor:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OURS = ("maskllm4v", "stages")
+# What imports a module of the task's folder, whichever task it is asked for.
+BY_NAME = {"maskllm4v.config.tasks": "settings", "maskllm4v.tasks.base": "task"}
 
 
 def modules() -> dict[str, Path]:
@@ -56,13 +58,19 @@ def imports(module: str) -> set[str]:
     return ((with_parents | parents) & known.keys()) - {module}
 
 
+def imported_by_name(module: str) -> set[str]:
+    """Our modules that a module imports by a name that its source does not tell: those of all tasks."""
+    last = BY_NAME.get(module)
+    return {name for name in modules() if last and name.startswith("maskllm4v.tasks.") and name.endswith(f".{last}")}
+
+
 def closure(module: str) -> set[str]:
-    """A module and all of ours that it imports, directly or not."""
+    """A module and all of ours that it imports, directly or not, whatever the task."""
     seen: set[str] = set()
     ahead = [module]
     while ahead:
         current = ahead.pop()
         if current not in seen:
             seen.add(current)
-            ahead += imports(current)
+            ahead += imports(current) | imported_by_name(current)
     return seen

@@ -14,8 +14,9 @@ from import_graph import ROOT
 from made_records import DIGITS, make_records
 
 from maskllm4v.config import Experiment
-from maskllm4v.receipts import CPU
+from maskllm4v.receipts import CPU, Receipt, build_receipt
 from maskllm4v.receipts.rows import stages_of
+from maskllm4v.receipts.text import verdict
 from maskllm4v.runs.paths import record_file
 from maskllm4v.utils.io import file_digest, read_json, write_json
 
@@ -91,3 +92,15 @@ def snapshot(folder: Path) -> Mapping[str, str]:
     """Digests of all files but git's own."""
     files = [path for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts]
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def receipt(folder: Path, experiment: Experiment = DIGITS, **known: Any) -> Receipt:
+    return build_receipt(folder, experiment, **{"cpu": EPYC, **known})
+
+
+def said(found: Receipt, width: int = 80) -> str:
+    return "\n".join(verdict(found, width))
+
+
+def first_line(found: Receipt) -> str:
+    return said(found, 1000).splitlines()[0]

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.config import DiTSettings, Experiment, parse_experiment
+from maskllm4v.config import Experiment, parse_experiment
+from maskllm4v.runs.paths import judge_file
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.dit import build_dit
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
+from maskllm4v.tasks.diffusion.settings import DiTSettings
+from maskllm4v.tasks.diffusion.task import Diffusion
 
 ARGS = {
     "num_attention_heads": 2,
@@ -68,7 +70,7 @@ def experiment(**sections: Any) -> Experiment:
 
 def open_small(folder: Path, **sections: Any) -> Diffusion:
     """The task on digits that :func:`maskllm4v.data.prepare` has put into a folder."""
-    return Diffusion(experiment(**sections), folder)
+    return Diffusion(experiment(**sections).task_spec(judge=judge_file("dense")), folder)
 
 
 def with_outputs(channels: int) -> dict[str, Any]:

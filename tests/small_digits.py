@@ -12,8 +12,8 @@ from maskllm4v.checkpoints.masks import MaskCheckpoint
 from maskllm4v.config import Experiment, parse_experiment
 from maskllm4v.sparsity.parameters import prunable_linears
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.tasks.classification import Classification
 from maskllm4v.tasks.classification.models import PLAIN_VIT
+from maskllm4v.tasks.classification.task import Classification
 
 ARGS = {
     "img_size": 8,

@@ -14,6 +14,7 @@ import yaml
 from import_graph import ROOT
 
 from maskllm4v.utils.io import file_digest
+from scripts.rehearsal import dvc_file
 
 ENVIRONMENT = {
     **os.environ,
@@ -50,12 +51,15 @@ def new_project(folder: Path, params: Params) -> Path:
     """The code, without results, in a git repository of its own."""
     for name in ("maskllm4v", "stages"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
+    for name in (".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, folder / name)
+    (folder / "dvc.yaml").write_text(dvc_file(params["table"]))
     (folder / "experiments").mkdir(parents=True)
     for name in ("benchmarks", "receipts"):  # none ran
         (folder / "reports" / name).mkdir(parents=True)
     (folder / "README.md").write_text("<!-- small -->\n<!-- /small -->\n")
+    (folder / "docs").mkdir()
+    (folder / "docs/findings.md").write_text("none yet\n")
     write_params(folder, params)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True, env=ENVIRONMENT)
     run(folder, "dvc", "init", "-q").check_returncode()
@@ -88,11 +92,9 @@ def chain(folder: Path) -> None:
     steps += [("prior", row) for row in params["priors"]] + [("train", row) for row in params["learned"]]
     steps += [("finetune", row) for row in params["finetuned"]]
     steps += [("evaluate", row) for row in params["rows"]] + [("export", row) for row in params["exports"]]
-    for name, argument in steps:
-        done = stage(folder, name, argument)
+    for name, *arguments in [*steps, ("report",), ("documents",)]:
+        done = stage(folder, name, *arguments)
         assert done.returncode == 0, done.stderr
-    done = stage(folder, "report")
-    assert done.returncode == 0, done.stderr
 
 
 def make_small(folder: Path) -> None:

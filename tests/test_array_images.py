@@ -12,7 +12,7 @@ import torch
 from images import TRANSFORM, digits_settings, draw_folder, everything, folder_settings, open_digits, prepared
 from torch import Tensor
 
-from maskllm4v.config import TaskSettings
+from maskllm4v.config import AugmentationSettings
 from maskllm4v.data import ImageData, Manifest, prepare
 from maskllm4v.data.arrays import ArrayImages
 from maskllm4v.data.manifest import Entry
@@ -105,7 +105,7 @@ def pixels() -> Tensor:
 def photographs(**task: Any) -> ArrayImages:
     entries = [Entry(str(i), i % 2, 1, "") for i in range(COUNT)]
     manifest = Manifest("photos", "folder", ("a", "b"), {"train": entries}, [], "train", {}, "")
-    return ArrayImages(manifest, lambda split: pixels(), TaskSettings(**task), mean=MEAN, std=STD)
+    return ArrayImages(manifest, lambda split: pixels(), AugmentationSettings(**task), mean=MEAN, std=STD)
 
 
 def normalised(images: np.ndarray) -> Tensor:
@@ -161,7 +161,7 @@ def test_resized_images_have_the_size_and_all_else_of_the_large_ones(tmp_path: P
     flipped = small.images("train", np.arange(COUNT), generator(0, "x"))
     assert torch.equal(flipped, everything(small, "train").flip(-1))
     flat = torch.full((COUNT, 3, 8, 10), 77, dtype=torch.uint8)
-    level = ArrayImages(large.manifest, lambda split: flat, TaskSettings(), mean=MEAN, std=STD).resized(4)
+    level = ArrayImages(large.manifest, lambda split: flat, AugmentationSettings(), mean=MEAN, std=STD).resized(4)
     torch.testing.assert_close(everything(level, "train"), normalised(np.full((COUNT, 3, 4, 4), 77)))
 
 

@@ -20,7 +20,7 @@ from benchmarks.baselines.textbook import Textbook, TextbookLinear
 from benchmarks.measure import Ceilings, Timing, ceilings, interleaved, peak_bytes, ratio, saved_bytes, state_bytes
 from benchmarks.roofline import least_seconds
 from benchmarks.row_cost import Rows
-from benchmarks.workloads import RandomImages, workloads
+from benchmarks.workloads import RandomImages, random_task, workloads
 from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.sparsity.gumbel import masked_weight
 from maskllm4v.training.finetuning import WeightLearner
@@ -142,7 +142,7 @@ def test_textbook_puts_its_layers_in_place_and_trains_logits_only(tiny_vit: nn.M
 
 def test_dense_step_is_that_of_the_training_loop() -> None:
     workload = workloads(quick=True)["vit_tiny"]
-    task, settings = RandomImages(workload.experiment, CPU), workload.learning
+    task, settings = RandomImages(workload.spec, CPU), workload.learning
     ours, baseline = workload.build(CPU), workload.build(CPU)
     learners = WeightLearner(ours, task, settings, row="", new=False), Dense(baseline, lr=settings.lr)
     steps = [train_step.Step(learner, task, settings) for learner in learners]
@@ -166,8 +166,9 @@ def test_dense_step_is_that_of_the_training_loop() -> None:
 def test_workloads_of_tables_are_those_of_their_experiments(table: str) -> None:
     workload, experiment = workloads()[table], load_experiment(ROOT / "experiments" / f"{table}.yaml")
     settings = next(iter(experiment.learned.values()))
-    assert (workload.experiment, workload.learning) == (experiment, settings)
-    task = RandomImages(experiment, CPU)
+    assert (workload.spec, workload.pattern) == (experiment.task_spec(), experiment.pattern)
+    assert workload.learning == settings
+    task = random_task(experiment, CPU)
     images, labels = task.batch(3)
     outputs = task.forward(workload.build(CPU), (images, labels))
     assert outputs.shape == (3, 10)

@@ -23,6 +23,8 @@ from maskllm4v.checkpoints.masks import (
     save_dense,
     save_masks,
 )
+from maskllm4v.checkpoints.third_party import dense_state, load_any
+from maskllm4v.export.verify import verify_file
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import CheckpointError
 
@@ -244,3 +246,47 @@ def test_plain_state_of_our_own_is_verified(tmp_path: Path) -> None:
     (tmp_path / "dense").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="dense is damaged"):
         load_plain_state(tmp_path / "dense")
+
+
+# Names with a prefix
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_prefixes_of_wrappers_are_left_off(prefix: str, suffix: str, tmp_path: Path) -> None:
+    path, plain = tmp_path / f"wrapped{suffix}", model().state_dict()
+    state = {f"{prefix}{name}": tensor for name, tensor in plain.items()}
+    torch.save(state, path) if suffix == ".pt" else save_file(state, path)
+    assert same(dense_state(path), plain)
+    assert same(load_any(path).weights, plain)
+    assert [check.layer for check in verify_file(path, layers=["*"])] == ["0", "2"]
+
+
+def test_prefix_of_some_names_stays(tmp_path: Path) -> None:
+    state = {"module.weight": torch.ones(2), "bias": torch.ones(2)}
+    save_file(state, tmp_path / "odd")
+    assert same(load_plain_state(tmp_path / "odd"), state)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "backbone.", "student.backbone."])
+@pytest.mark.parametrize("more", [{}, {"head.extra": torch.ones(2)}], ids=["all", "most"])
+def test_a_prefix_that_would_fit_is_named(prefix: str, more: dict[str, torch.Tensor]) -> None:
+    own = model()
+    named = {f"{prefix}{name}": tensor for name, tensor in own.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_state(own, {**named, **more}, "here")
+    wanted, found = (", ".join(map(repr, list(names)[:3])) for names in (own.state_dict(), named))
+    assert str(caught.value) == (  # of 8 tensors
+        f"here does not fit the model: it lacks {wanted} and 5 more; the model has no {found} and {5 + len(more)} "
+        f"more; without the prefix {prefix!r}, 8 of its {8 + len(more)} names would fit"
+    )
+    wrapped = nn.ModuleDict({"body": own})
+    with pytest.raises(CheckpointError, match=r"; behind the prefix 'body\.', 8 of its 8 names would fit$"):
+        load_state(wrapped, own.state_dict(), "here")
+
+
+def test_no_prefix_is_named_where_it_would_help_little() -> None:
+    state = {"model.0.weight": torch.ones(2), "other": torch.ones(2), "third": torch.ones(2)}
+    with pytest.raises(CheckpointError) as caught:
+        load_state(model(), state, "here")
+    assert "prefix" not in str(caught.value)

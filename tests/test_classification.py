@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maskllm4v.data import prepare
 from maskllm4v.reporting.published import ROWS
-from maskllm4v.tasks.classification import Classification
+from maskllm4v.tasks.classification.task import Classification
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.sharding import BatchShard
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def task(folder: Path) -> Classification:
-    return Classification(experiment(), folder)
+    return Classification(experiment().task_spec(), folder)
 
 
 def guesser(task: Classification, seed: int = 0) -> nn.Module:
@@ -40,7 +40,7 @@ def guesser(task: Classification, seed: int = 0) -> nn.Module:
 
 @pytest.mark.parametrize("batch_size", [100, 898, 899, 1000])
 def test_metrics_are_counted_image_by_image(batch_size: int, folder: Path) -> None:
-    task = Classification(experiment(eval_batch_size=batch_size), folder)
+    task = Classification(experiment(eval_batch_size=batch_size).task_spec(), folder)
     model = task.build_model(0)
     nn.init.normal_(model.head.weight)  # timm starts it at zero
     found, wanted = task.evaluate(model), metrics_by_hand(model, task)
@@ -56,7 +56,7 @@ def test_top5_of_three_classes_is_everything(folder: Path) -> None:
         def forward(self, images: Tensor) -> Tensor:
             return torch.zeros(len(images), 3)
 
-    task = Classification(experiment(), folder)
+    task = Classification(experiment().task_spec(), folder)
     data = task.data
     assert isinstance(data.manifest.splits, dict)
     data.manifest.splits["test"] = [entry for entry in data.manifest.splits["test"] if entry.label < 3]
@@ -87,7 +87,7 @@ def test_agreement_is_counted_with_the_dense_model(task: Classification) -> None
 def test_reported_split_is_a_setting_and_can_be_named(tmp_path: Path) -> None:
     held = experiment(data={"holdout": 100}, eval_split="holdout")
     prepare(held.data, tmp_path)
-    task = Classification(held, tmp_path)
+    task = Classification(held.task_spec(), tmp_path)
     model = guesser(task)
     for split, named in (("holdout", None), ("test", "test"), ("train", "train")):
         wanted = metrics_by_hand(model, task, split)
@@ -96,7 +96,7 @@ def test_reported_split_is_a_setting_and_can_be_named(tmp_path: Path) -> None:
 
 
 def test_half_precision_of_evaluation_is_near(folder: Path) -> None:
-    exact, half = (Classification(experiment(eval_amp=amp), folder) for amp in ("no", "bf16"))
+    exact, half = (Classification(experiment(eval_amp=amp).task_spec(), folder) for amp in ("no", "bf16"))
     model = guesser(exact)
     whole, found = exact.evaluate(model), half.evaluate(model)
     assert found["nll"] != whole["nll"]
@@ -107,7 +107,7 @@ def test_half_precision_of_evaluation_is_near(folder: Path) -> None:
 
 
 def test_loss_is_smoothed_cross_entropy(folder: Path) -> None:
-    task = Classification(experiment(label_smoothing=0.1), folder)
+    task = Classification(experiment(label_smoothing=0.1).task_spec(), folder)
     logits, labels = torch.randn(6, 10), torch.randint(10, (6,))
     logs = logits.double().log_softmax(1)
     wanted = -(0.9 * logs[range(6), labels] + 0.1 * logs.mean(1)).mean()
@@ -127,7 +127,7 @@ def test_distillation_is_the_divergence_from_the_teacher(temperature: float, tas
 
 
 def test_calibration_images_are_the_manifests_without_augmentation(folder: Path) -> None:
-    task = Classification(experiment(shift=2), folder)
+    task = Classification(experiment(shift=2).task_spec(), folder)
     (part,) = task.calibration(20, 0)
     batches = list(part.batches)
     assert [len(labels) for _, labels in batches] == [20, 20, 10]
@@ -140,14 +140,14 @@ def test_calibration_images_are_the_manifests_without_augmentation(folder: Path)
 def test_seeds_take_turns_with_calibration_sets(split: str, tmp_path: Path) -> None:
     two = experiment(data={"calibration_sets": 2, "calibration_split": split})
     prepare(two.data, tmp_path)
-    task = Classification(two, tmp_path)
+    task = Classification(two.task_spec(), tmp_path)
     for seed, chosen in zip((0, 1), task.data.manifest.calibration, strict=True):
         images = torch.cat([images for images, _ in task.calibration(20, seed)[0].batches])
         assert torch.equal(images, task.data.images(split, chosen, None))
 
 
 def test_train_batches_start_where_asked(folder: Path) -> None:
-    task = Classification(experiment(shift=1), folder)
+    task = Classification(experiment(shift=1).task_spec(), folder)
     whole = list(task.train_batches(seed=1, batch_size=100, steps=10))
     tail = list(task.train_batches(seed=1, batch_size=100, steps=10, start=7))
     assert task.steps_per_epoch(100) == 8
@@ -156,7 +156,7 @@ def test_train_batches_start_where_asked(folder: Path) -> None:
 
 
 def test_shares_of_a_batch_make_the_whole(folder: Path) -> None:
-    task = Classification(experiment(shift=1), folder)
+    task = Classification(experiment(shift=1).task_spec(), folder)
     whole = list(task.train_batches(seed=1, batch_size=60, steps=2))
     shares = [
         list(task.train_batches(seed=1, batch_size=60, steps=2, share=BatchShard.of(rank, 2, 3))) for rank in range(2)
@@ -168,7 +168,7 @@ def test_shares_of_a_batch_make_the_whole(folder: Path) -> None:
 
 
 def test_resized_batches_are_the_same_images(folder: Path) -> None:
-    task = Classification(experiment(), folder)
+    task = Classification(experiment().task_spec(), folder)
     ((images, labels),) = task.train_batches(seed=1, batch_size=60, steps=1)
     ((small, same),) = task.resized(4).train_batches(seed=1, batch_size=60, steps=1)
     assert small.shape == (60, 1, 4, 4)
@@ -178,7 +178,7 @@ def test_resized_batches_are_the_same_images(folder: Path) -> None:
 
 
 def test_mixed_batches_depend_on_seed_and_step_alone(folder: Path) -> None:
-    task = Classification(experiment(mixup=0.8, cutmix=1.0, label_smoothing=0.1), folder)
+    task = Classification(experiment(mixup=0.8, cutmix=1.0, label_smoothing=0.1).task_spec(), folder)
     batches = list(task.train_batches(seed=1, batch_size=50, steps=3))
     np.random.random()  # timm's mixing draws from the global generator
     again = list(task.train_batches(seed=1, batch_size=50, steps=3, start=2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import pytest
 from commands import DENSE, MODEL, TRAIN, made_of, make_project, run, well
 from import_graph import ROOT
 
-from maskllm4v.cli import prune, train, validate
-from maskllm4v.config import load_experiment
+from maskllm4v.checkpoints.masks import load_masks
+from maskllm4v.cli import options, prune, train, validate
+from maskllm4v.cli.main import COMMANDS
+from maskllm4v.config import LearningSettings, load_experiment
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +48,14 @@ HEAD = "see maskllm4v"
         ((*PRUNE, "--pruner", "wunda"), 2, "prune: argument --pruner: invalid choice: 'wunda' (choose from "),
         ((*PRUNE, "--N", "2", "--M", "4"), 2, f"prune: no --N here: say --pattern N:M; {HEAD} prune --help"),
         ((*PRUNE, "--save-model", "out/m.pt"), 2, "'out/m.pt': masks are written as safetensors; end the name in"),
-        ((*PRUNE, *DENSE, "--enable-update"), 1, "prune: update_weights is true, but 'magnitude' cannot update"),
+        ((*PRUNE, *DENSE, "--enable-update"), 1, "prune: --enable-update is true, but 'magnitude' cannot update"),
         ((*PRUNE, *DENSE, "--pattern", "4:2"), 1, "prune: pattern 4:2: N counts kept weights"),
         ((*PRUNE, *DENSE, "--exclude", "tail"), 1, "prune: exclude: 'tail' matches no layer"),
-        ((*PRUNE, *DENSE, "--pruner", "wanda"), 1, "prune: data.calibration is 128, but the train split has 9 images"),
+        ((*PRUNE, *DENSE, "--pruner", "wanda"), 1, "prune: --nsamples is 128, but the train split has 9 images"),
         ((*PRUNE, *DENSE, "--nsamples", "0"), 1, "prune: --nsamples is 0; input should be greater than or equal to 1"),
         ((*PRUNE, "--dense-checkpoint", "absent.pt"), 1, "prune: absent.pt is missing"),
         ((*PRUNE, *DENSE, "--num-classes", "4"), 1, "prune: dense.pt does not fit the model: size mismatch"),
-        ((*PRUNE, *DENSE, "--model", "test_vid"), 1, "prune: model.name is 'test_vid', which timm does not know"),
+        ((*PRUNE, *DENSE, "--model", "test_vid"), 1, "prune: --model is 'test_vid', which timm does not know"),
         (("train", *MODEL, "--output", "out"), 2, "'out': masks are written as safetensors; end the name in"),
         ((*LEARN, "--epochs", "1"), 2, "train: argument --epochs: not allowed with argument --steps"),
         ((*LEARN, "--sparsity-mode", "sparse"), 2, "argument --sparsity-mode: invalid choice: 'sparse'"),
@@ -59,9 +63,13 @@ HEAD = "see maskllm4v"
         ((*LEARN, "--resume", "x.pth.tar"), 2, "train: no --resume here: the same command again goes on"),
         ((*LEARN, "--warmup-epochs", "1"), 1, "train: --warmup-epochs goes with --epochs; with --steps say --warmup"),
         ((*LEARN, "--tau-range", "-1", "1"), 1, "train: --tau-range is -1.0; input should be greater than 0"),
-        ((*LEARN, "--grad-accum-steps", "3"), 1, "accumulate is 3, which does not divide batch_size 4"),
-        ((*LEARN, "--opt", "adamz"), 1, "train: optimizer is 'adamz'; allowed: "),
-        ((*LEARN, "--amp", "--device", "cpu"), 1, "train: amp is 'fp16', which CPUs do not train in"),
+        (
+            (*LEARN, "--grad-accum-steps", "3"),
+            1,
+            "train: --grad-accum-steps is 3, which does not divide --batch-size 4",
+        ),
+        ((*LEARN, "--opt", "adamz"), 1, "train: --opt is 'adamz'; allowed: "),
+        ((*LEARN, "--amp", "--device", "cpu"), 1, "train: --amp is 'fp16', which CPUs do not train in"),
         ((*LEARN, "--data-dir", "nowhere"), 1, "train: nowhere/train is no folder; expected nowhere/train/<class>/"),
         ((*LEARN, "--checkpoint", "dense.pt"), 1, "dense.pt holds no masks to start from; dense weights are --dense"),
         ((*MEASURE, "--sparsity-mode", "sparse"), 1, "validate: --sparsity-mode sparse needs --checkpoint"),
@@ -73,7 +81,7 @@ HEAD = "see maskllm4v"
         ),
         ((*MEASURE, "--checkpoint", "cut.pt"), 1, "validate: cut.pt is damaged"),
         ((*MEASURE, "--checkpoint", "dense.pt", "--use-ema"), 1, "validate: dense.pt holds no averaged weights (EMA)"),
-        ((*MEASURE, "--checkpoint", "dense.pt", "--device", "abacus"), 1, "runtime.device is 'abacus'; allowed: "),
+        ((*MEASURE, "--checkpoint", "dense.pt", "--device", "abacus"), 1, "--device is 'abacus'; allowed: "),
         ((), 2, f"maskllm4v: the following arguments are required: command; {HEAD} --help"),
     ],
     ids=lambda value: "-".join(value[-2:]).strip("-") if isinstance(value, tuple) else "",
@@ -130,11 +138,12 @@ def test_training_scripts_of_the_original(row: str, flags: str, monkeypatch: pyt
     seen: list[argparse.Namespace] = []
     monkeypatch.setattr(train, "run", seen.append)
     well("train", *f"{SCRIPT} {flags}".format(epochs=row[:-2]).split())
-    found, expected = train.settings(seen[0], "2:4"), load_experiment(ROOT / "experiments" / "imagenet_vit_b16.yaml")
+    found, expected = train.settings(seen[0]), load_experiment(ROOT / "experiments" / "imagenet_vit_b16.yaml")
     ours = expected.learned[f"imagenet-maskllm-{row}-sparsegpt"]
-    assert found.learned["masks"] == ours.model_copy(update={"prior": "prior"})
+    assert dict(found.learning) == {key: getattr(ours, key) for key in LearningSettings.model_fields}
     assert found.task == expected.task
     assert found.model == expected.model.model_copy(update={"name": "vit_base_patch16_224"})
+    assert found.data is not None
     assert found.data.root == expected.data.root
 
 
@@ -142,4 +151,80 @@ def test_warm_up_in_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[argparse.Namespace] = []
     monkeypatch.setattr(train, "run", seen.append)
     well("train", *MODEL, "--output", "a.safetensors", "--epochs", "20", "--warmup-epochs", "5")
-    assert train.settings(seen[0], "2:4").learned["masks"].warmup == 0.25
+    assert train.settings(seen[0]).learning.warmup == 0.25
+
+
+# Advice
+
+
+def parsers() -> dict[str, options.Parser]:
+    """The parser of each command."""
+    found: dict[str, options.Parser] = {}
+    for command in COMMANDS:
+        name = command.__name__.rpartition(".")[2]
+        found[name] = options.Parser(prog=f"maskllm4v {name}")
+        command.add_arguments(found[name])
+    return found
+
+
+SHARED = ("prune", "train", "update", "validate", "export")  # commands that use cli/inputs.py
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "maskllm4v" / "cli").glob("*.py")), ids=lambda path: path.stem)
+def test_messages_name_options_that_commands_have(file: Path) -> None:
+    of, found = parsers(), set[str]()
+    commands = SHARED if file.stem == "inputs" else [name for name in of if name == file.stem]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Raise):
+            texts = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            found.update(*(re.findall(r"--[a-z]+(?:-[a-z]+)*", text) for text in texts if isinstance(text, str)))
+    assert not [(name, flag) for name in commands for flag in found if not of[name].has(flag)]
+    assert commands or not found
+    assert found or file.stem not in ("inputs", "train", "export", "validate", "sample")
+
+
+SAID = {
+    "layer 'a': no multiple of 4; leave it dense with `exclude`, or all such layers with `on_misfit='skip'`": {
+        "prune": "layer 'a': no multiple of 4; leave it dense with --exclude",
+        "shrink": "layer 'a': no multiple of 4",
+    },
+    "at most 70; give each position one with `gate='positions'`": {
+        "train": "at most 70; give each position one with --gate positions",
+        "prune": "at most 70",
+    },
+    "singular; calibrate on more samples, or raise `damping`": {
+        "update": "singular; calibrate on more samples, or raise --damping",
+        "prune": "singular; calibrate on more samples",
+    },
+    "data.calibration is 9, but the split has 3": {
+        "prune": "--nsamples is 9, but the split has 3",
+        "train": "data.calibration is 9, but the split has 3",
+    },
+    "batch_size is 3, which 2 processes do not divide": {
+        "train": "--batch-size is 3, which 2 processes do not divide",
+        "shrink": "batch_size is 3, which 2 processes do not divide",
+    },
+    "out/batch_size.pt is missing; run `dvc repro`": {"prune": "out/batch_size.pt is missing; run `dvc repro`"},
+    "amplitude is 3": {"train": "amplitude is 3"},
+    "two lines; a\nb; c, or `exclude`": {"prune": "two lines; a\nb; c, or --exclude"},
+}
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_advice_of_the_library_names_options_of_the_command(text: str) -> None:
+    of = parsers()
+    for command, expected in SAID[text].items():
+        assert options.in_options(text, of[command]) == expected
+
+
+def test_advice_is_given_in_options(here: Path) -> None:
+    done = run(*PRUNE, *DENSE, "--pattern", "2:5")
+    assert done.err.splitlines()[-1].endswith("as 2:5 needs; leave it dense with --exclude")
+    done = run("train", *TRAIN, *DENSE, "--output", "m.safetensors", "--pattern", "8:16")
+    assert done.err.splitlines()[-1].endswith("are supported; give each position one with --gate positions")
+
+
+def test_masks_learned_with_a_logit_a_position(here: Path) -> None:
+    well("train", *TRAIN, *DENSE, "--output", "m.safetensors", "--pattern", "8:16", "--gate", "positions")
+    found = load_masks(Path("m.safetensors"))
+    assert (str(found.pattern), found.gate) == ("8:16", "positions")

@@ -24,8 +24,8 @@ from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.runs.paths import checkpoint, data_folder
 from maskllm4v.sparsity.parameters import prunable_linears
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.classic import to_classic
+from maskllm4v.tasks.diffusion.task import Diffusion
 from maskllm4v.utils.images import read_picture
 
 FAST = ("--steps", "4", "--sampler", "ddim", "--device", "cpu")
@@ -83,7 +83,7 @@ def test_rows_that_are_made(here: Path) -> None:
 
 def test_pictures_are_those_of_the_evaluation(here: Path) -> None:
     experiment: Experiment = load_experiment()
-    task, model = Diffusion(experiment, data_folder("digits")), dit()
+    task, model = Diffusion(experiment.task_spec(), data_folder("digits")), dit()
     load_dense(checkpoint("dense", 0), model, "DiTTransformer2DModel")
     well("sample", "dense", "--device", "cpu")
     assert np.array_equal(picture("dense")[:, :, 0], task.pictures(model)["samples"])

@@ -222,7 +222,7 @@ def test_our_graphs() -> None:
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library)
     from maskllm4v.export.onnx import export_onnx
-    from maskllm4v.tasks import ExportableModel
+    from maskllm4v.tasks.base import ExportableModel
 
     ours = folded()
     exportable = ExportableModel(ours.model.eval(), {"images": torch.rand(2, 16)}, "logits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -304,3 +305,17 @@ def test_a_key_that_is_there_twice_is_an_error(text: str, line: int, key: str, t
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(ConfigError, match=rf"params\.yaml, line {line}: key '{key}' is there twice$"):
         load_experiment(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("name", ["digits", "dit_digits"])
+def test_an_experiment_survives_being_written_down(name: str) -> None:
+    """Its class is one of its task's, which nobody can import by its name."""
+    experiment = load_experiment(ROOT / "experiments" / f"{name}.yaml")
+    copies = [
+        Experiment.model_validate(experiment),
+        Experiment.model_validate(experiment.model_dump()),
+        Experiment.model_validate_json(experiment.model_dump_json()),
+        pickle.loads(pickle.dumps(experiment)),
+        copy.deepcopy(experiment),
+    ]
+    assert all(one == experiment and type(one) is type(experiment) for one in copies)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
-from small_diffusion import JUDGE, experiment
+from small_diffusion import JUDGE
 from small_diffusion import raw as small
 from small_params import SECTIONS, TRAINING, at, fault
 from small_params import params as classification
 
-from maskllm4v.config import DataSettings, DiffusionSettings, load_experiment, parse_experiment
+from maskllm4v.config import DataSettings, load_experiment, parse_experiment
 from maskllm4v.reporting.aggregate import current_records
 from maskllm4v.runs.paths import record_file
 from maskllm4v.utils.io import read_json, value_digest
@@ -24,8 +24,8 @@ SAMPLING = ["sampler", "steps", "guidance", "guided_channels", "clip"]
 # Every key of diffusion's own sections, written down a second time.
 OWN = {
     "task": [
-        *("name", "vae", "scheduler", "train_timesteps", "beta_schedule", "beta_start", "beta_end", "hflip"),
-        *("label_dropout", "conditioning_samples", "bank", "judge", "eval_batch_size", "eval_amp", "eval_split"),
+        *("name", "eval_batch_size", "eval_amp", "eval_split", "vae", "scheduler", "train_timesteps", "beta_schedule"),
+        *("beta_start", "beta_end", "hflip", "label_dropout", "conditioning_samples", "bank", "judge"),
     ],
     "task.bank": [*SAMPLING, "samples"],
     "task.judge": ["task", "model", "training"],
@@ -33,7 +33,7 @@ OWN = {
     "task.judge.model": SECTIONS["model"],
     "task.judge.model.input": SECTIONS["model.input"],
     "task.judge.training": TRAINING,
-    "model": ["name", "args", "adaln", "exclude", "on_misfit", "freq_shift", "fused_attention"],
+    "model": ["name", "args", "exclude", "on_misfit", "fused_attention", "adaln", "freq_shift"],
     "evaluation": [*SAMPLING, "images", "timesteps", "samples", "grid", "columns"],
 }
 
@@ -221,27 +221,6 @@ def test_committed_records_are_of_the_present_settings(table: str) -> None:
         record = read_json(record_file(table, row, ROOT / "reports"))
         assert record["settings"] == found.row(row).record_settings()
         assert record["settings_digest"] == value_digest(record["settings"])
-
-
-# The judge
-
-
-def test_judge_is_an_experiment_of_its_own_on_the_same_data() -> None:
-    found = experiment(task={**params()["task"], "judge": {**JUDGE, "task": {"label_smoothing": 0.1}}}, exact=True)
-    judge = found.judge
-    assert judge is not None
-    assert (judge.data, judge.exact, judge.runtime, judge.seeds) == (found.data, True, found.runtime, [0])
-    assert (judge.task.name, judge.task.label_smoothing) == ("classification", 0.1)
-    assert judge.model.model_dump(exclude_unset=True) == JUDGE["model"]
-    assert (judge.dense.init, judge.dense.steps, judge.dense.lr, judge.dense.batch_size) == ("scratch", 40, 0.01, 64)
-    assert judge.judge is None
-    assert list(judge.rows) == [judge.dense.row]
-    assert isinstance(found.task, DiffusionSettings)
-    assert {key: getattr(judge.dense, key) for key in TRAINING} == dict(found.task.judge.training)
-
-
-def test_no_judge_where_none_is_wanted() -> None:
-    assert experiment().judge is parse_experiment(classification()).judge is None
 
 
 # The tables' files

@@ -10,7 +10,8 @@ from small_params import at, fault
 from small_params import params as classification
 from test_config_diffusion import OWN, changed, params
 
-from maskllm4v.config import EvaluationSettings, parse_experiment
+from maskllm4v.config import parse_experiment
+from maskllm4v.tasks.diffusion.settings import EvaluationSettings
 
 ONE_STEP = "steps is 1, but DDPM goes from the last timestep to the first: 2 at least"
 NO_GRADIENT = "but the variance's channels get no gradient from the noise's error"

@@ -79,12 +79,6 @@ def test_dense_model_of_a_seed(dense: dict[str, Any], seeds: list[int]) -> None:
         assert found.row(row).seeds == [3, 1]
 
 
-@pytest.mark.parametrize(("sets", "expected"), [(1, [0, 0, 0]), (2, [0, 1, 0]), (3, [0, 1, 2]), (5, [0, 1, 2])])
-def test_seeds_take_turns_with_calibration_sets(sets: int, expected: list[int]) -> None:
-    found = parse_experiment({**changed("data.calibration_sets", sets), "seeds": [7, 3, 5]})
-    assert [found.calibration_set(seed) for seed in found.seeds] == expected
-
-
 UNWRITTEN = {"inputs", "gate", "permutation", "weights"}  # at their defaults; older records still fit
 COMMON = {"table", "exact", "seeds", "data", "task", "model", "dense"}
 

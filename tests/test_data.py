@@ -14,7 +14,7 @@ import torch
 from images import digits_settings, draw_folder, everything, folder_settings, open_digits
 from sklearn.datasets import load_digits
 
-from maskllm4v.config import TaskSettings
+from maskllm4v.config import AugmentationSettings
 from maskllm4v.data import ImageData, Manifest, open_data, prepare, read_manifest
 from maskllm4v.data.manifest import Entry, hold_out
 from maskllm4v.utils.errors import DataError
@@ -178,7 +178,7 @@ def test_all_training_images_may_calibrate(tmp_path: Path) -> None:
 def test_manifest_of_another_source_is_refused(digits_folder: Path, tmp_path: Path) -> None:
     settings = folder_settings(tmp_path)
     with pytest.raises(DataError, match=r"manifest of source 'digits', not 'folder'; run prepare again"):
-        open_data(digits_folder, settings, TaskSettings(), {})
+        open_data(digits_folder, settings, AugmentationSettings(), {})
 
 
 @pytest.mark.parametrize("classes", [9, 11])
@@ -213,7 +213,7 @@ def test_held_out_images_are_the_training_splits_own(tmp_path: Path, manifest: M
 
 def test_held_out_images_open_as_a_split(tmp_path: Path, digits: ImageData) -> None:
     prepare(digits_settings(holdout=100), tmp_path)
-    data = open_data(tmp_path, digits_settings(holdout=100), TaskSettings(), {})
+    data = open_data(tmp_path, digits_settings(holdout=100), AugmentationSettings(), {})
     paths = [entry.path for entry in digits.manifest.splits["train"]]
     places = np.array([paths.index(entry.path) for entry in data.manifest.splits["holdout"]])
     assert torch.equal(everything(data, "holdout"), digits.images("train", places, None))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import small_digits
 import torch
 
-from maskllm4v.tasks import ExportableModel
-from maskllm4v.tasks.classification import Classification
+from maskllm4v.config import TaskSpec
+from maskllm4v.tasks.base import ExportableModel, open_task
+from maskllm4v.tasks.classification.task import Classification
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
+from maskllm4v.utils.errors import ConfigError
 
 
 def assert_same(one: ExportableModel, other: ExportableModel) -> None:
@@ -18,8 +18,9 @@ def assert_same(one: ExportableModel, other: ExportableModel) -> None:
     assert all(torch.equal(x, other.inputs[name]) for name, x in one.inputs.items())
 
 
-def test_classification(tmp_path: Path) -> None:
-    task = Classification(small_digits.experiment(), tmp_path / "nothing here")
+def test_classification() -> None:
+    settings = small_digits.experiment()
+    task = Classification(TaskSpec(settings.task, settings.model))
     model = task.build_model(0)
     exportable = task.exportable(model, 3)
     assert {name: (x.shape, x.dtype) for name, x in exportable.inputs.items()} == {
@@ -32,11 +33,12 @@ def test_classification(tmp_path: Path) -> None:
     assert exportable.module(images).shape == (3, 10)
 
 
-def test_diffusion(tmp_path: Path) -> None:
+def test_diffusion() -> None:
     pytest.importorskip("diffusers")
-    from small_diffusion import awake, open_small
+    from small_diffusion import awake, experiment
 
-    task = open_small(tmp_path / "nothing here")
+    settings = experiment()
+    task = open_task(TaskSpec(settings.task, settings.model, settings.evaluation))
     model = awake(task.build_model(0))
     exportable = task.exportable(model, 3)
     assert {name: (x.shape, x.dtype) for name, x in exportable.inputs.items()} == {
@@ -52,3 +54,10 @@ def test_diffusion(tmp_path: Path) -> None:
     sample, timestep, labels = exportable.inputs.values()
     wanted = task.forward(model, NoisyBatch(sample, timestep, labels, sample))
     assert torch.equal(exportable.module(sample, timestep, labels), wanted)
+
+
+def test_data_are_missed_when_they_are_asked_for() -> None:
+    settings = small_digits.experiment()
+    task = open_task(TaskSpec(settings.task, settings.model))
+    with pytest.raises(ConfigError, match="task 'classification' was opened without data"):
+        task.steps_per_epoch(8)

@@ -15,8 +15,8 @@ pytest.importorskip("diffusers")
 from small_diffusion import assert_same_images, clean, dit, experiment, open_small, parts, same
 
 from maskllm4v.data import prepare
-from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
+from maskllm4v.tasks.diffusion.task import Diffusion
 
 
 @pytest.fixture(scope="module")

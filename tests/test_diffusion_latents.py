@@ -19,8 +19,8 @@ from small_diffusion import ARGS, alphas, awake, dit, experiment, make_autoencod
 
 from maskllm4v.config import parse_experiment
 from maskllm4v.data import prepare
-from maskllm4v.tasks.diffusion import Diffusion
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
+from maskllm4v.tasks.diffusion.task import Diffusion
 from maskllm4v.utils.errors import ConfigError
 
 

@@ -19,7 +19,7 @@ from maskllm4v.data import prepare
 from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.parameters import learnable_masks
 from maskllm4v.sparsity.surgery import fold_, make_learnable, set_noise_key
-from maskllm4v.tasks.diffusion import Diffusion
+from maskllm4v.tasks.diffusion.task import Diffusion
 from maskllm4v.training.mask_learning import CURVE_COLUMNS, MaskResult, learn_masks
 
 DATA = {"name": "digits", "source": "digits", "calibration": 30, "holdout": 40}

@@ -17,14 +17,14 @@ pytest.importorskip("torchmetrics")
 from small_diffusion import JUDGE, alphas, dit, experiment, open_small, with_outputs
 
 from maskllm4v.checkpoints.masks import save_dense
-from maskllm4v.config import Experiment
+from maskllm4v.config import DenseSettings
 from maskllm4v.data import prepare
 from maskllm4v.runs.paths import judge_file
-from maskllm4v.tasks import open_task
-from maskllm4v.tasks.diffusion import Diffusion
-from maskllm4v.tasks.diffusion.judge import Judge, distances
-from maskllm4v.training.dense import obtain_dense
-from maskllm4v.utils.errors import CheckpointError
+from maskllm4v.tasks.classification.task import Classification
+from maskllm4v.tasks.diffusion.judge import Judge, classifier, distances
+from maskllm4v.tasks.diffusion.task import Diffusion
+from maskllm4v.training.dense import obtain_dense, train_judge
+from maskllm4v.utils.errors import CheckpointError, ConfigError
 from maskllm4v.utils.rng import generator
 
 SMALL = {"test_fraction": 0.05, "name": "digits", "source": "digits", "calibration": 30}  # 90 images to test on
@@ -116,10 +116,9 @@ def test_half_precision_of_evaluation_is_near(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def judged(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a trained judge in its place."""
-    path, judge = tmp_path_factory.mktemp("judged"), experiment(data=SMALL, task={"judge": JUDGE}).judge
+    path, judge = tmp_path_factory.mktemp("judged"), opened(folder, task={"judge": JUDGE}).judge
     assert judge is not None
-    model = obtain_dense(judge, open_task(judge, folder), 0)
-    save_dense(path / judge_file("dense"), model, judge.model.name)
+    save_dense(path / judge_file("dense"), train_judge(judge, 0), judge.model)
     return path
 
 
@@ -143,9 +142,8 @@ def feed(task: Diffusion, monkeypatch: pytest.MonkeyPatch, images: Tensor) -> li
 
 def judging(folder: Path, samples: int, **evaluation: Any) -> tuple[Diffusion, Judge]:
     task = opened(folder, task={"judge": JUDGE, "eval_batch_size": 37}, evaluation={"samples": samples, **evaluation})
-    inner = task.experiment.judge
-    assert isinstance(inner, Experiment)
-    return task, Judge(inner, folder, judge_file("dense"))
+    assert task.settings.judge is not None
+    return task, Judge(classifier(task.settings.judge, task.spec, folder), judge_file("dense"))
 
 
 def test_images(task: Diffusion) -> tuple[Tensor, Tensor]:
@@ -217,6 +215,31 @@ def test_missing_judge_is_named(folder: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"artifacts/dense/judge\.safetensors is missing"):
         task.evaluate(dit())
+
+
+def test_judge_is_trained_as_a_dense_model_is(here: Path, folder: Path) -> None:
+    """To the bit, with the same settings; on the same data."""
+    task = opened(folder, task={"judge": {**JUDGE, "task": {"label_smoothing": 0.1}}})
+    judge = task.judge
+    assert judge is not None
+    settings = DenseSettings(row="judge", init="scratch", **dict(judge.settings))
+    wanted = obtain_dense(settings, judge.task, 1).state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in train_judge(judge, 1).state_dict().items())
+    assert judge.settings.steps == JUDGE["training"]["steps"]
+    assert judge.task.data_digest == task.data_digest
+    assert isinstance(judge.task, Classification)
+    assert judge.task.settings.label_smoothing == 0.1
+    assert judge.model == judge.task.model.name == JUDGE["model"]["name"]
+
+
+def test_samples_are_not_judged_without_weights(folder: Path) -> None:
+    settings = experiment(data=SMALL, task={"judge": JUDGE}, evaluation={"samples": 4, "images": 1})
+    with pytest.raises(ConfigError, match=r"evaluation\.samples is 4, but the task was opened without weights of task"):
+        Diffusion(settings.task_spec(), folder).evaluate(dit())
+
+
+def test_no_judge_where_none_is_wanted(folder: Path) -> None:
+    assert opened(folder).judge is None
 
 
 def features(seed: int, count: int, shift: float = 0.0) -> Tensor:

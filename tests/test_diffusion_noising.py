@@ -17,8 +17,8 @@ pytest.importorskip("diffusers")
 from diffusers import DDIMScheduler, DDPMScheduler
 from small_diffusion import LINEAR, alphas
 
-from maskllm4v.config import DiffusionSettings
 from maskllm4v.tasks.diffusion.noising import alphas_cumprod, draw, noised, normal, schedule_config, stratified
+from maskllm4v.tasks.diffusion.settings import DiffusionSettings
 from maskllm4v.utils.errors import ConfigError, UserError
 from maskllm4v.utils.rng import generator
 

@@ -21,8 +21,7 @@ from small_project import said, together
 from maskllm4v.checkpoints.masks import save_dense
 from maskllm4v.data import prepare
 from maskllm4v.runs.paths import judge_file
-from maskllm4v.tasks import open_task
-from maskllm4v.tasks.diffusion import Diffusion
+from maskllm4v.tasks.diffusion.task import Diffusion
 from maskllm4v.utils.distributed import rows_of_all
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.processes import rank, world_size
@@ -35,9 +34,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared data, and a judge that has learned nothing."""
     path = tmp_path_factory.mktemp("processes")
     prepare(experiment().data, path / "data")
-    judge = judged(path).experiment.judge
+    judge = judged(path).judge
     assert judge is not None
-    save_dense(path / judge_file("dense"), open_task(judge, path / "data").build_model(0), judge.model.name)
+    save_dense(path / judge_file("dense"), judge.task.build_model(0), judge.model)
     return path
 
 

@@ -13,8 +13,8 @@ pytest.importorskip("diffusers")
 
 from small_diffusion import LINEAR, Oracle, alphas, dit
 
-from maskllm4v.config import SamplingSettings
 from maskllm4v.tasks.diffusion.sampling import Sampler, guided, make_scheduler
+from maskllm4v.tasks.diffusion.settings import SamplingSettings
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.rng import generator, torch_seed
 

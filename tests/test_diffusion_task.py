@@ -28,9 +28,9 @@ from maskllm4v import prune
 from maskllm4v.data import prepare
 from maskllm4v.sparsity.calibration import names_by_part
 from maskllm4v.sparsity.parameters import prunable_linears
-from maskllm4v.tasks import open_task, train_mode
-from maskllm4v.tasks.diffusion import Diffusion
+from maskllm4v.tasks.base import open_task, train_mode
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
+from maskllm4v.tasks.diffusion.task import Diffusion
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.sharding import BatchShard
 
@@ -51,7 +51,7 @@ def task(folder: Path) -> Diffusion:
 
 
 def test_task_is_opened_by_its_name(folder: Path) -> None:
-    task = open_task(experiment(), folder)
+    task = open_task(experiment().task_spec(), folder)
     assert isinstance(task, Diffusion)
     assert (task.shape, task.classes, task.schedule) == ((1, 8, 8), 10, LINEAR)
     assert len(task.data_digest) == 64

@@ -42,6 +42,7 @@ ALL: list[Step] = [
     *(("evaluate", f"small-{row}") for row in ROWS),
     ("export", "small-data"),
     ("report",),
+    ("documents",),
 ]
 # In one interpreter, and not a warm one; each command as its own would run it, but for the imports.
 AFRESH = """

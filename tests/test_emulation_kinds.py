@@ -12,6 +12,7 @@ import yaml
 from import_graph import ROOT
 
 from maskllm4v.config import Experiment, load_experiment, parse_experiment
+from maskllm4v.tasks.diffusion.settings import DiffusionSettings
 from scripts.emulation.kinds import kind, needed, representatives
 from scripts.emulation.pipeline import Call, calls
 from scripts.emulation.shortened import CAPS, exact_tables, shortened
@@ -63,7 +64,7 @@ def test_trainings_have_a_few_steps_and_one_seed(table: str) -> None:
         short.dense,
         *short.learned.values(),
         *short.finetuned.values(),
-        *([short.judge.dense] if short.judge else []),
+        *([short.task.judge.training] if isinstance(short.task, DiffusionSettings) and short.task.judge else []),
     ]
     assert {training.steps for training in trained} == {CAPS["steps"]}
     assert len(short.seeds) == short.runtime.seed_processes == 1

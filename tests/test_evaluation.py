@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from maskllm4v.checkpoints.apply import install
 from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, load_masks, save_dense, save_masks
-from maskllm4v.config import ModelSettings
 from maskllm4v.data import prepare
 from maskllm4v.evaluation.evaluate import measure
 from maskllm4v.evaluation.layer_errors import COLUMNS, layer_diagnostics
 from maskllm4v.sparsity.layers import MaskedLinear, dense_weight
-from maskllm4v.tasks.classification import Classification
 from maskllm4v.tasks.classification.models import PLAIN_VIT, build_model
+from maskllm4v.tasks.classification.settings import TimmSettings
+from maskllm4v.tasks.classification.task import Classification
 from maskllm4v.utils.errors import CheckpointError
 
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def task(folder: Path) -> Classification:
-    return Classification(experiment(), folder)
+    return Classification(experiment().task_spec(), folder)
 
 
 def agreement(model: nn.Module, dense: nn.Module, task: Classification) -> float:
@@ -49,7 +49,7 @@ def agreement(model: nn.Module, dense: nn.Module, task: Classification) -> float
 
 
 def test_dense_row_is_measured(folder: Path, tmp_path: Path) -> None:
-    task = Classification(experiment(), folder)
+    task = Classification(experiment().task_spec(), folder)
     model = task.build_model(5)
     nn.init.normal_(model.head.weight)
     digest = save_dense(tmp_path / "dense", model, PLAIN_VIT)
@@ -69,7 +69,7 @@ def test_dense_row_is_measured(folder: Path, tmp_path: Path) -> None:
 def test_sparse_row_is_measured(
     method: str, logits_a_group: dict[str, int] | None, updated: bool, folder: Path, tmp_path: Path
 ) -> None:
-    task = Classification(experiment(), folder)
+    task = Classification(experiment().task_spec(), folder)
     model = task.build_model(5)
     nn.init.normal_(model.head.weight)
     base = save_dense(tmp_path / "dense", model, PLAIN_VIT)
@@ -109,7 +109,7 @@ class Pictured(Classification):
 
 
 def test_pictures_are_of_the_model_measured_and_of_the_first_seed(folder: Path, tmp_path: Path) -> None:
-    task = Pictured(experiment(), folder)
+    task = Pictured(experiment().task_spec(), folder)
     model = task.build_model(5)
     nn.init.normal_(model.blocks[0].mlp.fc1.weight)
     base = save_dense(tmp_path / "dense", model, PLAIN_VIT)
@@ -127,7 +127,7 @@ def test_pictures_are_of_the_model_measured_and_of_the_first_seed(folder: Path, 
 @pytest.mark.parametrize("start", ["dense", "wanda"])
 def test_finetuned_row_is_measured(start: str, folder: Path, tmp_path: Path) -> None:
     """Every tensor may have changed, and there may be no mask at all."""
-    task = Classification(experiment(), folder)
+    task = Classification(experiment().task_spec(), folder)
     model, after = task.build_model(5), task.build_model(6)
     nn.init.normal_(model.head.weight)
     nn.init.normal_(after.head.weight)
@@ -149,7 +149,7 @@ def test_finetuned_row_is_measured(start: str, folder: Path, tmp_path: Path) -> 
 
 
 def test_masks_of_another_pattern_are_refused(folder: Path, tmp_path: Path) -> None:
-    task = Classification(experiment(), folder)
+    task = Classification(experiment().task_spec(), folder)
     model = task.build_model(0)
     base = save_dense(tmp_path / "dense", model, PLAIN_VIT)
     save_masks(tmp_path / "masks", checkpoint(random_masks(model), base=base))
@@ -158,7 +158,7 @@ def test_masks_of_another_pattern_are_refused(folder: Path, tmp_path: Path) -> N
 
 
 def test_masks_of_another_dense_model_are_refused(folder: Path, tmp_path: Path) -> None:
-    task = Classification(experiment(), folder)
+    task = Classification(experiment().task_spec(), folder)
     model = task.build_model(0)
     save_dense(tmp_path / "dense", model, PLAIN_VIT)
     save_masks(tmp_path / "masks", checkpoint(random_masks(model), base="ab" * 32))
@@ -168,7 +168,7 @@ def test_masks_of_another_dense_model_are_refused(folder: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("fault", ["name", "shape", "convolution"])
 def test_unfit_masks_are_refused_with_their_file(fault: str, folder: Path, tmp_path: Path) -> None:
-    task = Classification(experiment(), folder)
+    task = Classification(experiment().task_spec(), folder)
     model = task.build_model(0)
     base = save_dense(tmp_path / "dense", model, PLAIN_VIT)
     mask = random_masks(model)["blocks.0.mlp.fc1"]
@@ -311,6 +311,6 @@ def test_pretrained_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     name = "vit_tiny_patch16_224"
     with pytest.raises(CheckpointError, match=f"^no pretrained weights for '{name}': .") as caught:
-        build_model(ModelSettings(name=name, args={"depth": 1}), 0, pretrained=True)
+        build_model(TimmSettings(name=name, args={"depth": 1}), 0, pretrained=True)
     assert "\n" not in str(caught.value)
     assert not tried

@@ -20,7 +20,7 @@ import maskllm4v
 import maskllm4v.export.onnx as exporter
 from maskllm4v.export.onnx import about_graph, export_onnx, graph_weights
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.tasks import ExportableModel
+from maskllm4v.tasks.base import ExportableModel
 from maskllm4v.utils.errors import CheckpointError, ConfigError, PatternError, UserError
 
 pytest.importorskip("onnx")

@@ -18,7 +18,7 @@ from maskllm4v.export.onnx import about_graph
 from maskllm4v.export.verify import passes, verify_file
 from maskllm4v.runs.records import measurement_digest
 from maskllm4v.sparsity.surgery import fold_
-from maskllm4v.tasks import open_task
+from maskllm4v.tasks.base import open_task
 from maskllm4v.tasks.classification.models import build_model
 from maskllm4v.utils.io import file_digest, read_json
 
@@ -70,7 +70,7 @@ def test_files_and_what_is_committed_of_them(made: Path, exports: Path) -> None:
 
 def test_files_are_the_row_that_was_measured(made: Path, exports: Path) -> None:
     settings = experiment(made)
-    task = open_task(settings, made / "artifacts/data/digits")
+    task = open_task(settings.task_spec(), made / "artifacts/data/digits")
     expected, found = task.build_model(0), task.build_model(1)
     base = load_dense(made / "artifacts/small-dense/seed3.safetensors", expected, "VisionTransformer")
     path = made / "artifacts" / ROW / "seed3.safetensors"
@@ -96,7 +96,7 @@ def test_files_are_the_row_that_was_measured(made: Path, exports: Path) -> None:
 def test_graph_predicts_what_torch_does(dtype: str, made: Path, exports: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     settings = experiment(made)
-    task = open_task(settings, made / "artifacts/data/digits")
+    task = open_task(settings.task_spec(), made / "artifacts/data/digits")
     model = load_packed(task.build_model(0), exports / f"{ROW}-packed-{dtype}.safetensors").eval()
     session = runtime.InferenceSession(exports / f"{ROW}-{dtype}.onnx", providers=["CPUExecutionProvider"])
     seen = same = 0

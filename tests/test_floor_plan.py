@@ -47,17 +47,22 @@ def test_folders_import_from_storeys_below(name: str) -> None:
     assert not found
 
 
-@pytest.mark.parametrize("name", ["utils", "runs"])
-def test_the_pin_can_come_before_numpy_and_torch(name: str) -> None:
-    assert (ROOT / "maskllm4v" / name / "__init__.py").read_text() == ""
+TASKS = sorted(path.parent.name for path in (ROOT / "maskllm4v" / "tasks").glob("*/__init__.py"))
+EMPTY = [f"maskllm4v/{name}/__init__.py" for name in ("utils", "runs", "tasks", *(f"tasks/{task}" for task in TASKS))]
+
+
+@pytest.mark.parametrize("path", EMPTY)
+def test_the_pin_can_come_before_numpy_and_torch(path: str) -> None:
+    assert (ROOT / path).read_text() == ""
 
 
 LIBRARIES = {  # who may speak to it: a module, or a package as a whole
-    "accelerate": {"maskllm4v.utils.distributed", "maskllm4v.training.trainer"},
+    "accelerate": {"maskllm4v.utils.distributed"},
     "dvc": set(),
     "jinja2": {"maskllm4v.reporting.page"},
-    "matplotlib": {"maskllm4v.reporting.figures"},
+    "matplotlib": {"maskllm4v.reporting.figures.samples"},
     "mlflow": {"maskllm4v.tracking"},
+    "rich": {"maskllm4v.reporting.terminal"},
 }
 
 
@@ -76,11 +81,17 @@ def test_the_package_knows_nothing_of_what_uses_it(module: str) -> None:
         assert "stages" not in roots(module)
 
 
-LIGHT = ("maskllm4v.receipts", "maskllm4v.reporting", "maskllm4v.runs.live", "maskllm4v.tracking.sender")
+LIGHT = (
+    "maskllm4v.config",
+    "maskllm4v.receipts",
+    "maskllm4v.reporting",
+    "maskllm4v.runs.live",
+    "maskllm4v.tracking.sender",
+)
 
 
 @pytest.mark.parametrize("module", [m for m in ALL if m.startswith(LIGHT)])
-def test_reports_need_no_torch(module: str) -> None:
+def test_reports_and_settings_need_no_torch(module: str) -> None:
     pin = "maskllm4v.utils.determinism"  # pin_torch imports torch, in stages; receipts read the pin's variables
     late = {pin, f"{pin}.portable"}
     assert not any({"torch", "timm"} & roots(name) for name in closure(module) - late)
@@ -109,10 +120,9 @@ def test_public_names_exist() -> None:
     assert {name for name in dir(maskllm4v) if not name.startswith("__")} == set(maskllm4v.__all__)
 
 
-# The packages' own __init__.py hold names and a version: nothing that a result could depend on.
-EXEMPT = {"maskllm4v/__init__.py", "stages/__init__.py"}
+# The packages' own __init__.py hold names and a version, if anything: nothing that a result could depend on.
+EXEMPT = {"maskllm4v/__init__.py", "stages/__init__.py", *EMPTY}
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-TASKS = sorted(path.parent.name for path in (ROOT / "maskllm4v" / "tasks").glob("*/__init__.py"))
 
 
 def declared_code(stage: str) -> list[str]:
@@ -132,6 +142,12 @@ def test_stage_declares_the_code_that_it_imports(stage: str) -> None:
     missing = [str(p) for p in sorted(needed) if not any(p == Path(d) or Path(d) in p.parents for d in declared)]
     useless = [d for d in declared if not any(p == Path(d) or Path(d) in p.parents for p in needed)]
     assert (missing, useless) == ([], [])
+
+
+def test_reports_declare_the_settings_of_every_task() -> None:
+    """They show all tables, whatever the task of ``params.yaml``."""
+    settings = {dep for dep in declared_code("report") if dep.startswith("maskllm4v/tasks/")}
+    assert settings == {f"maskllm4v/tasks/{name}/settings.py" for name in TASKS}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -12,16 +12,18 @@ import pytest
 import torch
 from images import TRANSFORM, draw_folder, everything, folder_settings, prepared, same
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from maskllm4v.config import ModelSettings
-from maskllm4v.data import ImageData
-from maskllm4v.data.batches import step_loader
+from maskllm4v.data import ImageData, prepare
+from maskllm4v.data.batches import plain_loader, step_loader
 from maskllm4v.tasks.classification.models import image_settings
-from maskllm4v.utils.errors import ConfigError, DataError
+from maskllm4v.tasks.classification.settings import TimmSettings
+from maskllm4v.utils.errors import ConfigError, DataError, UserError
+from maskllm4v.utils.images import read_picture
 from maskllm4v.utils.rng import generator
 
-MODEL = ModelSettings(name="vit_tiny_patch16_224", args={"img_size": 32})
+MODEL = TimmSettings(name="vit_tiny_patch16_224", args={"img_size": 32})
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def source(tmp_path: Path) -> Path:
     return draw_folder(tmp_path / "pets")
 
 
-def open_folder(root: Path, model: ModelSettings = MODEL, **task: Any) -> ImageData:
+def open_folder(root: Path, model: TimmSettings = MODEL, **task: Any) -> ImageData:
     return prepared(folder_settings(root), root.parent / "manifest", image_settings(model), **{"hflip": 0.5, **task})
 
 
@@ -118,7 +120,7 @@ def test_every_colour_mode_loads_as_three_channels(source: Path, mode: str, name
 
 
 def test_one_channel_models_get_one_channel(source: Path) -> None:
-    grey = image_settings(ModelSettings(name="VisionTransformer", args={"img_size": 16, "in_chans": 1}))
+    grey = image_settings(TimmSettings(name="VisionTransformer", args={"img_size": 16, "in_chans": 1}))
     grey = {**grey, "mean": (0.5,), "std": (0.5,)}
     data = prepared(folder_settings(source), source.parent / "m", grey)
     assert data.images("test", np.arange(2), None).shape == (2, 1, 16, 16)
@@ -170,7 +172,7 @@ def test_augmentation_of_a_part_is_that_of_the_whole(source: Path, part: slice) 
 
 
 def test_resized_images_are_those_of_a_smaller_model(source: Path) -> None:
-    small = open_folder(source, ModelSettings(name="vit_tiny_patch16_224", args={"img_size": 16}))
+    small = open_folder(source, TimmSettings(name="vit_tiny_patch16_224", args={"img_size": 16}))
     found = open_folder(source).resized(16)
     assert torch.equal(everything(found, "train"), everything(small, "train"))
     indices = np.arange(11)
@@ -207,7 +209,7 @@ def test_palette_with_transparency_becomes_rgb(source: Path) -> None:
     palette.save(source / "train" / "cat" / "0.png", transparency=bytes([0, 128]))
     with Image.open(source / "train" / "cat" / "0.png") as image:
         assert (image.mode, image.info["transparency"]) == ("P", bytes([0, 128]))
-    data = open_folder(source, ModelSettings(name="vit_tiny_patch16_224", args={"img_size": 32}))
+    data = open_folder(source, TimmSettings(name="vit_tiny_patch16_224", args={"img_size": 32}))
     assert data.manifest.splits["train"][0].path == "train/cat/0.png"
     found = data.images("train", np.array([0]), None)[0].mean((1, 2)) * 0.5 + 0.5
     assert np.allclose(found.numpy() * 255, [105, 85, 65], atol=2)  # the colours' mean: transparency is ignored
@@ -223,6 +225,62 @@ def test_palette_with_transparency_becomes_rgb(source: Path) -> None:
     ],
 )
 def test_images_have_the_shape_that_the_model_takes(args: dict[str, Any], shape: tuple[int, ...], source: Path) -> None:
-    data = open_folder(source, ModelSettings(name="vit_tiny_patch16_224", args=args))
+    data = open_folder(source, TimmSettings(name="vit_tiny_patch16_224", args=args))
     assert data.images("train", np.arange(2), None).shape == (2, *shape)
     assert data.images("train", np.arange(2), np.random.default_rng(0)).shape == (2, *shape)
+
+
+# Pictures that nobody expects
+
+
+def too_large(path: Path) -> None:
+    Image.new("1", (20_000, 9_500)).save(path)
+
+
+def long_text(path: Path) -> None:
+    info = PngInfo()
+    info.add_text("note", "x" * 2**21, zip=True)
+    Image.new("RGB", (40, 40)).save(path, pnginfo=info)
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+ODD = {"too large": too_large, "long text": long_text, "truncated": truncate}
+
+
+@pytest.mark.parametrize("spoil", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_odd_picture_is_named_in_a_line(source: Path, spoil: Callable[[Path], None], workers: int) -> None:
+    path = source / "train" / "cat" / "3.png"
+    spoil(path)
+    data = open_folder(source)
+    loads = (
+        lambda: list(step_loader(data, seed=1, batch_size=11, steps=1, workers=workers)),
+        lambda: list(plain_loader(data, "train", np.arange(11), 4, workers)),
+    )
+    for load in loads:
+        with pytest.raises(DataError) as caught:
+            load()
+        assert str(caught.value).startswith(f"{path} cannot be read as an image: ")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spoil", ODD.values(), ids=ODD)
+def test_odd_picture_is_named_while_hashing(source: Path, spoil: Callable[[Path], None]) -> None:
+    path = source / "train" / "cat" / "3.png"
+    spoil(path)
+    with pytest.raises(DataError) as caught:
+        prepare(folder_settings(source, hash_files=True), source.parent / "m")
+    assert str(caught.value).startswith(f"{path} is no image that can be read: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spoil", ODD.values(), ids=ODD)
+def test_odd_picture_of_our_own_is_named(spoil: Callable[[Path], None], tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    spoil(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"^cannot read .*/a\.png: \S"):
+        read_picture(tmp_path / "a.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from images import draw_folder, folder_settings
 
 from maskllm4v.data import prepare
-from maskllm4v.utils.errors import DataError
+from maskllm4v.utils.errors import DataError, UserError
+from maskllm4v.utils.io import write_json
 
 
 @pytest.fixture
@@ -136,3 +138,40 @@ def test_files_are_opened_for_hashing_only(
     prepare(folder_settings(source, hash_files=hashed), tmp_path / "m")
     assert {name for name in opened if name.endswith(".png")} == ({f"{i}.png" for i in range(6)} if hashed else set())
     assert "train.csv" in opened
+
+
+# Names and types
+
+
+@pytest.mark.parametrize("place", ["train/cat/{}.png", "train/{}/1.png", "{}/train/cat/1.png"])
+def test_name_that_is_not_utf8_is_told(place: str, tmp_path: Path) -> None:
+    odd = place.format(os.fsdecode(b"f\xfcr"))  # Latin-1
+    root = draw_folder(tmp_path / (Path(odd).parts[0] if odd[0] == "f" else "pets"))
+    if odd[0] != "f":
+        (root / odd).parent.mkdir(exist_ok=True)
+        shutil.copy(root / "train" / "cat" / "0.png", root / odd)
+    with pytest.raises(DataError, match=r"f\\xfcr(\.png)? is a name that is not UTF-8; rename it$"):
+        prepare(folder_settings(root), tmp_path / "m")
+
+
+def test_text_that_is_not_utf8_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write .*/a\.json: '.*f\\udcfcr.*' is not UTF-8"):
+        write_json(tmp_path / "a.json", {"root": os.fsdecode(b"f\xfcr")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_of_other_types_are_counted_and_named(source: Path, tmp_path: Path) -> None:
+    for name in ("a.tif", "b.GIF", "c.heic", "d.tiff", "e.txt", "f.webp.part"):
+        (source / "train" / "dog" / name).write_bytes(b"x")
+    said = r"train: 4 image files of other types are left out: 'dog/a.tif', 'dog/b.GIF', 'dog/c.heic' and 1 more; read"
+    with pytest.warns(UserWarning, match=said) as told:
+        found = prepare(folder_settings(source), tmp_path / "m")
+    assert len(told) == 1
+    assert len(found.splits["train"]) == 11
+
+
+def test_class_of_images_of_other_types_is_an_error_that_names_them(source: Path, tmp_path: Path) -> None:
+    for path in (source / "val" / "cat").iterdir():
+        path.rename(path.with_suffix(".tif"))
+    with pytest.raises(DataError, match=r"val/cat holds no image \(.*\), but 'cat/0.tif' and 'cat/1.tif'$"):
+        prepare(folder_settings(source), tmp_path / "m")

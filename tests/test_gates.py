@@ -103,7 +103,7 @@ def test_index_is_that_of_the_mask(n: int, m: int, gate: str) -> None:
 
 
 def test_too_many_candidates_are_refused() -> None:
-    with pytest.raises(PatternError, match=r"8:16 has 12870 candidate masks a group; .* say gate 'positions'"):
+    with pytest.raises(PatternError, match=r"8:16 has 12870 candidate masks a group; .*`gate=.positions.`$"):
         LearnableMaskedLinear(16, 6, N=8, M=16)
     assert LearnableMaskedLinear(16, 6, N=8, M=16, gate="positions").logits.shape == (16, 6)
 

@@ -101,7 +101,7 @@ class Watched(Regression):
         def note(*args: Any) -> None:
             self.inside = args[2].dtype
 
-        (last,) = [module for name, module in model.named_modules() if name == "2"]
+        (last,) = [module for name, module in model.named_modules() if name.split(".")[-1] == "2"]
         handle = last.register_forward_hook(note)
         outputs = super().forward(model, batch)
         handle.remove()
@@ -166,6 +166,13 @@ def test_recomputing_activations_gives_the_same_gradients(tiny_vit: nn.Module) -
     for name, tensor in logits(kept).items():
         assert torch.equal(logits(recomputed)[name], tensor)
     assert not recomputed.grad_checkpointing
+
+
+def test_recomputing_ends_with_a_training_that_fails(tiny_vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Images, "loss", lambda self, outputs, batch: outputs.sum() * math.nan)
+    with pytest.raises(TrainingError):
+        learned_by_vit(tiny_vit, grad_checkpointing=True)
+    assert not tiny_vit.grad_checkpointing
 
 
 def test_activations_are_recomputed(tiny_vit: nn.Module) -> None:
@@ -259,13 +266,13 @@ def test_first_step_costs_nothing() -> None:
 
 def test_speed_counts_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 104.0])  # after the first step, and at the end
-    monkeypatch.setattr("maskllm4v.training.trainer._Clock._now", lambda _: next(clock))
+    monkeypatch.setattr("maskllm4v.training.cost.Clock._now", lambda _: next(clock))
     assert trained(steps=11, batch_size=32, accumulate=2)[1].cost.samples_per_second == 10 * 32 / 4
 
 
 @pytest.mark.parametrize("changes", [{"amp": "bf16"}, {"amp": "bf16", "compile": True}, {}])
 def test_model_is_handed_back_as_it_was(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accelerate wraps forward in place; a second training has to start from the model's own."""
+    """Autocast and compilation are around the model, not in it: a second training starts as the first did."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = learnable()
     before = set(vars(model))

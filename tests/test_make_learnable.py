@@ -15,6 +15,7 @@ from maskllm4v import (
     current_masks,
     dense_weight,
     make_learnable,
+    prune,
 )
 from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.parameters import learnable_masks
@@ -235,3 +236,29 @@ def test_optimising_logits_reduces_the_loss(tiny_vit: nn.Module, hard: bool) -> 
     after = dict(model.named_parameters())
     for name, parameter in frozen.items():
         assert torch.equal(after[name], parameter)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("gate", ["candidates", "positions"])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("init", ["prior", "magnitude"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_small_steps_move_logits_whatever_the_weights_are(dtype: torch.dtype, init: str, hard: bool, gate: str) -> None:
+    """At −1.5 bfloat16 goes in steps of 0.008, float16 in steps of 0.001."""
+    layers = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 8)).to(dtype)
+    prior = prune(copy.deepcopy(layers), "magnitude")
+    model = make_learnable(layers, prior, pattern="2:4", init=init, gate_std=1.0, hard=hard, gate=gate).train()
+    logits = [mask.logits for mask in learnable_masks(model).values()]
+    assert {one.dtype for one in logits} == {torch.promote_types(dtype, torch.float32)}
+    before = [one.detach().clone() for one in logits]
+    with torch.no_grad():
+        for one in logits:
+            one.add_(1e-3)
+    for one, old in zip(logits, before, strict=True):
+        torch.testing.assert_close(one - old, torch.full_like(old, 1e-3), rtol=1e-3, atol=0)
+    model(torch.randn(5, 32, dtype=dtype)).float().square().sum().backward()
+    assert all(one.grad.isfinite().all() and one.grad.any() for one in logits)
+    masks = current_masks(model)
+    assert init == "prior" or all(masks[name].equal(mask) for name, mask in prior.items())

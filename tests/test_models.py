@@ -10,15 +10,15 @@ import timm
 import torch
 from torch import nn
 
-from maskllm4v.config import ModelSettings
 from maskllm4v.tasks.classification.models import build_model, image_settings, num_classes
+from maskllm4v.tasks.classification.settings import TimmSettings
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 
 SMALL = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depth": 2, "num_heads": 4}
 
 
-def settings(name: str = "VisionTransformer", **changes: Any) -> ModelSettings:
-    return ModelSettings(**{"name": name, "args": SMALL, **changes})
+def settings(name: str = "VisionTransformer", **changes: Any) -> TimmSettings:
+    return TimmSettings(**{"name": name, "args": SMALL, **changes})
 
 
 def small(seed: int = 0, **changes: Any) -> nn.Module:
@@ -262,7 +262,7 @@ def test_number_of_classes_is_the_models(name: str, args: dict[str, Any], count:
 
 @pytest.mark.parametrize("ask", [image_settings, num_classes])
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_223", "vit_tiny_patch16_224.nonsense"])
-def test_unknown_models_have_no_settings(ask: Callable[[ModelSettings], Any], name: str) -> None:
+def test_unknown_models_have_no_settings(ask: Callable[[TimmSettings], Any], name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.name is '{name}', which timm does not know"):
         ask(settings(name, args={}))
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_diffusion import dit
 from small_layers import inputs_of
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 import maskllm4v
@@ -233,3 +234,19 @@ def test_a_dit_is_permuted_by_the_part_of_the_calibration_that_shows_its_layers(
     names = ("attn1.to_out.0", "ff.net.2")
     assert sorted(permutations) == [f"transformer_blocks.{i}.{name}" for i in range(2) for name in names]
     assert float((model(*batch, return_dict=False)[0] - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
+
+
+class Forgetful(Mlp):
+    """As in timm's TinyViT, whose attention overrides ``train``: the value of ``eval`` is nothing."""
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+
+
+def test_blocks_whose_eval_returns_nothing(tiny_vit: nn.Module) -> None:
+    for block in tiny_vit.blocks:
+        forgetful = Forgetful(32, 128)
+        forgetful.load_state_dict(block.mlp.state_dict())
+        block.mlp = forgetful
+    assert tiny_vit.blocks[0].mlp.eval() is None
+    assert {"blocks.0.mlp.fc2", "blocks.1.mlp.fc2"} <= permute_channels_(tiny_vit, "2:4", exclude=["head"]).keys()

@@ -40,7 +40,7 @@ from maskllm4v.runs.paths import (
     record_file,
 )
 from maskllm4v.sparsity.surgery import fold_
-from maskllm4v.tasks import open_task
+from maskllm4v.tasks.base import open_task
 from maskllm4v.tasks.classification.models import build_model
 from maskllm4v.utils.errors import CheckpointError
 from maskllm4v.utils.io import file_digest, read_json
@@ -119,7 +119,7 @@ def folded(experiment: Experiment, row: str, seed: int = 0) -> nn.Module:
 
 
 def images(experiment: Experiment) -> Tensor:
-    task = open_task(experiment, data_folder("digits"))
+    task = open_task(experiment.task_spec(), data_folder("digits"))
     return task.data.images("test", np.arange(32), None)  # type: ignore[attr-defined]
 
 
@@ -157,7 +157,7 @@ def test_rows_start_from_their_priors_order(here: Experiment) -> None:
 @pytest.mark.parametrize("permuted", [True, False])
 def test_masks_are_learned_on_the_permuted_weights(permuted: bool, here: Experiment) -> None:
     """What the library learns there is in the file; without the permutation it is something else."""
-    task, prior = open_task(here, data_folder("digits")), load_masks(checkpoint("wanda", 0))
+    task, prior = open_task(here.task_spec(), data_folder("digits")), load_masks(checkpoint("wanda", 0))
     model = dense_model(here)
     if permuted:
         maskllm4v.apply_permutations_(model, prior.permutations)
@@ -175,7 +175,7 @@ def start_of(experiment: Experiment, *, permuted: bool = True) -> tuple[nn.Modul
 
 @pytest.mark.parametrize("permuted", [True, False])
 def test_weights_are_solved_for_on_the_permuted_model(permuted: bool, here: Experiment) -> None:
-    task, (model, prior) = open_task(here, data_folder("digits")), start_of(here, permuted=permuted)
+    task, (model, prior) = open_task(here.task_spec(), data_folder("digits")), start_of(here, permuted=permuted)
     maskllm4v.apply_masks_(model, prior.masks, "2:4")
     maskllm4v.update_weights_(model, "least_squares", calibration=task.calibration(128, 0))
     found = load_masks(checkpoint("solved", 0))
@@ -186,7 +186,7 @@ def test_weights_are_solved_for_on_the_permuted_model(permuted: bool, here: Expe
 
 def test_hybrids_learn_on_the_permuted_model(here: Experiment) -> None:
     """From updated weights, taught by the dense model; what they keep is updated or dense, in the same order."""
-    task, (model, _) = open_task(here, data_folder("digits")), start_of(here)
+    task, (model, _) = open_task(here.task_spec(), data_folder("digits")), start_of(here)
     solved, found, dense = load_masks(checkpoint("solved", 0)), load_masks(checkpoint("hybrid", 0)), start_of(here)[0]
     started = {
         f"{name}.weight": torch.where(mask, solved.weights[f"{name}.weight"], dense.get_submodule(name).weight)
@@ -244,7 +244,7 @@ def test_layers_are_compared_with_the_permuted_dense_model(here: Experiment) -> 
 
 @pytest.mark.parametrize("row", PERMUTED)
 def test_what_was_measured_is_what_the_file_gives(row: str, here: Experiment) -> None:
-    task = open_task(here, data_folder("digits"))
+    task = open_task(here.task_spec(), data_folder("digits"))
     record = read_json(record_file("t", row))
     assert record["inputs"]["dense"] == [load_verified(checkpoint("dense", s), "dense")[1]["digest"] for s in (0, 1)]
     found = task.evaluate(folded(here, row, 1))
@@ -289,7 +289,7 @@ def test_seeds_whose_channels_stand_in_other_orders_are_not_compared(here: Exper
 
 def test_weight_that_is_shown_is_the_one_its_mask_lies_on(here: Experiment) -> None:
     """Values stand in the last third of its rows."""
-    task = open_task(here, data_folder("digits"))
+    task = open_task(here.task_spec(), data_folder("digits"))
     found = measure(here, task, 0, checkpoint("dense", 0), checkpoint("wanda", 0))
     model, weight = dense_model(here), torch.from_numpy(found.weight)
     assert found.layers[0][0] == "blocks.0.attn.qkv"

@@ -15,6 +15,7 @@ import torch
 import yaml
 from images import draw_folder
 from import_graph import ROOT
+from regression import Regression, settings
 from small_project import (
     LONG,
     STEPS,
@@ -34,6 +35,7 @@ from small_project import (
     together,
     until,
 )
+from torch import Tensor, nn
 
 from maskllm4v.checkpoints.masks import load_dense, load_masks
 from maskllm4v.config import Experiment, FinetunedSettings, load_experiment
@@ -43,7 +45,7 @@ from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.runs.paths import checkpoint, data_folder
 from maskllm4v.sparsity.parameters import learnable_masks, prunable_matrices
 from maskllm4v.sparsity.surgery import make_learnable
-from maskllm4v.tasks import Task, open_task
+from maskllm4v.tasks.base import Task, open_task
 from maskllm4v.training.finetuning import finetune
 from maskllm4v.training.mask_learning import CURVE_COLUMNS, learn_masks
 from maskllm4v.utils.io import read_json
@@ -144,7 +146,7 @@ def test_updated_weights_are_those_of_one_process(one: Path, two: Path) -> None:
 def opened() -> tuple[Experiment, Task, torch.nn.Module]:
     """Inside a project: settings, task, dense model."""
     experiment = load_experiment()
-    task = open_task(experiment, data_folder(experiment.data.name))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
     model = task.build_model(0)
     load_dense(checkpoint("tiny-dense", 0), model, experiment.model.name)
     return experiment, task, model
@@ -243,6 +245,24 @@ def test_gradients_are_those_of_one_process(accumulate: int, one: Path, two: Pat
         assert torch.equal(b, c)
 
 
+class HalfUsed(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(16, 4), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[0](x)
+
+
+def _learn_half() -> None:
+    learn_masks(make_learnable(HalfUsed(), None, pattern="2:4"), Regression(), settings())
+
+
+def test_logits_without_gradient_are_an_error(tmp_path: Path) -> None:
+    """Not a process that waits for gradients which never come."""
+    assert together(tmp_path, _learn_half, processes=2) == [70, 70]
+    assert "parameters that were not used in producing loss" in said(tmp_path)
+
+
 # Evaluation
 
 
@@ -290,7 +310,8 @@ def test_number_of_processes_is_no_part_of_a_command() -> None:
         stage = stage.get("do", stage)
         assert stage["cmd"].split()[:3] == ["python", "-m", f"stages.{name}"]
         assert not {"--", "torchrun", "processes"} & set(stage["cmd"].split())
-        assert "runtime" not in stage["params"]
+        listed = ([entry] if isinstance(entry, str) else entry["params.yaml"] for entry in stage.get("params", []))
+        assert "runtime" not in [name for names in listed for name in names]
 
 
 def test_launcher(one: Path, measured_by_two: Path, tmp_path: Path) -> None:

@@ -104,6 +104,14 @@ CHANGES: dict[str, tuple[Edit, str, set[str]]] = {
         DIGITS,
     ),
     "a stage's command": (replaced("dvc.yaml", "stages.export ${key}", "stages.export ${key} -v"), "code", ALL),
+    "a stage's settings": (replaced("dvc.yaml", "- params.yaml: *common\n", "- runtime\n"), "code", ALL),
+    "the order of a stage's settings": (
+        replaced(
+            "dvc.yaml", "- params.yaml: *common\n        - pattern\n", "- pattern\n        - params.yaml: *common\n"
+        ),
+        "",
+        set(),
+    ),
     "a stage's description": (replaced("dvc.yaml", "One-shot pruning", "Pruning in one shot"), "", set()),
     "bytecode": (appended("maskllm4v/__pycache__/errors.cpython-311.pyc"), "", set()),
     "reports": (appended("maskllm4v/reporting/tables.py"), "", set()),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from import_graph import ROOT
 from made_records import DIGITS, make_records
-from receipt_project import EPYC, WANDA, change_metric, commit, make_checkout, run_stages
+from receipt_project import EPYC, WANDA, change_metric, commit, run_stages
 
 from maskllm4v.config import Experiment
 from maskllm4v.receipts import CPU, Receipt, Row, build_receipt, write_receipt
@@ -28,14 +28,9 @@ EPYC_NAME, XEON_NAME = "AMD EPYC (family 25, model 17)", "Intel(R) Xeon(R) Proce
 HASWELL_NAME = "Haswell (family 6, model 60), emulated by QEMU 7.2"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkout(tmp_path_factory.mktemp("base") / "checkout")
-
-
 @pytest.fixture
-def here(base: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(base, tmp_path / "checkout")
+def here(checkout: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(checkout, tmp_path / "checkout")
 
 
 def keep(here: Path, name: str, experiment: Experiment = DIGITS, **known: Any) -> Receipt:
@@ -115,12 +110,12 @@ def test_emulated_machines_alone(here: Path) -> None:
     assert reproduced_markdown(KNOWN, here / "reports") == "[Where that was tried](#how-exact-is-exact).\n"
 
 
-def test_rows_that_differ_are_named_and_claim_nothing(here: Path, base: Path) -> None:
+def test_rows_that_differ_are_named_and_claim_nothing(here: Path, checkout: Path) -> None:
     change_metric(here, top1=83.412)
     change_metric(here, "digits-ria", nll=0.4001)
     found = build_receipt(here, DIGITS, cpu=EPYC)
     shutil.rmtree(here / "reports")
-    shutil.copytree(base / "reports", here / "reports")
+    shutil.copytree(checkout / "reports", here / "reports")
     write_receipt(here / "reports/receipts/a.json", found)
     assert cells(here)[1:] == [[EPYC_NAME, "every stage", "today's results", "23 of 25", "–"]]
     sentence = f"{EPYC_NAME}, digits, today's results: `ria` and `wanda` came out different, from the 2nd digit on."

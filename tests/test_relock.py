@@ -12,18 +12,20 @@ import yaml
 from import_graph import ROOT
 
 from maskllm4v.utils.errors import UserError
-from scripts.relock import relock
+from scripts.relock import edited_documents, relock
 
-RENDERING = {"report", "track"}
+RENDERING = {"report", "documents", "track"}
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """The code and the lock file, in a repository of its own."""
+    """The code, documents and the lock file, in a repository of its own; the records are the project's."""
     for name in ("maskllm4v", "stages", "experiments"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", "dvc.lock", "params.yaml", ".gitignore"):
+    (tmp_path / "docs").mkdir()
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml", ".gitignore", "README.md", "docs/findings.md"):
         shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "reports").symlink_to(ROOT / "reports")
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     return tmp_path
 
@@ -84,6 +86,31 @@ def test_a_dependency_that_moved(root: Path) -> None:
         assert paths == sorted(paths)
         wanted = [dep["path"].replace("maskllm4v/oneshot", "maskllm4v/zero") for dep in before[name]["deps"]]
         assert paths == sorted(wanted)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/findings.md"])
+def test_prose_is_written_down(root: Path, name: str) -> None:
+    before, path = locked(root), root / name
+    path.write_text(f"{path.read_text()}\nOne more sentence.\n")
+    assert edited_documents(root) == [name]
+    assert relock(root, ["digits"]) == []
+    assert relock(root) == ["documents"]
+    assert edited_documents(root) == []
+    after = locked(root)
+    (old,), (new,) = ([out for out in found["documents"]["outs"] if out["path"] == name] for found in (before, after))
+    assert new["size"] - old["size"] == len("\nOne more sentence.\n")
+    old |= new
+    assert after == before
+
+
+def test_an_edited_block_is_left_to_dvc(root: Path) -> None:
+    """Or the lock would call it what the stage wrote."""
+    before, path = (root / "dvc.lock").read_bytes(), root / "README.md"
+    path.write_text(path.read_text().replace("\n<!-- /digits -->", "\nOne more line.\n<!-- /digits -->"))
+    with pytest.raises(UserError, match=r"README\.md: not what the records give; run dvc repro"):
+        relock(root)
+    assert (root / "dvc.lock").read_bytes() == before
+    relock(root, ["digits"])
 
 
 def test_an_unknown_table_is_an_error(root: Path) -> None:

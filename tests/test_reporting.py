@@ -306,7 +306,8 @@ def test_report_writes_the_committed_bytes(tmp_path: Path) -> None:
     for runs in [*REPORTS.glob("*/runs"), REPORTS / "benchmarks", REPORTS / "receipts"]:  # the README shows all tables
         shutil.copytree(runs, tmp_path / runs.relative_to(ROOT))
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-m", "stages.report"], cwd=tmp_path, check=True, env=environment)
+    for stage in ("report", "documents"):
+        subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=tmp_path, check=True, env=environment)
     written = [p for p in (tmp_path / "reports").rglob("*") if p.is_file()]
     assert len(written) > 40
     for path in written:

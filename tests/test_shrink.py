@@ -235,7 +235,7 @@ def test_command(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (source.parent / "a" / "b" / "val").resolve() == source / "val"
     done = run("shrink", "--data-dir", "pets", "--output", "pets/small")
     assert (done.code, done.out) == (1, "")
-    assert done.err == "shrink: output pets/small and pets lie one inside the other; choose another output\n"
+    assert done.err == "shrink: output pets/small and pets lie one inside the other; choose another --output\n"
     assert run("shrink", "--data-dir", "pets").code == 2
     assert run("shrink", "--output", "x").err == "shrink: data/imagenet is no folder\n"
 

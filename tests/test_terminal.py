@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from maskllm4v.reporting.aggregate import aggregate, best_row, current_records
 from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.report import experiments
 from maskllm4v.reporting.tables import result_cells
-from maskllm4v.reporting.terminal import _aligned, _width, show, table_text
+from maskllm4v.reporting.terminal import _aligned, show, table_text
 
 REPORTS = ROOT / "reports"
 COMMITTED = experiments(ROOT)
@@ -31,18 +33,19 @@ def words(text: str) -> list[str]:
 
 
 @EACH
-@pytest.mark.parametrize("width", [120, 150, 400])
+@pytest.mark.parametrize("width", [80, 120, 150, 400])
 def test_fits_the_terminal(experiment: Experiment, width: int) -> None:
     lines = table_text(experiment, REPORTS, width).splitlines()
     assert max(map(len, lines)) <= width
 
 
 @EACH
-def test_wide_terminals_show_every_cell_in_its_line(experiment: Experiment) -> None:
+@pytest.mark.parametrize("width", [400, None])
+def test_wide_terminals_show_every_cell_in_its_line(experiment: Experiment, width: int | None) -> None:
     metrics = METRICS[experiment.task.name]
     table = aggregate(experiment, current_records(experiment, REPORTS))
     rows = [result_cells(line, metrics) for line in table.to_dict("records")]
-    lines = table_text(experiment, REPORTS, 400).splitlines()
+    lines = table_text(experiment, REPORTS, width).splitlines()
     shown = lines[lines.index(next(line for line in lines if line.startswith("─"))) + 1 :][: len(rows)]
     for line, row in zip(shown, rows, strict=True):
         found = re.sub(r" ± +", " ± ", line)
@@ -76,19 +79,39 @@ def test_numbers_stand_at_their_decimal_points(column: list[str], lines: list[st
     assert _aligned(column) == lines
 
 
-@pytest.mark.parametrize(("text", "width"), [("±✔–Δ", 4), ("日本", 4), ("e\u0301", 1), ("\033[1mbold\033[0m", 4)])
-def test_widths_are_a_terminal_s(text: str, width: int) -> None:
-    assert _width(text) == width
-
-
-def test_columns_stay_below_each_other_with_wide_letters(tmp_path: Path) -> None:
-    raw = DIGITS.model_dump()
-    raw["rows"]["digits-wanda"] = "ワンダ"
-    wide = Experiment.model_validate(raw)
-    lines = table_text(wide, make_records(wide, tmp_path), 400).splitlines()
-    (line,) = [line for line in lines if line.startswith("ワンダ")]
+@pytest.mark.parametrize(
+    ("label", "more"), [("±✔–Δ", 0), ("ワンダ", 3), ("e\u0301", -1)], ids=["narrow", "two columns", "accent"]
+)
+def test_columns_stay_below_each_other_with_letters_of_any_width(label: str, more: int, tmp_path: Path) -> None:
+    lines = labelled(label, tmp_path, 400)
+    (line,) = [line for line in lines if line.startswith(label)]
     other = next(line for line in lines if line.startswith("Magnitude"))
-    assert line.index("2:4") + 3 == other.index("2:4")  # three letters of two columns
+    assert line.index("2:4") + more == other.index("2:4")
+
+
+@pytest.mark.parametrize("label", ["[bold]Wanda[/bold]", "[2:4] Wanda", "Wanda :smile: \\[x]", "https://a.b 'c' 1.5"])
+def test_labels_are_no_markup(label: str, tmp_path: Path) -> None:
+    assert any(line.startswith(f"{label}  ") for line in labelled(label, tmp_path, None))
+
+
+@pytest.mark.parametrize("width", [80, 90, 100, 120])
+def test_long_labels_are_wrapped_and_whole(width: int, tmp_path: Path) -> None:
+    label = "Wanda with a name that is longer than terminals have room for, on and on"
+    lines = labelled(label, tmp_path, width)
+    start = next(place for place, line in enumerate(lines) if line.startswith("Wanda with"))
+    end = next(place for place, line in enumerate(lines) if line.startswith("SparseGPT"))
+    assert end - start > 1
+    assert max(map(len, lines)) <= width
+    column = lines[start].index(" 2:4")
+    assert " ".join(line[:column].strip() for line in lines[start:end]) == label
+
+
+def labelled(label: str, reports: Path, width: int | None) -> list[str]:
+    """Lines of a table with another label for one of its rows."""
+    raw = DIGITS.model_dump()
+    raw["rows"]["digits-wanda"] = label
+    experiment = Experiment.model_validate(raw)
+    return table_text(experiment, make_records(experiment, reports), width).splitlines()
 
 
 @EACH
@@ -111,12 +134,32 @@ def test_the_best_sparse_row_is_bold(experiment: Experiment) -> None:
 def test_bold_is_for_terminals_that_want_it(
     tty: bool, no_color: str | None, bold: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
     if no_color is not None:
         monkeypatch.setenv("NO_COLOR", no_color)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: tty)
     show(DIGITS, REPORTS)
     assert ("\033[1m" in capsys.readouterr().out) is bold
+
+
+def test_dumb_terminals_get_no_escapes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show(DIGITS, REPORTS)
+    assert "\033" not in capsys.readouterr().out
+
+
+def test_pipes_get_all_columns_and_no_space_at_the_ends() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR")}
+    command = [sys.executable, "-m", "maskllm4v", "report", "--show", "digits"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    text = done.stdout.decode()
+    assert text == table_text(COMMITTED["digits"], REPORTS) + "\n"
+    assert "No room" not in text
+    assert not re.search(r" $|\033", text, re.MULTILINE)
 
 
 def test_a_leak_is_said(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from images import draw_folder, everything, folder_settings, prepared, same
 from PIL import Image
 
-from maskllm4v.config import DataSettings, TaskSettings
+from maskllm4v.config import AugmentationSettings, DataSettings
 from maskllm4v.data import open_data, prepare
 from maskllm4v.data.batches import step_loader
 from maskllm4v.utils.errors import ConfigError, DataError
@@ -147,7 +147,7 @@ def test_other_number_of_images_than_the_manifests_raises(kind: str, source: Pat
     (source / "train" / "cat" / "4.png").unlink()
     of_kind(kind, source)
     with pytest.raises(DataError, match="train has 10 images, the manifest 11; run prepare again"):
-        open_data(tmp_path / "m", settings, TaskSettings(), {})
+        open_data(tmp_path / "m", settings, AugmentationSettings(), {})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,7 +155,10 @@ def test_source_that_is_gone_is_named(kind: str, source: Path, tmp_path: Path) -
     settings = of_kind(kind, source)
     prepare(settings, tmp_path / "m")
     shutil.rmtree(source)
-    for step in (lambda: open_data(tmp_path / "m", settings, TaskSettings(), {}), lambda: prepare(settings, tmp_path)):
+    for step in (
+        lambda: open_data(tmp_path / "m", settings, AugmentationSettings(), {}),
+        lambda: prepare(settings, tmp_path),
+    ):
         with pytest.raises(DataError, match=rf"data\.dataset '.*': {source}/train.* is missing"):
             step()
 
@@ -256,7 +259,7 @@ def test_torchvision_downloads_when_prepared_only(tmp_path: Path, monkeypatch: p
     assert asked == [True, True, False, False]
     shutil.rmtree(tmp_path / "FashionMNIST")
     with pytest.raises(DataError, match=r"data\.dataset 'torch/fashion_mnist', split 'train': Dataset not found"):
-        open_data(tmp_path / "m", timm_settings(tmp_path, "torch/fashion_mnist"), TaskSettings(), {})
+        open_data(tmp_path / "m", timm_settings(tmp_path, "torch/fashion_mnist"), AugmentationSettings(), {})
 
 
 # What cannot be read

@@ -114,6 +114,9 @@ def test_curves_and_artifacts(root: Path, experiment: Experiment) -> None:
     for name, size in (("packed.safetensors", 10), ("model.onnx", 10), ("large.onnx", LARGEST_ARTIFACT + 1)):
         (files / name).write_bytes(bytes(size))
     (root / "reports/digits/exports.md").write_text("files")
+    (root / "reports/digits/figures").mkdir()
+    for name in ("curves.svg", "samples.png"):
+        (root / "reports/digits/figures" / name).write_bytes(b"drawn")
     publish(root, experiment)
     client, found = MlflowClient(f"sqlite:///{root / 'mlflow.db'}"), by_row(root)
     learned = found["digits-maskllm-short-magnitude"].info.run_id
@@ -128,7 +131,8 @@ def test_curves_and_artifacts(root: Path, experiment: Experiment) -> None:
     assert [file.path for file in client.list_artifacts(pruned, "masks")] == ["masks/seed0.safetensors"]
     exported = [file.path for file in client.list_artifacts(pruned, "export")]
     assert exported == [f"export/{name}" for name in ("large.onnx", "model.onnx", "packed.safetensors")]
-    assert "report/exports.md" in [file.path for file in client.list_artifacts(pruned, "report")]
+    reported = {file.path for file in client.list_artifacts(pruned, "report")}
+    assert reported >= {f"report/{name}" for name in ("exports.md", "curves.svg", "samples.png")}
     assert client.list_artifacts(learned, "export") == []
 
 

@@ -18,7 +18,7 @@ from small_project import copied, ready_project, run_stage, said, tiny_params
 from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.export.writing import folded_row
 from maskllm4v.runs.paths import record_file
-from maskllm4v.tasks import ExportableModel, open_task
+from maskllm4v.tasks.base import ExportableModel, open_task
 from maskllm4v.tracking.champion import _save
 from maskllm4v.tracking.publishing import publish
 from maskllm4v.utils.io import read_json, write_json
@@ -78,7 +78,7 @@ def settings(folder: Path) -> Experiment:
 
 def folded(folder: Path, row: str, batch: int) -> ExportableModel:
     with chdir(folder):
-        task = open_task(settings(folder), Path("artifacts/data/digits"))
+        task = open_task(settings(folder).task_spec(), Path("artifacts/data/digits"))
         return task.exportable(folded_row(settings(folder), task, row).model.eval(), batch)
 
 

@@ -141,7 +141,7 @@ BAD_INPUT = {
     "singular": (
         "small-squares",
         lambda p: (p["data"].update(calibration=1), p["updated"]["small-squares"].update(damping=0.0)),
-        "kept weights is singular; calibrate on more samples or raise damping",
+        "kept weights is singular; calibrate on more samples, or raise `damping`",
     ),
 }
 

@@ -14,7 +14,7 @@ from regression import Noisy, Normalised, Regression, priors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskllm4v.config import DenseSettings, FinetunedSettings, parse_experiment
+from maskllm4v.config import DenseSettings, FinetunedSettings
 from maskllm4v.config.sections import ProgressiveSettings
 from maskllm4v.sparsity.parameters import current_masks
 from maskllm4v.sparsity.surgery import apply_masks_, fold_
@@ -195,18 +195,8 @@ def test_weights_left_are_the_average() -> None:
 # Where the dense model comes from
 
 
-def experiment(**settings: Any) -> Any:
-    return parse_experiment(
-        {
-            "table": "t",
-            "title": "T",
-            "seeds": [0],
-            "data": {"name": "d", "source": "digits"},
-            "model": {"name": "VisionTransformer"},
-            "dense": {"row": "dense", **settings},
-            "rows": {"dense": "Dense"},
-        }
-    )
+def source(**settings: Any) -> DenseSettings:
+    return DenseSettings(row="dense", **settings)
 
 
 def test_dense_model_comes_from_a_plain_file(tmp_path: Path) -> None:
@@ -214,23 +204,23 @@ def test_dense_model_comes_from_a_plain_file(tmp_path: Path) -> None:
     saved = task.build_model(5)
     path = tmp_path / "plain.safetensors"
     save_file(saved.state_dict(), path)
-    found = obtain_dense(experiment(init="checkpoint", checkpoint=str(path)), task, 0)
+    found = obtain_dense(source(init="checkpoint", checkpoint=str(path)), task, 0)
     assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in found.state_dict().items())
     path.write_bytes(b"none")
     with pytest.raises(CheckpointError, match=r"plain\.safetensors"):
-        obtain_dense(experiment(init="checkpoint", checkpoint=str(path)), task, 0)
+        obtain_dense(source(init="checkpoint", checkpoint=str(path)), task, 0)
 
 
 def test_dense_file_of_another_model_is_named(tmp_path: Path) -> None:
     path = tmp_path / "plain.safetensors"
     save_file({"0.weight": torch.ones(8, 16)}, path)
     with pytest.raises(CheckpointError, match=r"plain\.safetensors does not fit the model"):
-        obtain_dense(experiment(init="checkpoint", checkpoint=str(path)), Regression(), 0)
+        obtain_dense(source(init="checkpoint", checkpoint=str(path)), Regression(), 0)
 
 
 def test_dense_model_is_trained_from_its_seed() -> None:
     task = Regression()
-    found = obtain_dense(experiment(init="scratch", steps=3), task, 2)
+    found = obtain_dense(source(init="scratch", steps=3), task, 2)
     wanted = task.build_model(2)
-    train_dense(wanted, task, DenseSettings(row="dense", init="scratch", steps=3), seed=2)
+    train_dense(wanted, task, source(init="scratch", steps=3), seed=2)
     assert all(torch.equal(tensor, wanted.state_dict()[name]) for name, tensor in found.state_dict().items())

@@ -29,7 +29,7 @@ from typing import Any
 FORK = multiprocessing.get_context("fork")
 
 IMPORTED = (
-    *("torch", "torchvision", "timm", "timm.data", "timm.optim", "accelerate", "safetensors.torch", "sklearn.datasets"),
+    *("torch", "torchvision", "timm", "timm.data", "timm.optim", "safetensors.torch", "sklearn.datasets"),
     *("PIL.Image", "pandas", "pydantic", "yaml", "jinja2", "matplotlib.figure", "mlflow"),
     *("mlflow.store.tracking.sqlalchemy_store", "dvc.cli", "dvc.repo.reproduce"),
     *("onnxscript.function_libs.torch_lib.ops", "torch.onnx._internal.exporter._core"),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.tasks import Task
+from maskllm4v.tasks.base import Task
 from maskllm4v.training.trainer import TrainTarget
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from maskllm4v.checkpoints.format import METADATA_KEY, load_verified, open_tensors, save_verified
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import CheckpointError
+from maskllm4v.utils.text import few
 
 CANDIDATES = "candidates"  # the gate that files do not name
+WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, timm's EMA, torch.compile
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,16 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> 
     """A strict ``load_state_dict`` whose error fits on a line, and that changes nothing if anything does not fit."""
     own = model.state_dict()
     shapes = {name: (tuple(tensors[name].shape), tuple(own[name].shape)) for name in own.keys() & tensors.keys()}
-    faults = [f"{name!r} is missing" for name in own if name not in tensors]
-    faults += [f"the model has no {name!r}" for name in tensors if name not in own]
-    faults += [f"size mismatch for {name!r}: {a}, not {b}" for name, (a, b) in sorted(shapes.items()) if a != b]
-    if faults:
-        raise CheckpointError(f"{origin} does not fit the model: {'; '.join(faults)[:300]}")
+    sizes = [f"{name!r}: {a}, not {b}" for name, (a, b) in sorted(shapes.items()) if a != b]
+    told = {
+        "size mismatch for": few(sizes, quoted=False),
+        "it lacks": few([name for name in own if name not in tensors]),
+        "the model has no": few([name for name in tensors if name not in own]),
+    }
+    if faults := [f"{what} {names}" for what, names in told.items() if names]:
+        if prefix := _fitting_prefix(own, tensors):
+            faults.append(prefix)
+        raise CheckpointError(f"{origin} does not fit the model: {'; '.join(faults)}")
     try:
         model.load_state_dict(dict(tensors), strict=True)
     except RuntimeError as error:
@@ -80,10 +88,39 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> 
         raise CheckpointError(f"{origin} does not fit the model: {' '.join(lines)[:300]}") from error
 
 
+def _fitting_prefix(own: Collection[str], found: Collection[str]) -> str:
+    """What to say of a prefix in which most of a file's names differ from the model's; empty if there is none."""
+    said, most = "", len(own) // 2
+    for how, longer, shorter in (("without", found, own), ("behind", own, found)):
+        prefixes = Counter(
+            name[: i + 1]
+            for name in longer
+            if name not in shorter
+            for i, character in enumerate(name)
+            if character == "." and name[i + 1 :] in shorter
+        )
+        for prefix, count in prefixes.most_common(1):
+            if count > most:
+                said = f"{how} the prefix {prefix!r}, {count:,} of its {len(found):,} names would fit"
+                most = count
+    return said
+
+
 def load_plain_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of any safetensors file; one of ours is verified, and has to hold dense weights."""
+    """The tensors of any safetensors file; one of ours is verified, and has to hold dense weights.
+
+    Names are :func:`unwrapped` in those of others.
+    """
     tensors, metadata = open_tensors(path)
-    return load_verified(path, "dense")[0] if METADATA_KEY in metadata else tensors
+    return load_verified(path, "dense")[0] if METADATA_KEY in metadata else unwrapped(tensors)
+
+
+def unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
+    """A state dict without the prefixes that wrappers put before all of its names."""
+    names = {str(name): value for name, value in state.items()}
+    while prefix := next((p for p in WRAPPERS if names and all(name.startswith(p) for name in names)), ""):
+        names = {name[len(prefix) :]: value for name, value in names.items()}
+    return names
 
 
 def save_masks(path: Path, checkpoint: MaskCheckpoint, more: Mapping[str, Any] = {}) -> str:

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from maskllm4v.checkpoints.format import is_safetensors, kind_of, load_verified
-from maskllm4v.checkpoints.masks import MaskCheckpoint, load_masks, load_plain_state
+from maskllm4v.checkpoints.masks import MaskCheckpoint, load_masks, load_plain_state, unwrapped
 from maskllm4v.checkpoints.packed import load_packed_file
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import CheckpointError, PatternError
 
 AVERAGED, PLAIN = ("state_dict_ema", "model_ema", "ema"), ("state_dict", "model")  # where a file keeps its state dicts
-WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, timm's EMA, torch.compile
 DEFAULT = NMPattern(2, 4)
 
 
@@ -176,19 +175,11 @@ def read_torch(path: Path, ema: bool | None = None) -> tuple[dict[str, Tensor], 
     if averaged is not None and plain is None and ema is False:
         raise CheckpointError(f"{path} holds nothing but averaged weights (EMA)")
     is_average = averaged is not None and ema is not False
-    state = _unwrapped((averaged if is_average else plain) or found)
+    state = unwrapped((averaged if is_average else plain) or found)
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor of a state dict")
     return state, is_average
-
-
-def _unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
-    """Names without the prefixes that wrappers put before all of them."""
-    names = {str(name): value for name, value in state.items()}
-    while prefix := next((p for p in WRAPPERS if names and all(name.startswith(p) for name in names)), ""):
-        names = {name[len(prefix) :]: value for name, value in names.items()}
-    return names
 
 
 def _separate(

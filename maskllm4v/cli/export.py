@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskllm4v.cli import options
-from maskllm4v.config import PARAMS, load_experiment
+from maskllm4v.config import PARAMS, RuntimeSettings, TaskSpec, load_experiment
 from maskllm4v.runs.paths import data_folder
 from maskllm4v.utils.errors import CheckpointError, ConfigError, PatternError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from maskllm4v.config import Experiment
     from maskllm4v.export.files import Folded
     from maskllm4v.sparsity.patterns import NMPattern
-    from maskllm4v.tasks import Task
+    from maskllm4v.tasks.base import Task
 
 FORMATS = {
     "packed": "kept values and their places; maskllm4v.load_packed reads it",
@@ -55,27 +54,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_exclude(parser, "of files without masks: ")
     options.add_pattern(parser, "what the file says; else 2:4")
     options.add_model(parser, required=False, images=False)
-    parser.set_defaults(exclude=None, dataset=None, data_dir="none", workers=0, device="cpu")
+    parser.set_defaults(exclude=None, workers=0, device="cpu")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from maskllm4v.cli import inputs
     from maskllm4v.export.writing import file_name, folded_row, write
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
 
     a = arguments
     _check_flags(a)
     dtype = a.dtype
     if a.row is not None:
         experiment = load_experiment(a.params or PARAMS)
-        experiment = experiment.model_copy(update={"runtime": experiment.runtime.model_copy(update={"device": "cpu"})})
-        task = open_task(experiment, data_folder(experiment.data.name))
+        spec = replace(experiment.task_spec(), runtime=RuntimeSettings(device="cpu"))
+        task = open_task(spec, data_folder(experiment.data.name))
         folded, name = folded_row(experiment, task, a.row, a.seed_of_row), a.row
     else:
-        data = {"train": "train", "test": "val", "calibration": 1}  # nobody looks at it
-        experiment = options.experiment(a, data=data, exclude=["head"] if a.exclude is None else a.exclude)
-        task = inputs.task_of(experiment)
-        folded, own = _folded_file(a, experiment, task)
+        excluded = {"exclude": a.exclude} if a.exclude is not None else {}
+        spec = options.settings(options.Flags, a, model=excluded).spec
+        task = open_task(spec)
+        folded, own = _folded_file(a, spec, task)
         name = re.sub(r"(\.(safetensors|pth|pt|bin|tar))+$", "", a.checkpoint.name)
         dtype = dtype or own
     path = a.output or Path(file_name(name, a.format, a.dtype))
@@ -100,7 +98,7 @@ def _check_flags(a: argparse.Namespace) -> None:
         raise ConfigError(f"--output: {a.output} does not end in {suffix}, as {a.format!r} files do")
 
 
-def _folded_file(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple[Folded, str | None]:
+def _folded_file(a: argparse.Namespace, spec: TaskSpec, task: Task) -> tuple[Folded, str | None]:
     """The model of a checkpoint, and the type of its weights, if they have one."""
     from maskllm4v.checkpoints.format import tensors_digest
     from maskllm4v.checkpoints.third_party import LoadedWeights, load_any
@@ -112,11 +110,11 @@ def _folded_file(a: argparse.Namespace, experiment: Experiment, task: Task) -> t
 
     found = load_any(a.checkpoint, ema=a.use_ema, pattern=a.pattern)
     said = found.about if isinstance(found, LoadedWeights) else {}
-    model, masks = inputs.masked_model(a, experiment, task, found, a.checkpoint)
-    name, args = experiment.model.name, experiment.model.args
+    model, masks = inputs.masked_model(a, spec, task, found, a.checkpoint)
+    name, args = spec.model.name, spec.model.args
     if isinstance(found, LoadedWeights) and masks is None:
         pattern = NMPattern(a.pattern or said.get("pattern") or "2:4")
-        layers = said.get("layers") or prunable_linears(model, pattern, exclude=experiment.model.excluded_layers)
+        layers = said.get("layers") or prunable_linears(model, pattern, exclude=spec.model.excluded_layers)
         zeros = _masks_of_zeros(model, pattern, layers, a.checkpoint)
         base = said.get("base") or tensors_digest(model.state_dict())
         folded = Folded(model, zeros, pattern, name, said.get("method", "unknown"), base, updated=True)

@@ -17,12 +17,12 @@ from maskllm4v.checkpoints.apply import check_fits, install
 from maskllm4v.checkpoints.format import tensors_digest
 from maskllm4v.checkpoints.masks import MaskCheckpoint, load_state, save_dense
 from maskllm4v.checkpoints.third_party import LoadedWeights, dense_state, load_any, unpruned
-from maskllm4v.config import DataSettings, Experiment, ModelSettings
+from maskllm4v.config import DataSettings, TaskSpec
 from maskllm4v.data import prepare
 from maskllm4v.sparsity.parameters import prunable_linears
-from maskllm4v.tasks import Task, open_task
+from maskllm4v.tasks.base import Task, open_task
 from maskllm4v.tasks.classification.models import num_classes
-from maskllm4v.training.dense import obtain_dense
+from maskllm4v.tasks.classification.settings import TimmSettings
 from maskllm4v.utils.devices import pick_device
 from maskllm4v.utils.distributed import same_everywhere
 from maskllm4v.utils.errors import CheckpointError, ConfigError, DataError
@@ -43,27 +43,34 @@ def data_folder(data: DataSettings) -> Path:
     return CACHE / "data" / value_digest(data.beyond_defaults())[:16]
 
 
-def task_of(experiment: Experiment) -> Task:
-    """The experiment's task; its data need not be prepared yet."""
-    return open_task(experiment, data_folder(experiment.data))
+def task_of(spec: TaskSpec) -> Task:
+    """The task of a command that has data; they need not be prepared yet."""
+    assert spec.data is not None
+    return open_task(spec, data_folder(spec.data))
 
 
-def prepare_data(experiment: Experiment, task: Task) -> str:
+def prepare_data(spec: TaskSpec, task: Task, *, labels: bool = True) -> str:
     """Write the manifest, anew each time: folders change. Returns its digest.
+
+    Args:
+        spec, task: whose data they are.
+        labels: whether labels are looked at. Where they are not, as in calibration, a model without classes will do.
 
     Raises:
         DataError: the source is missing or empty, or has not as many classes as the model.
     """
-    assert isinstance(experiment.model, ModelSettings)
+    assert isinstance(spec.model, TimmSettings)
+    assert spec.data is not None
     if is_main():
-        found = len(prepare(experiment.data, data_folder(experiment.data), one_split=True).classes)
-        if found != (wanted := num_classes(experiment.model)):
-            where = experiment.data.dataset or experiment.data.root
+        found = len(prepare(spec.data, data_folder(spec.data), one_split=True).classes)
+        wanted = num_classes(spec.model)
+        if found != wanted and (labels or wanted):
+            where = spec.data.dataset or spec.data.root
             raise DataError(
-                f"{where} has {found} classes, but {experiment.model.name} tells {wanted} apart; say --num-classes, "
+                f"{where} has {found} classes, but {spec.model.name} tells {wanted} apart; say --num-classes, "
                 "or give a model of that many"
             )
-    same_everywhere(None, pick_device(experiment.runtime.device))  # the others wait for the manifest
+    same_everywhere(None, pick_device(spec.runtime.device))  # the others wait for the manifest
     return task.data_digest
 
 
@@ -72,12 +79,12 @@ def beside(masks: Path, base: str) -> Path:
     return masks.parent / f"dense-{base[:16]}.safetensors"
 
 
-def keep_beside(masks: Path, dense: nn.Module, experiment: Experiment) -> str:
+def keep_beside(masks: Path, dense: nn.Module, spec: TaskSpec) -> str:
     """Write the dense weights beside a mask file, if they are not there; returns their digest."""
     base = tensors_digest(dense.state_dict())
     path = beside(masks, base)
     if is_main() and not path.exists():
-        save_dense(path, dense, experiment.model.name)
+        save_dense(path, dense, spec.model.name)
     return base
 
 
@@ -86,16 +93,17 @@ def given_dense(arguments: argparse.Namespace) -> bool:
     return arguments.pretrained or arguments.dense_checkpoint is not None
 
 
-def dense_model(experiment: Experiment, task: Task) -> nn.Module:
+def dense_model(arguments: argparse.Namespace, spec: TaskSpec, task: Task) -> nn.Module:
     """The dense model that the flags say, or timm's pretrained one, on the task's device."""
-    model = obtain_dense(experiment, task, experiment.seeds[0]).to(pick_device(experiment.runtime.device))
-    say(f"dense weights: {experiment.dense.checkpoint or f'{experiment.model.name}, pretrained'}")
+    file: Path | None = arguments.dense_checkpoint
+    model = task.build_model(spec.seeds[0], pretrained=file is None)
+    if file is not None:
+        load_state(model, task.read_weights(file), str(file))
+    say(f"dense weights: {file or f'{spec.model.name}, pretrained'}")
     return model
 
 
-def dense_of_masks(
-    arguments: argparse.Namespace, experiment: Experiment, task: Task, masks: Path, base: str
-) -> nn.Module:
+def dense_of_masks(arguments: argparse.Namespace, spec: TaskSpec, task: Task, masks: Path, base: str) -> nn.Module:
     """The dense model that a mask file of ours belongs to.
 
     Raises:
@@ -103,9 +111,9 @@ def dense_of_masks(
     """
     path = beside(masks, base)
     if given_dense(arguments):
-        model = dense_model(experiment, task)
+        model = dense_model(arguments, spec, task)
     elif path.exists():
-        model = task.build_model(experiment.seeds[0])
+        model = task.build_model(spec.seeds[0])
         load_state(model, dense_state(path), str(path))
         say(f"dense weights: {path}")
     else:
@@ -128,7 +136,7 @@ def masks_in(path: Path, pattern: str | None) -> LoadedWeights | MaskCheckpoint:
 
 
 def start_from(
-    arguments: argparse.Namespace, experiment: Experiment, task: Task, found: LoadedWeights | MaskCheckpoint, path: Path
+    arguments: argparse.Namespace, spec: TaskSpec, task: Task, found: LoadedWeights | MaskCheckpoint, path: Path
 ) -> tuple[nn.Module, MaskCheckpoint]:
     """The dense model that the masks of a file belong to, not permuted yet, and the masks.
 
@@ -140,17 +148,17 @@ def start_from(
     """
     updated = list[str]()
     if isinstance(found, MaskCheckpoint):
-        model, masks = dense_of_masks(arguments, experiment, task, path, found.base), found
+        model, masks = dense_of_masks(arguments, spec, task, path, found.base), found
         updated = [name for name in found.masks if f"{name}.weight" in found.weights]
     else:
         if not given_dense(arguments):
             unpruned(found)
-            model = load_original(found, experiment, task)
+            model = load_original(found, spec, task)
             say(f"dense weights: those in {path}, as they are (updated ones, if it was made so)")
         elif found.about.get("permuted"):
             raise CheckpointError(f"{path}: its channels are permuted; start from the masks of prune or train")
         else:
-            model = dense_model(experiment, task)
+            model = dense_model(arguments, spec, task)
             updated = found.updated(model.state_dict())
         masks = found.checkpoint(tensors_digest(model.state_dict()))
     check_fits(model, masks, str(path))
@@ -160,7 +168,7 @@ def start_from(
 
 
 def masked_model(
-    arguments: argparse.Namespace, experiment: Experiment, task: Task, found: LoadedWeights | MaskCheckpoint, path: Path
+    arguments: argparse.Namespace, spec: TaskSpec, task: Task, found: LoadedWeights | MaskCheckpoint, path: Path
 ) -> tuple[nn.Module, MaskCheckpoint | None]:
     """A dense model with the masks and weights of a file installed, and the masks; None if the file has none.
 
@@ -168,27 +176,27 @@ def masked_model(
         CheckpointError: the file does not fit the model, or its dense weights are nowhere.
     """
     if isinstance(found, MaskCheckpoint):
-        model = dense_of_masks(arguments, experiment, task, path, found.base)
+        model = dense_of_masks(arguments, spec, task, path, found.base)
         return install(model, found, str(path)), found
     if arguments.dense_checkpoint is not None:
         raise ConfigError(f"{path} brings weights of its own; --dense-checkpoint is for masks of prune, train, update")
-    model = load_original(found, experiment, task)
+    model = load_original(found, spec, task)
     if not found.masks:
         return model, None
     masks = found.checkpoint(tensors_digest(model.state_dict()))
     return install(model, masks, str(path)), masks
 
 
-def load_original(found: LoadedWeights, experiment: Experiment, task: Task) -> nn.Module:
+def load_original(found: LoadedWeights, spec: TaskSpec, task: Task) -> nn.Module:
     """A dense model with the weights of a file that is none of ours.
 
     Raises:
         CheckpointError: they do not fit, or a layer that is not excluded has no mask where others have one.
     """
-    model = task.build_model(experiment.seeds[0])
+    model = task.build_model(spec.seeds[0])
     load_state(model, found.weights, str(found.path))
     if found.masks:
-        layers = prunable_linears(model, exclude=experiment.model.excluded_layers)
+        layers = prunable_linears(model, exclude=spec.model.excluded_layers)
         if missing := [name for name in layers if name not in found.masks]:
             more = f" and {len(missing) - 1} more have" if len(missing) > 1 else " has"
             raise CheckpointError(

@@ -43,17 +43,17 @@ def main() -> None:
     arguments, unknown = parser.parse_known_args()
     if unknown:
         commands.choices[arguments.name].error(f"unrecognized arguments: {' '.join(unknown)}")
-    if status := _status(arguments):
+    if status := _status(arguments, commands.choices[arguments.name]):
         sys.exit(status)
 
 
-def _status(arguments: argparse.Namespace) -> int | None:
+def _status(arguments: argparse.Namespace, parser: options.Parser) -> int | None:
     """What the process ends with; errors that a user can mend are a line on standard error."""
     try:
         status: int | None = arguments.command(arguments)
         return status
     except UserError as error:
-        print(f"{arguments.name}: {error}", file=sys.stderr)
+        print(f"{arguments.name}: {options.in_options(str(error), parser)}", file=sys.stderr)
         return int(arguments.error_status)
     except KeyboardInterrupt:
         return 130

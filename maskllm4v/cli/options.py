@@ -1,4 +1,4 @@
-"""Flags that commands share, and the experiment that they add up to. Names are the original's and timm's.
+"""Flags that commands share, and the settings that they add up to. Names are the original's and timm's.
 
 A flag that is not given is no setting: what the library does by default stands in :mod:`maskllm4v.config`.
 Of the original's flags some have a second name here, and those without a counterpart say what to do instead.
@@ -10,29 +10,47 @@ import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from maskllm4v.config import Experiment, parse_experiment
+from maskllm4v.config import DataSettings, RuntimeSettings, Settings, TaskSpec, parse_section
+from maskllm4v.config.base import Number
+from maskllm4v.tasks.classification.settings import ClassificationSettings, TimmSettings
 from maskllm4v.utils.errors import ConfigError
 
-DENSE, PRIOR, LEARNED, UPDATED = "dense", "prior", "masks", "updated"  # rows of the experiment that a command runs
-FLAGS = {  # settings whose flags have other names
+FLAGS = {  # settings whose flags have other names, and those that messages begin with
     "accumulate": "--grad-accum-steps",
+    "amp": "--amp",
     "auto_augment": "--aa",
+    "batch_size": "--batch-size",
     "calibration": "--nsamples",
+    "damping": "--damping",
     "ema": "--model-ema-decay",
     "eval_batch_size": "--batch-size",
     "gate_std": "--gate-init-std",
     "label_smoothing": "--smoothing",
     "loader_workers": "--workers",
     "log_every": "--log-interval",
+    "name": "--model",
     "checkpoint_minutes": "--save-minutes",
+    "model.name": "--model",
+    "optimizer": "--opt",
+    "quality": "--quality",
     "random_erasing": "--reprob",
     "regularisation": "--sparse-weight-reg",
     "scaling": "--scaling-range",
     "seeds": "--seed",
+    "size": "--size",
     "tau": "--tau-range",
+    "target": "--target",
+    "update_weights": "--enable-update",
+    "workers": "--workers",
 }
+ARGUMENT = re.compile(r"`(\w+)(?:='?(\w+)'?)?`")  # of a Python function, as messages of the library write it
+SETTING = re.compile(
+    r"\b(?:data|model|runtime|task)(?:\.[a-z_]+)+\b"
+    rf"|^(?:{'|'.join(key for key in FLAGS if '.' not in key)})(?= is )"
+    rf"|(?<![\w./'-])(?:{'|'.join(key for key in FLAGS if '_' in key)})(?![\w./'-])"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,6 +58,31 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog.split()[-1]}: {message}; see {self.prog} --help\n")
+
+    def has(self, flag: str) -> bool:
+        """Whether a flag can be given."""
+        return flag in self._option_string_actions and not isinstance(self._option_string_actions[flag], Replaced)
+
+
+def in_options(text: str, parser: Parser) -> str:
+    """What the library says, in the words of a command: its options in place of arguments and settings.
+
+    Arguments stand in back quotes, as in ```on_misfit='skip'```; advice comes behind the last semicolon, one way
+    after the other behind ", or ". Ways that the command has no option for are left out.
+    """
+
+    def option(key: str) -> str:
+        flag = _flag(key)
+        return flag if parser.has(flag) else ""
+
+    said, semicolon, advice = text.rpartition("; ")
+    if semicolon:
+        ways = [way for way in advice.split(", or ") if all(option(name) for name, _ in ARGUMENT.findall(way))]
+        text = f"{said}; {', or '.join(ways)}" if ways else said
+    text = ARGUMENT.sub(
+        lambda found: f"{option(found[1])} {found[2] or ''}".strip() if option(found[1]) else found[0], text
+    )
+    return SETTING.sub(lambda found: option(found[0]) or found[0], text)
 
 
 class Replaced(argparse.Action):
@@ -157,7 +200,11 @@ def add_pattern(parser: argparse.ArgumentParser, default: str) -> None:
 
 def add_exclude(parser: argparse.ArgumentParser, when: str = "") -> None:
     parser.add_argument(
-        "--exclude", nargs="*", default=["head"], metavar="LAYER", help=f"{when}stay dense (default head)"
+        "--exclude",
+        nargs="*",
+        default=["head"],
+        metavar="LAYER",
+        help=f"{when}stay dense (default head); one of a model's classifiers stands for all, e.g. also for head_dist",
     )
 
 
@@ -171,42 +218,62 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def experiment(arguments: argparse.Namespace, *, data: dict[str, Any], **sections: Any) -> Experiment:
-    """The flags as an experiment of one seed.
+class Flags(Settings):
+    """What flags say of a model and its images, as settings; commands add sections of their own."""
+
+    data: DataSettings | None = None
+    task: ClassificationSettings = ClassificationSettings()
+    model: TimmSettings
+    seed: Number
+    runtime: RuntimeSettings
+
+    @property
+    def spec(self) -> TaskSpec:
+        """What the command's task is made of."""
+        return TaskSpec(self.task, self.model, data=self.data, seeds=[self.seed], runtime=self.runtime)
+
+
+SomeFlags = TypeVar("SomeFlags", bound=Flags)
+
+
+def settings(kind: type[SomeFlags], arguments: argparse.Namespace, **sections: dict[str, Any]) -> SomeFlags:
+    """The flags as settings.
 
     Args:
-        arguments: of :func:`add_model`, :func:`add_data` and :func:`add_runtime`.
-        data: settings of the data that only the command knows, ``train`` and ``test`` among them.
-        sections: ``task``, ``priors``, ``learned``, ``updated``, ... as in ``params.yaml``.
+        kind: which sections the command has.
+        arguments: of :func:`add_model` and :func:`add_runtime`.
+        sections: what only the command knows of each, as in ``params.yaml``; ``data``: of :func:`images`.
 
     Raises:
-        ConfigError: a value is out of its range; names the setting.
+        ConfigError: a value is out of its range; names the flag.
     """
     a = arguments
-    given = a.dense_checkpoint
-    source = {"source": "timm", "dataset": a.dataset} if a.dataset else {"source": "folder"}
-    rows = [DENSE, *(row for section in ("priors", "learned", "updated") for row in sections.get(section, {}))]
     raw = {
-        "table": "cli",
-        "title": a.model,
-        "seeds": [a.seed],
-        "data": {"name": "cli", "root": a.data_dir, **source, **data},
-        "model": _model(a, sections.pop("model_args", {}), sections.pop("exclude", None)),
-        "dense": {"row": DENSE}
-        | ({"init": "checkpoint", "checkpoint": str(given)} if given else {"init": "pretrained"}),
-        "rows": {row: row for row in rows},
-        "runtime": {"device": a.device, "loader_workers": a.workers, **sections.pop("runtime", {})},
         **sections,
+        "model": _model(a, sections.get("model", {})),
+        "seed": a.seed,
+        "runtime": {"device": a.device, "loader_workers": a.workers, **sections.get("runtime", {})},
     }
     try:
-        return parse_experiment(raw)
+        return parse_section(kind, raw)
     except ConfigError as error:  # say flags, not settings
         text = re.sub(r"^params: (\S+)(?= is )", lambda key: _flag(key[1]), str(error), flags=re.MULTILINE)
         raise ConfigError(re.sub(r"^params: (\S+: )?", "", text, flags=re.MULTILINE)) from error
 
 
+def images(arguments: argparse.Namespace, name: str, calibration: int = 1) -> dict[str, Any]:
+    """Settings of the data: the ``"train"`` or ``"val"`` split of :func:`add_data`, the only one that is looked at."""
+    a = arguments
+    given: str | None = getattr(a, f"{name}_split")
+    split = given or ("validation" if a.dataset and name == "val" else name)
+    source = {"source": "timm", "dataset": a.dataset} if a.dataset else {"source": "folder"}
+    return {"name": "cli", "root": a.data_dir, **source, "train": split, "test": split, "calibration": calibration}
+
+
 def _flag(key: str) -> str:
-    """``--tau-range`` for ``learned.masks.tau.0``."""
+    """``--tau-range`` for ``learning.tau.0``."""
+    if key in FLAGS:
+        return FLAGS[key]
     name = [part for part in key.split(".") if not part.isdigit()][-1]
     return FLAGS.get(name, f"--{name.replace('_', '-')}")
 
@@ -216,16 +283,28 @@ def set_only(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def split(arguments: argparse.Namespace, name: str) -> str:
-    """What the data source calls its ``"train"`` or ``"val"`` split."""
-    given: str | None = getattr(arguments, f"{name}_split")
-    return given or ("validation" if arguments.dataset and name == "val" else name)
-
-
-def _model(a: argparse.Namespace, args: dict[str, Any], exclude: list[str] | None) -> dict[str, Any]:
+def _with_classifiers(model: str, exclude: list[str]) -> list[str]:
+    """Layers to exclude, with the other classifiers of a distilled model where they name one of them."""
     import timm
 
-    args = {**args, **set_only(num_classes=a.num_classes)}
+    from maskllm4v.cli.inputs import say
+
+    config = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    classifier = "" if config is None or config.classifier is None else config.classifier
+    names = [classifier] if isinstance(classifier, str) else classifier
+    tops = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    more = [top for top in tops if top not in exclude] if any(top in exclude for top in tops) else []
+    if more:
+        say(f"--exclude {' '.join(exclude)}: {', '.join(more)}, too, as {model} has several classifiers")
+    return [*exclude, *more]
+
+
+def _model(a: argparse.Namespace, more: dict[str, Any]) -> dict[str, Any]:
+    import timm
+
+    if (exclude := more.get("exclude")) is not None:
+        more = {**more, "exclude": _with_classifiers(a.model, exclude)}
+    args = {**more.get("args", {}), **set_only(num_classes=a.num_classes)}
     overruled = set_only(mean=a.mean, std=a.std, crop_pct=a.crop_pct, interpolation=a.interpolation)
     if a.img_size is not None:
         known = timm.get_pretrained_cfg(a.model) if timm.is_model(a.model) else None
@@ -233,4 +312,4 @@ def _model(a: argparse.Namespace, args: dict[str, Any], exclude: list[str] | Non
             args["img_size"] = a.img_size
         else:
             overruled["img_size"] = a.img_size
-    return {"name": a.model, "args": args, "input": overruled, **set_only(exclude=exclude)}
+    return {**more, "name": a.model, "args": args, "input": overruled}

@@ -7,6 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from maskllm4v.cli import options
+from maskllm4v.config import PriorSettings
+
+
+class PruneFlags(options.Flags):
+    """With a method."""
+
+    prior: PriorSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,47 +62,46 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.utils.processes import is_main
 
     a, pattern = arguments, NMPattern(arguments.pattern or "2:4")
-    settings = {"method": a.pruner, "update_weights": a.enable_update, "propagate": a.propagate}
-    settings |= {"permutation": a.permutation}
-    images = options.split(a, a.calibration_split)
-    experiment = options.experiment(
+    prior = {"method": a.pruner, "update_weights": a.enable_update, "propagate": a.propagate}
+    flags = options.settings(
+        PruneFlags,
         a,
-        data={"train": images, "test": images, "calibration": a.nsamples},  # the other split is not looked at
-        priors={options.PRIOR: {**settings, "batch_size": a.batch_size}},
-        pattern=str(pattern),
-        exclude=a.exclude,
+        data=options.images(a, a.calibration_split, a.nsamples),
+        model={"exclude": a.exclude},
+        prior={**prior, "permutation": a.permutation, "batch_size": a.batch_size},
     )
-    prior, task = experiment.priors[options.PRIOR], inputs.task_of(experiment)
-    model = inputs.dense_model(experiment, task)
+    spec, how = flags.spec, flags.prior
+    task = inputs.task_of(spec)
+    model = inputs.dense_model(a, spec, task)
     dense = copy.deepcopy(model)  # written at the end: a command that fails leaves nothing
 
     def calibration() -> Iterator[Any]:  # only methods that look at inputs ask for them
-        inputs.prepare_data(experiment, task)
-        (part,) = task.calibration(prior.batch_size, a.seed)
+        inputs.prepare_data(spec, task, labels=False)
+        (part,) = task.calibration(how.batch_size, a.seed)
         yield from part.batches
 
-    layers: Any = {"exclude": experiment.model.excluded_layers, "on_misfit": experiment.model.on_misfit}
-    shown = calibration() if calibrates(prior.method) else None
+    layers: Any = {"exclude": spec.model.excluded_layers, "on_misfit": spec.model.on_misfit}
+    shown = calibration() if calibrates(how.method) else None
     permutations = {}
-    if prior.permutation == "greedy":
+    if how.permutation == "greedy":
         permutations = permute_channels_(model, pattern, calibration=shown, forward=task.forward, **layers)
         inputs.say(f"permuted the input channels of {len(permutations)} layers")
     masks = prune(
         model,
-        prior.method,
+        how.method,
         pattern=pattern,
         calibration=calibration(),
-        update_weights=prior.update_weights,
-        propagate=prior.propagate,
+        update_weights=how.update_weights,
+        propagate=how.propagate,
         forward=task.forward,
         seed=a.seed,
         **layers,
     )
-    weights = dense_weights(model, masks) if prior.update_weights else {}
-    base = inputs.keep_beside(a.save_model, dense, experiment)
+    weights = dense_weights(model, masks) if how.update_weights else {}
+    base = inputs.keep_beside(a.save_model, dense, spec)
     if is_main():
-        found = MaskCheckpoint(pattern, masks, base, prior.method, weights, prior={}, permutations=permutations)
+        found = MaskCheckpoint(pattern, masks, base, how.method, weights, prior={}, permutations=permutations)
         save_masks(a.save_model, found)
     updated = ", weights updated" if weights else ""
-    inputs.say(f"{a.save_model}: {pattern} masks of {len(masks)} layers by {prior.method}{updated}")
+    inputs.say(f"{a.save_model}: {pattern} masks of {len(masks)} layers by {how.method}{updated}")
     leave()

@@ -9,25 +9,30 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import model_validator
 
 from maskllm4v.cli import options
 from maskllm4v.config import (
     PARAMS,
-    DiffusionSettings,
-    EvaluationSettings,
     Experiment,
+    Settings,
+    TaskSpec,
     load_experiment,
     parse_experiment,
+    parse_section,
 )
 from maskllm4v.runs.paths import checkpoint, data_folder
+from maskllm4v.tasks.diffusion.settings import DiffusionSettings, DiTSettings, EvaluationSettings, check_sampling
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from maskllm4v.tasks.diffusion import Diffusion
+    from maskllm4v.tasks.diffusion.task import Diffusion
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of DiT-S, -B, -L and -XL, by width: a state dict does not tell
 
@@ -60,20 +65,20 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from maskllm4v.cli.inputs import say
-    from maskllm4v.tasks.diffusion import Diffusion
     from maskllm4v.tasks.diffusion.images import picture
+    from maskllm4v.tasks.diffusion.task import Diffusion
     from maskllm4v.utils.images import write_picture
 
     a = arguments
     if not a.checkpoint and (a.masks or a.vae):
         raise ConfigError(f"{'--masks' if a.masks else '--vae'} goes with --checkpoint")
-    experiment = _of_checkpoint(a) if a.checkpoint else load_experiment(a.params)
+    experiment = None if a.checkpoint else load_experiment(a.params)
+    spec = _of_checkpoint(a) if experiment is None else _of_rows(a, experiment)
+    folder = None if experiment is None else data_folder(experiment.data.name)
     if a.device:
-        runtime = experiment.runtime.model_copy(update={"device": a.device})
-        experiment = experiment.model_copy(update={"runtime": runtime})
-    if not isinstance(experiment.task, DiffusionSettings):
-        raise ConfigError(f"{a.params} is an experiment of task {experiment.task.name!r}, which makes no images")
-    settings, task = _sampling(a, experiment), Diffusion(experiment, data_folder(experiment.data.name))
+        spec = replace(spec, runtime=spec.runtime.model_copy(update={"device": a.device}))
+    task = Diffusion(spec, folder)
+    settings = task.evaluation
     grid = settings.pictured(task.classes)
     labels, sampler = torch.tensor(grid, device=task.device), task.sampler(settings)
     for name, model in _models(a, experiment, task):
@@ -84,9 +89,18 @@ def run(arguments: argparse.Namespace) -> None:
         say(str(path))
 
 
-def _sampling(a: argparse.Namespace, experiment: Experiment) -> EvaluationSettings:
-    """The experiment's way of sampling, with what flags say on top."""
-    flags = options.set_only(
+def _of_rows(a: argparse.Namespace, experiment: Experiment) -> TaskSpec:
+    """An experiment's task, with what flags say of sampling on top."""
+    if not isinstance(experiment.task, DiffusionSettings):
+        raise ConfigError(f"{a.params} is an experiment of task {experiment.task.name!r}, which makes no images")
+    raw = experiment.model_dump(exclude_unset=True)
+    raw["evaluation"] = {**raw.get("evaluation", {}), **_sampling(a)}
+    return parse_experiment(raw, "flags").task_spec()
+
+
+def _sampling(a: argparse.Namespace) -> dict[str, Any]:
+    """What flags say of sampling, as in the section ``evaluation``."""
+    return options.set_only(
         sampler=a.sampler,
         steps=a.steps,
         guidance=a.guidance,
@@ -95,19 +109,16 @@ def _sampling(a: argparse.Namespace, experiment: Experiment) -> EvaluationSettin
         grid=a.classes,
         columns=a.columns,
     )
-    raw = experiment.model_dump(exclude_unset=True)
-    raw["evaluation"] = {**raw.get("evaluation", {}), **flags}
-    return parse_experiment(raw, "flags").evaluation
 
 
-def _models(a: argparse.Namespace, experiment: Experiment, task: Diffusion) -> Iterator[tuple[str, nn.Module]]:
+def _models(a: argparse.Namespace, experiment: Experiment | None, task: Diffusion) -> Iterator[tuple[str, nn.Module]]:
     """One model after the other, with its name."""
     from maskllm4v.checkpoints.apply import install
     from maskllm4v.checkpoints.format import tensors_digest
     from maskllm4v.checkpoints.masks import load_dense, load_masks, load_state
     from maskllm4v.sparsity.surgery import fold_
 
-    if a.checkpoint:
+    if experiment is None:
         names: dict[str, Path | None] = {a.checkpoint.stem: None, **{_name(path): path for path in a.masks}}
         if len(names) <= len(a.masks):
             raise ConfigError("two files of the same name: their pictures would be one")
@@ -124,12 +135,12 @@ def _models(a: argparse.Namespace, experiment: Experiment, task: Diffusion) -> I
         if not names:
             raise CheckpointError(f"no row of {a.params} is made yet; run `dvc repro`")
     for name, masks in names.items():
-        model = task.build_model(experiment.seeds[0])
-        if a.checkpoint:
+        model = task.build_model(task.spec.seeds[0])
+        if experiment is None:
             load_state(model, task.read_weights(a.checkpoint), str(a.checkpoint))
             base = tensors_digest(model.state_dict()) if masks else ""
         else:
-            base = load_dense(dense, model, experiment.model.name)
+            base = load_dense(dense, model, task.model.name)
         if masks is not None:
             fold_(install(model, load_masks(masks, base=base), str(masks)))
         yield name, model
@@ -140,8 +151,21 @@ def _name(masks: Path) -> str:
     return f"{masks.absolute().parent.name}-{masks.stem}" if re.fullmatch(r"seed\d+", masks.stem) else masks.stem
 
 
-def _of_checkpoint(a: argparse.Namespace) -> Experiment:
-    """A folder or file of weights as an experiment that samples as DiT's authors do."""
+class Sampled(Settings):
+    """A checkpoint and how it is sampled, as settings."""
+
+    task: DiffusionSettings
+    model: DiTSettings
+    evaluation: EvaluationSettings
+
+    @model_validator(mode="after")
+    def _pictures_can_be_made(self) -> Self:
+        check_sampling(self.model, self.evaluation)
+        return self
+
+
+def _of_checkpoint(a: argparse.Namespace) -> TaskSpec:
+    """The task of a folder or file of weights, which is sampled as DiT's authors do unless flags say otherwise."""
     if a.rows:
         raise ConfigError(f"either rows or --checkpoint; found {a.rows[0]!r} and {a.checkpoint}")
     args, folder = _architecture(a.checkpoint), a.checkpoint if a.checkpoint.is_dir() else None
@@ -151,18 +175,13 @@ def _of_checkpoint(a: argparse.Namespace) -> Experiment:
         raise ConfigError(f"{a.checkpoint} makes latents; say --vae FOLDER, a diffusers AutoencoderKL")
     scheduler = folder / "scheduler" if folder and (folder / "scheduler").is_dir() else None
     places = {key: str(path) for key, path in (("vae", vae), ("scheduler", scheduler)) if path is not None}
-    raw: dict[str, Any] = {
-        "table": "cli",
-        "title": str(a.checkpoint),
-        "seeds": [0],
-        "data": {"name": "none", "source": "digits"},  # nobody looks at it
-        "task": {"name": "diffusion", **places},
+    raw = {
+        "task": places,
         "model": {"name": "DiTTransformer2DModel", "args": args},
-        "dense": {"row": "dense", "init": "checkpoint", "checkpoint": str(a.checkpoint)},
-        "evaluation": {"guided_channels": 3} if latent else {},
-        "rows": {"dense": "Dense"},
+        "evaluation": {**({"guided_channels": 3} if latent else {}), **_sampling(a)},
     }
-    return parse_experiment(raw)
+    found = parse_section(Sampled, raw, "flags")
+    return TaskSpec(found.task, found.model, found.evaluation)
 
 
 def _architecture(path: Path) -> dict[str, Any]:

@@ -11,16 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskllm4v.cli import options
-from maskllm4v.config import Experiment
+from maskllm4v.config import LearningSettings
 from maskllm4v.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from maskllm4v.sparsity.patterns import NMPattern
-    from maskllm4v.tasks import Task
+    from maskllm4v.tasks.base import Task
 
     Tensors = dict[str, Tensor]
+
+
+class TrainFlags(options.Flags):
+    """With how masks are learned."""
+
+    learning: LearningSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +76,9 @@ def _add_masks(group: Any) -> None:
     group.add_argument("--prior-strength", type=float, metavar="X", help="how far they are shifted (default 3)")
     group.add_argument("--sparse-weight-reg", type=float, metavar="X", help="λ of −λ·Σ(masked weight)² (default 1e-5)")
     group.add_argument("--hard", action="store_true", help="straight-through masks")
+    group.add_argument(
+        "--gate", choices=("candidates", "positions"), help="what has a logit: each mask of a group, or each position"
+    )
     group.add_argument("--init", choices=("prior", "magnitude"), help="of the logits (default prior)")
 
 
@@ -117,8 +126,8 @@ def _add_augmentation(group: Any) -> None:
     group.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth (default: the model's)")
 
 
-def settings(arguments: argparse.Namespace, pattern: str) -> Experiment:
-    """The flags as an experiment."""
+def settings(arguments: argparse.Namespace) -> TrainFlags:
+    """The flags as settings."""
     a = arguments
     epochs = 20.0 if a.epochs is None and a.steps is None else a.epochs
     warmup = a.warmup
@@ -126,7 +135,7 @@ def settings(arguments: argparse.Namespace, pattern: str) -> Experiment:
         if not epochs:
             raise ConfigError("--warmup-epochs goes with --epochs; with --steps say --warmup SHARE")
         warmup = a.warmup_epochs / epochs
-    learned = options.set_only(
+    learning = options.set_only(
         epochs=epochs,
         steps=a.steps,
         batch_size=a.batch_size,
@@ -143,6 +152,7 @@ def settings(arguments: argparse.Namespace, pattern: str) -> Experiment:
         scaling=a.scaling_range,
         regularisation=a.sparse_weight_reg,
         init=a.init,
+        gate=a.gate,
         prior_strength=a.prior_strength,
         gate_std=a.gate_init_std,
         ema=a.model_ema_decay if a.model_ema else None,
@@ -165,16 +175,13 @@ def settings(arguments: argparse.Namespace, pattern: str) -> Experiment:
         color_jitter=a.color_jitter,
         train_interpolation="random",
     )
-    images = options.split(a, "train")
-    return options.experiment(
+    return options.settings(
+        TrainFlags,
         a,
-        data={"train": images, "test": images, "calibration": 1},  # validation images are not looked at
+        data=options.images(a, "train"),
         task=task,
-        priors={options.PRIOR: {"method": "none"}},
-        learned={options.LEARNED: {"prior": options.PRIOR, **learned, **switches}},
-        pattern=pattern,
-        exclude=a.exclude,
-        model_args=options.set_only(drop_path_rate=a.drop_path),
+        model={"args": options.set_only(drop_path_rate=a.drop_path), "exclude": a.exclude},
+        learning={**learning, **switches},
         runtime=options.set_only(checkpoint_minutes=a.save_minutes),
     )
 
@@ -197,10 +204,11 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.utils.processes import is_main
 
     a = arguments
-    experiment, task, model, pattern, prior, permutations = start(a)
-    learning = experiment.learned[options.LEARNED]
-    dense, base = copy.deepcopy(model).cpu(), tensors_digest(model.state_dict())
-    manifest = inputs.prepare_data(experiment, task)
+    flags, task, model, pattern, prior, permutations = start(a)
+    spec, learning = flags.spec, flags.learning
+    dense, base = copy.deepcopy(model), tensors_digest(model.state_dict())
+    dense.cpu()
+    manifest = inputs.prepare_data(spec, task)
     apply_permutations_(model, permutations)
     make_learnable(
         model,
@@ -212,21 +220,23 @@ def run(arguments: argparse.Namespace) -> None:
         hard=learning.hard,
         gate=learning.gate,
         seed=a.seed,
-        exclude=() if prior else experiment.model.excluded_layers,
+        exclude=() if prior else spec.model.excluded_layers,
     )
     states = inputs.CACHE / "resume" / value_digest([str(a.output.resolve())])[:16]
     prefixed = {f"permutation.{name}": order for name, order in permutations.items()}
     identity = {
-        "settings": experiment.row(options.LEARNED).made_with(defaults=False),
+        "settings": {"pattern": str(pattern), **flags.model_dump(mode="json", exclude={"runtime"})},
         "format": FORMAT,
         "inputs": {"manifest": manifest, "dense": base, "prior": tensors_digest({**prior, **prefixed})},
         "versions": versions(),
     }
-    resume = Resume(states, a.seed, identity, minutes=experiment.runtime.checkpoint_minutes)
+    resume = Resume(states, a.seed, identity, minutes=spec.runtime.checkpoint_minutes)
     learned = learn_masks(model, task, learning, seed=a.seed, prior=prior or None, row=a.output.stem, resume=resume)
-    inputs.keep_beside(a.output, dense, experiment)
+    inputs.keep_beside(a.output, dense, spec)
     if is_main():
-        made = MaskCheckpoint(pattern, learned.masks, base, "maskllm", {}, prior, permutations=permutations)
+        made = MaskCheckpoint(
+            pattern, learned.masks, base, "maskllm", {}, prior, gate=learning.gate, permutations=permutations
+        )
         save_masks(a.output, made)
         write_curve(a.curve or a.output.with_suffix(".csv"), CURVE_COLUMNS, learned.curve)
         shutil.rmtree(states, ignore_errors=True)
@@ -236,7 +246,7 @@ def run(arguments: argparse.Namespace) -> None:
     leave()
 
 
-def start(a: argparse.Namespace) -> tuple[Experiment, Task, nn.Module, NMPattern, Tensors, Tensors]:
+def start(a: argparse.Namespace) -> tuple[TrainFlags, Task, nn.Module, NMPattern, Tensors, Tensors]:
     """Settings, task, dense model, pattern, prior masks (empty without a prior) and permutations to start from.
 
     Raises:
@@ -247,9 +257,10 @@ def start(a: argparse.Namespace) -> tuple[Experiment, Task, nn.Module, NMPattern
 
     found = None if a.checkpoint is None else inputs.masks_in(a.checkpoint, a.pattern)
     pattern = NMPattern(found.pattern if found is not None and found.pattern is not None else a.pattern or "2:4")
-    experiment = settings(a, str(pattern))
-    task = inputs.task_of(experiment)
+    flags = settings(a)
+    spec = flags.spec
+    task = inputs.task_of(spec)
     if found is None:
-        return experiment, task, inputs.dense_model(experiment, task), pattern, {}, {}
-    model, masks = inputs.start_from(a, experiment, task, found, a.checkpoint)
-    return experiment, task, model, pattern, dict(masks.masks), dict(masks.permutations)
+        return flags, task, inputs.dense_model(a, spec, task), pattern, {}, {}
+    model, masks = inputs.start_from(a, spec, task, found, a.checkpoint)
+    return flags, task, model, pattern, dict(masks.masks), dict(masks.permutations)

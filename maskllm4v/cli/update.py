@@ -9,6 +9,13 @@ import argparse
 from pathlib import Path
 
 from maskllm4v.cli import options
+from maskllm4v.config import UpdateSettings
+
+
+class UpdateFlags(options.Flags):
+    """With a method."""
+
+    update: UpdateSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,21 +67,21 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.utils.distributed import leave
     from maskllm4v.utils.processes import is_main
 
-    a, images = arguments, options.split(arguments, arguments.calibration_split)
+    a = arguments
     found = inputs.masks_in(a.checkpoint, a.pattern)
-    settings = options.set_only(update=a.update, target=a.target, damping=a.damping, batch_size=a.batch_size)
-    experiment = options.experiment(
+    flags = options.settings(
+        UpdateFlags,
         a,
-        data={"train": images, "test": images, "calibration": a.nsamples},  # the other split is not looked at
-        priors={options.PRIOR: {"method": "none"}},
-        updated={options.UPDATED: {"masks": options.PRIOR, **settings}},
-        pattern=str(found.pattern),
-        exclude=a.exclude,
+        data=options.images(a, a.calibration_split, a.nsamples),
+        model={"exclude": a.exclude},
+        update=options.set_only(update=a.update, target=a.target, damping=a.damping, batch_size=a.batch_size),
     )
-    how, task = experiment.updated[options.UPDATED], inputs.task_of(experiment)
-    model, masks = inputs.start_from(a, experiment, task, found, a.checkpoint)
-    dense = copy.deepcopy(model).cpu()  # written at the end: a command that fails leaves nothing
-    inputs.prepare_data(experiment, task)
+    spec, how = flags.spec, flags.update
+    task = inputs.task_of(spec)
+    model, masks = inputs.start_from(a, spec, task, found, a.checkpoint)
+    dense = copy.deepcopy(model)  # written at the end: a command that fails leaves nothing
+    dense.cpu()
+    inputs.prepare_data(spec, task, labels=False)
     update_weights_(
         install(model, replace(masks, weights={}), str(a.checkpoint)),
         how.update,
@@ -83,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         damping=how.damping,
     )
     weights = dense_weights(model, masks.masks)
-    inputs.keep_beside(a.save_model, dense, experiment)
+    inputs.keep_beside(a.save_model, dense, spec)
     if is_main():
         save_masks(a.save_model, replace(masks, method=how.update, weights=weights))
     inputs.say(f"{a.save_model}: {masks.pattern} masks of {len(weights)} layers, weights updated by {how.update}")

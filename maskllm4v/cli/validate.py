@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskllm4v.cli import options
-from maskllm4v.config import Experiment
+from maskllm4v.config import TaskSpec
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from maskllm4v.checkpoints.masks import MaskCheckpoint
-    from maskllm4v.tasks import Task
+    from maskllm4v.tasks.base import Task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,18 +55,19 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.utils.io import write_text
     from maskllm4v.utils.processes import is_main
 
-    a, images = arguments, options.split(arguments, "val")
-    experiment = options.experiment(
+    a = arguments
+    spec = options.settings(
+        options.Flags,
         a,
-        data={"train": images, "test": images, "calibration": 1},  # training images are not looked at
+        data=options.images(a, "val"),
         task={"eval_batch_size": a.batch_size, "eval_amp": options.amp(a)},
-        exclude=a.exclude,
-    )
-    task = inputs.task_of(experiment)
-    model, masks = measured(a, experiment, task)
+        model={"exclude": a.exclude},
+    ).spec
+    task = inputs.task_of(spec)
+    model, masks = measured(a, spec, task)
     pruned = 0 if masks is None else sum(int((~mask).sum()) for mask in masks.masks.values())
     logits = logits_of(masks) if a.sparsity_mode == "maskllm" else 0
-    inputs.prepare_data(experiment, task)
+    inputs.prepare_data(spec, task)
     metrics = task.evaluate(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     counts = f"parameters: {total:,}, of which {total - pruned:,} kept" + (f"; {logits:,} logits" if logits else "")
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     leave()
 
 
-def measured(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple[nn.Module, MaskCheckpoint | None]:
+def measured(a: argparse.Namespace, spec: TaskSpec, task: Task) -> tuple[nn.Module, MaskCheckpoint | None]:
     """The model to measure, masks folded into its weights, and the masks.
 
     Raises:
@@ -94,7 +95,7 @@ def measured(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple
     if path is None:
         if mode != "dense":
             raise ConfigError(f"--sparsity-mode {mode} needs --checkpoint, a file with masks")
-        return inputs.dense_model(experiment, task), None
+        return inputs.dense_model(a, spec, task), None
     found = load_any(path, ema=a.use_ema, pattern=a.pattern)
     learned = found.method == "maskllm" if isinstance(found, MaskCheckpoint) else found.learned
     if mode != "dense" and not found.masks:
@@ -103,7 +104,7 @@ def measured(a: argparse.Namespace, experiment: Experiment, task: Task) -> tuple
         raise CheckpointError(f"{path} holds masks; say --sparsity-mode {'maskllm' if learned else 'sparse'}")
     if mode == "maskllm" and not learned:
         raise CheckpointError(f"{path} holds masks, but no learned ones; say --sparsity-mode sparse")
-    model, masks = inputs.masked_model(a, experiment, task, found, path)
+    model, masks = inputs.masked_model(a, spec, task, found, path)
     return fold_(model), masks
 
 

@@ -1,21 +1,19 @@
 """``params.yaml`` as frozen, validated objects; an unknown or mistyped key is an error that names it.
 
+The sections that are a task's own stand in its folder, ``maskllm4v/tasks/<task>/settings.py``
+(:mod:`maskllm4v.config.tasks`).
+
 The file describes one experiment, which makes one table. Its sections, in the order of the pipeline:
 ``data`` → ``model`` → ``dense`` → ``priors`` → ``learning``, ``learned``, ``updated`` and ``finetuned`` →
 ``evaluation`` → ``rows`` (the table) → ``exports``.
 """
 
-from maskllm4v.config.diffusion import (
-    DiffusionSettings,
-    DiTSettings,
-    EvaluationSettings,
-    JudgeSettings,
-    SamplingSettings,
-)
+from maskllm4v.config.base import Settings
 from maskllm4v.config.experiment import Experiment
-from maskllm4v.config.reading import PARAMS, load_experiment, parse_experiment
+from maskllm4v.config.reading import PARAMS, load_experiment, parse_experiment, parse_section
 from maskllm4v.config.rows import DenseRow, FinetunedRow, Kind, LearnedRow, OneShotRow, Row, UpdatedRow
 from maskllm4v.config.sections import (
+    AugmentationSettings,
     DataSettings,
     DenseSettings,
     ExportSettings,
@@ -28,22 +26,21 @@ from maskllm4v.config.sections import (
     TaskSettings,
     TrainingSettings,
     UpdatedSettings,
+    UpdateSettings,
 )
+from maskllm4v.config.tasks import TaskSpec
 
 __all__ = [
     "PARAMS",
+    "AugmentationSettings",
     "DataSettings",
     "DenseRow",
     "DenseSettings",
-    "DiTSettings",
-    "DiffusionSettings",
-    "EvaluationSettings",
     "Experiment",
     "ExportSettings",
     "FinetunedRow",
     "FinetunedSettings",
     "Kind",
-    "JudgeSettings",
     "LearnedRow",
     "LearnedSettings",
     "LearningSettings",
@@ -52,11 +49,14 @@ __all__ = [
     "PriorSettings",
     "Row",
     "RuntimeSettings",
-    "SamplingSettings",
+    "Settings",
     "TaskSettings",
+    "TaskSpec",
     "TrainingSettings",
+    "UpdateSettings",
     "UpdatedRow",
     "UpdatedSettings",
     "load_experiment",
     "parse_experiment",
+    "parse_section",
 ]

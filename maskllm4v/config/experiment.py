@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, create_model, model_validator
 
-from maskllm4v.config.diffusion import (
-    DiffusionSettings,
-    DiTSettings,
-    EvaluationSettings,
-    check_diffusion,
-    default_learning,
-)
+from maskllm4v.config.base import Pattern, Settings, Slug
 from maskllm4v.config.rows import DenseRow, FinetunedRow, LearnedRow, OneShotRow, Row, UpdatedRow
 from maskllm4v.config.sections import (
     DataSettings,
@@ -23,38 +19,21 @@ from maskllm4v.config.sections import (
     LearnedSettings,
     LearningSettings,
     ModelSettings,
-    Pattern,
+    NoEvaluation,
     PriorSettings,
     RuntimeSettings,
-    Settings,
-    Slug,
     TaskSettings,
     UpdatedSettings,
 )
 from maskllm4v.config.starts import check_patterns, check_starts
+from maskllm4v.config.tasks import TaskSpec, task_name, task_names, task_sections
 from maskllm4v.utils.errors import ConfigError
-
-
-def _name_of(section: Any, default: str = "") -> str:
-    name = section.get("name") if isinstance(section, dict) else getattr(section, "name", None)
-    return name if isinstance(name, str) else default
-
-
-AnyTask = Annotated[
-    Annotated[TaskSettings, Tag("classification")] | Annotated[DiffusionSettings, Tag("diffusion")],
-    Discriminator(lambda task: "diffusion" if _name_of(task) == "diffusion" else "classification"),
-]
-AnyModel = Annotated[
-    Annotated[ModelSettings, Tag("timm")] | Annotated[DiTSettings, Tag("DiT")],
-    Discriminator(lambda model: "DiT" if _name_of(model) == "DiTTransformer2DModel" else "timm"),
-]
-
 
 SomeRow = TypeVar("SomeRow", bound=Row)
 
 
 class Experiment(Settings):
-    """One params file."""
+    """One params file; its task says what ``task``, ``model`` and ``evaluation`` hold (:func:`experiment_class`)."""
 
     table: Slug
     title: str
@@ -62,8 +41,8 @@ class Experiment(Settings):
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     pattern: Pattern = "2:4"
     data: DataSettings
-    task: AnyTask = TaskSettings()
-    model: AnyModel
+    task: TaskSettings
+    model: ModelSettings
     dense: DenseSettings
     priors: dict[Slug, PriorSettings] = {}
     learning: LearningSettings = LearningSettings()
@@ -71,9 +50,20 @@ class Experiment(Settings):
     updated: dict[Slug, UpdatedSettings] = {}
     finetuned: dict[Slug, FinetunedSettings] = {}
     rows: dict[Slug, str]
-    evaluation: EvaluationSettings = EvaluationSettings()  # diffusion; what classification has of it stands in task
+    evaluation: Settings = NoEvaluation()
     exports: dict[Slug, ExportSettings] = {}
     runtime: RuntimeSettings = RuntimeSettings()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_its_task(cls, raw: Any, validate: Callable[[Any], Experiment]) -> Experiment:
+        """An experiment is one of its task's class, whoever makes it."""
+        if cls is Experiment and not isinstance(raw, Experiment) and task_name(raw) in task_names():
+            return experiment_class(task_name(raw)).model_validate(raw)
+        return validate(raw)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a class that was made cannot be found by its name
+        return Experiment.model_validate, (self.model_dump(exclude_unset=True),)
 
     @model_validator(mode="before")
     @classmethod
@@ -82,7 +72,7 @@ class Experiment(Settings):
         if not isinstance(raw, dict):
             return raw
         common = raw.get("learning")
-        if defaults := default_learning(raw.get("task")):
+        if defaults := task_sections(task_name(raw)).learning:
             common = {**defaults, **common} if isinstance(common, dict) else (defaults if common is None else common)
         merged = {}
         for section, settings in (("learned", LearnedSettings), ("finetuned", FinetunedSettings)):
@@ -123,7 +113,7 @@ class Experiment(Settings):
                 raise ValueError(f"exports.{row}.formats holds 'mask', but the row's weights are updated, too")
         if self.task.eval_split == "holdout" and not self.data.holdout:
             raise ValueError("task.eval_split is 'holdout', which needs data.holdout")
-        self._task_and_model_agree()
+        task_sections(self.task.name).check(self)
         if self.exact and self.runtime.processes > 1:
             raise ValueError(f"runtime.processes is {self.runtime.processes}, but exact: true needs one process")
         if len(set(self.seeds)) != len(self.seeds):
@@ -131,41 +121,6 @@ class Experiment(Settings):
         for made_row in self.all_rows:
             _ = made_row.label  # a template that names what the row has not
         return self
-
-    def _task_and_model_agree(self) -> None:
-        diffusion = isinstance(self.task, DiffusionSettings)
-        if diffusion != isinstance(self.model, DiTSettings):
-            allowed = "DiTTransformer2DModel" if diffusion else "a timm model"
-            raise ValueError(f"model.name is {self.model.name!r}; allowed for task {self.task.name!r}: {allowed}")
-        if isinstance(self.task, DiffusionSettings) and isinstance(self.model, DiTSettings):
-            check_diffusion(self, self.task, self.model)
-            return
-        default = EvaluationSettings()
-        if changed := [key for key, value in self.evaluation if value != getattr(default, key)]:
-            raise ValueError(f"evaluation.{changed[0]} is for task 'diffusion' only")
-        made_from: tuple[dict[str, Any], ...] = (self.priors, self.learned, self.updated)
-        inputs = {row: made.inputs for rows in made_from for row, made in rows.items()}
-        if generated := [row for row, kind in inputs.items() if kind != "data"]:
-            raise ValueError(f"{generated[0]}: inputs is 'generated', which task 'classification' cannot make")
-
-    @property
-    def judge(self) -> Experiment | None:
-        """The classifier that judges samples, as an experiment of its own on the same data, with one dense row."""
-        judge = self.task.judge if isinstance(self.task, DiffusionSettings) else None
-        if judge is None:
-            return None
-        return Experiment(
-            table=self.table,
-            title="Judge",
-            exact=self.exact,
-            seeds=self.seeds[:1],
-            data=self.data,
-            task=judge.task,
-            model=judge.model,
-            dense=DenseSettings(row="judge", init="scratch", **dict(judge.training)),
-            rows={"judge": "Judge"},
-            runtime=self.runtime,
-        )
 
     def row(self, key: str) -> Row:
         """The row of that name.
@@ -208,13 +163,28 @@ class Experiment(Settings):
         """Which seed's dense model a seed uses."""
         return self.seeds[0] if self.dense.shared or self.dense.init != "scratch" else seed
 
-    def calibration_set(self, seed: int) -> int:
-        """Which calibration set a seed uses."""
-        return self.seeds.index(seed) % self.data.calibration_sets
+    def task_spec(self, judge: Path | None = None) -> TaskSpec:
+        """What the table's task is made of; ``judge``: see :class:`~maskllm4v.config.tasks.TaskSpec`."""
+        return TaskSpec(self.task, self.model, self.evaluation, self.data, self.seeds, self.runtime, judge)
 
     def measured_with(self) -> dict[str, Settings]:
         """Sections that metrics depend on beyond those that rows are made with."""
-        return {"evaluation": self.evaluation} if self.task.name == "diffusion" else {}
+        return {} if isinstance(self.evaluation, NoEvaluation) else {"evaluation": self.evaluation}
+
+
+@cache
+def experiment_class(task: str) -> type[Experiment]:
+    """:class:`Experiment` with the sections of one of :func:`~maskllm4v.config.tasks.task_names`."""
+    sections = task_sections(task)
+    return create_model(
+        Experiment.__name__,
+        __base__=Experiment,
+        __doc__=Experiment.__doc__,
+        __module__=__name__,
+        task=(sections.task, sections.task()),  # type: ignore[call-arg]  # its name is its default
+        model=(sections.model, ...),
+        evaluation=(sections.evaluation, sections.evaluation()),
+    )
 
 
 def _merged(common: dict[str, Any], row: Any) -> Any:

@@ -6,18 +6,23 @@ import difflib
 import re
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import Tag, ValidationError
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 
-from maskllm4v.config.experiment import Experiment
+from maskllm4v.config.base import Settings
+from maskllm4v.config.experiment import Experiment, experiment_class
 from maskllm4v.config.sections import LearningSettings
+from maskllm4v.config.tasks import task_name, task_names, task_sections
 from maskllm4v.utils.errors import ConfigError
 
 PARAMS = Path("params.yaml")
+OTHER_MODEL = ("literal_error", "other_task")  # faults of a model's name that make it another task's
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 def load_experiment(path: Path = PARAMS) -> Experiment:
@@ -41,36 +46,43 @@ def load_experiment(path: Path = PARAMS) -> Experiment:
 
 def parse_experiment(raw: Any, origin: str = "params") -> Experiment:
     """Validate what a params file holds; see :func:`load_experiment`."""
+    if (name := task_name(raw)) not in task_names():
+        raise ConfigError(f"{origin}: task.name is {name!r}; allowed: {', '.join(map(repr, task_names()))}")
+    return parse_section(experiment_class(name), raw, origin)
+
+
+def parse_section(section: type[AnySettings], raw: Any, origin: str = "params") -> AnySettings:
+    """Validate plain values as settings.
+
+    Raises:
+        ConfigError: a key or value is wrong; all faults are listed, a line each, after ``origin``.
+    """
     try:
-        return Experiment.model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(fault, raw) for fault in error.errors(include_url=False))
+        faults = error.errors(include_url=False)
+        decisive = [f for f in faults if f["type"] in OTHER_MODEL and f["loc"] == ("model", "name")]
+        lines = dict.fromkeys(_explain(fault, raw, section) for fault in decisive or faults)  # others follow from it
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from error
 
 
-def _explain(fault: Any, raw: Any) -> str:
+def _explain(fault: Any, raw: Any, section: type[Settings]) -> str:
     location = tuple(str(part) for part in fault["loc"] if part != "[key]")
-    if location[:1] in (("task",), ("model",)) and len(location) > 1:  # the second says which of two kinds it is
-        kind, location = location[1], (location[0], *location[2:])
-    else:
-        kind = ""
     key = ".".join(location)
     if location[:1] in (("learned",), ("finetuned",)) and len(location) > 2:
         own = next(row for name, row in raw[location[0]].items() if str(name) == location[1])
         inherited = location[2] in LearningSettings.model_fields and location[2] not in own
         key = ".".join(("learning", *location[2:])) if inherited else key
     if fault["type"] == "extra_forbidden":
-        allowed = _allowed_keys(location[:-1], kind)
-        close = difflib.get_close_matches(location[-1], allowed, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"unknown key {key!r}; {hint}allowed: {', '.join(allowed)}"
+        return _unknown(key, location, _allowed_keys(section, location[:-1]))
     if fault["type"] == "missing":
         return f"key {key!r} is missing"
     if fault["type"] == "value_error" and not key:
         return str(fault["ctx"]["error"])
     found = fault["input"]
-    if key == "task.name" and fault["type"] == "literal_error":
-        return f"{key} is {found!r}; input should be 'classification' or 'diffusion'"
+    if key == "model.name" and fault["type"] == "literal_error":
+        expected = fault["ctx"]["expected"].replace("'", "")
+        return f"{key} is {found!r}; allowed for task {task_name(raw)!r}: {expected}"
     if fault["type"] == "value_error":
         return f"{key}: {fault['ctx']['error']}"
     if not key:
@@ -78,18 +90,23 @@ def _explain(fault: Any, raw: Any) -> str:
     return f"{key} is {found!r}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def _allowed_keys(location: tuple[str, ...], kind: str = "") -> list[str]:
-    """The keys of the section at a location such as ``("learned", "<row>")``; ``kind``: of a task or a model."""
-    section: Any = Experiment
+def _unknown(key: str, location: tuple[str, ...], allowed: list[str]) -> str:
+    """What is said of an unknown key; of one that only other tasks know, whose they are."""
+    if not allowed:
+        sections = {name: getattr(task_sections(name), location[0], None) for name in task_names()}
+        tasks = [name for name, section in sections.items() if location[-1] in getattr(section, "model_fields", ())]
+        if tasks:
+            return f"{key} is for task {' or '.join(map(repr, tasks))} only"
+    close = difflib.get_close_matches(location[-1], allowed, 1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown key {key!r}; {hint}allowed: {', '.join(allowed) or '(none)'}"
+
+
+def _allowed_keys(section: Any, location: tuple[str, ...]) -> list[str]:
+    """The keys of the section at a location such as ``("learned", "<row>")``."""
     for part in location:
         is_rows = get_origin(section) is dict
         section = get_args(section)[1] if is_rows else section.model_fields[part].annotation
-        if get_origin(section) in (Union, UnionType):  # an optional section, or one of several kinds
-            section = next((one for one in get_args(section) if Tag(kind) in _tags(one)), get_args(section)[0])
-        if get_origin(section) is Annotated:
+        if get_origin(section) in (Union, UnionType):  # an optional section
             section = get_args(section)[0]
     return list(section.model_fields)
-
-
-def _tags(section: Any) -> tuple[Any, ...]:
-    return get_args(section)[1:] if get_origin(section) is Annotated else ()

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from maskllm4v.config.base import Settings
 from maskllm4v.config.sections import (
     DenseSettings,
     FinetunedSettings,
     LearnedSettings,
     PriorSettings,
-    Settings,
     UpdatedSettings,
 )
 
@@ -142,7 +142,7 @@ class Row(ABC):
         """What its metrics depend on: the settings that it is made with, and those that it is measured with.
 
         As records hold them, which is without settings at their defaults: table, ``exact``, seeds, pattern, every
-        section, and in it what must be given or differs (:meth:`~maskllm4v.config.sections.Settings.beyond_defaults`).
+        section, and in it what must be given or differs (:meth:`~maskllm4v.config.base.Settings.beyond_defaults`).
         A new setting with a default so changes no record. A default that is changed would change what existing records
         say. It takes a new format of records, with a step of ``scripts/migrate_records.py`` that writes the old value
         into those that do not hold one.

@@ -1,5 +1,8 @@
 """The sections of ``params.yaml``, one class each; defaults and units stand here and nowhere else.
 
+Those of a task, which are ``task``, ``model`` and ``evaluation``, stand in ``maskllm4v/tasks/<task>/settings.py``
+(:mod:`maskllm4v.config.tasks`).
+
 Records hold what differs from the defaults. A new setting with one leaves all records as they are; to change a default
 takes a migration of them, see :meth:`maskllm4v.config.Row.record_settings`.
 """
@@ -7,23 +10,23 @@ takes a migration of them, see :meth:`maskllm4v.config.Row.record_settings`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from maskllm4v.config.base import (
+    Betas,
+    Count,
+    FirstLast,
+    NonNegative,
+    Number,
+    Pattern,
+    Positive,
+    Settings,
+    Share,
+    Slug,
+)
 from maskllm4v.utils.errors import ConfigError
-
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Number = Annotated[int, Field(ge=0)]
-# YAML has lists only, so a list may stand for a tuple; its parts are as strict as everything else.
-Betas = Annotated[tuple[Share, Share], Field(strict=False)]
-FirstLast = Annotated[tuple[Positive, Positive], Field(strict=False)]
 
 # What a row learns or calibrates from: the data, or samples that the dense model makes (diffusion). Not written
 # down where it is the data, so that what lies beside artifacts has the bytes that it had before the choice.
@@ -38,44 +41,6 @@ CANDIDATES: Any = Field("candidates", exclude_if=lambda value: value == "candida
 # Of the dense model's hidden channels, before it is pruned; its outputs stay the same. Written down like the inputs.
 Permutation = Literal["none", "greedy"]
 UNPERMUTED: Any = Field("none", exclude_if=lambda value: value == "none")
-
-
-KIND = "name"  # tells one kind of a section from another: written down even where it has a default
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    def defaults(self) -> dict[str, Any]:
-        """What settings are unless they are given, by name; those that must be given are missing."""
-        fields = type(self).model_fields.items()
-        return {name: field.get_default(call_default_factory=True) for name, field in fields if not field.is_required()}
-
-    def beyond_defaults(self) -> dict[str, Any]:
-        """The settings that differ from their defaults, as plain values. Validated again, they give the same section.
-
-        That holds for sections, not for a whole ``Experiment``, whose rows inherit from ``learning``.
-
-        What has no default is always among them, and so is the key that names a section's kind. A section inside that
-        equals its default is not; one that does not, but whose own settings are all at their defaults, is ``{}``.
-        """
-        defaults, plain = self.defaults(), self.model_dump(mode="json")
-        given = {name: value for name, value in self if name == KIND or defaults.get(name, _ABSENT) != value}
-        return {name: _shortened(value, plain[name]) for name, value in given.items()}
-
-
-_ABSENT = object()
-
-
-def _shortened(value: Any, plain: Any) -> Any:
-    """A value as :meth:`Settings.beyond_defaults` has it; ``plain``: the same one with all defaults."""
-    if isinstance(value, Settings):
-        return value.beyond_defaults()
-    if isinstance(value, Mapping):
-        return {key: _shortened(one, plain[key]) for key, one in zip(plain, value.values(), strict=True)}
-    if isinstance(value, list | tuple):
-        return [_shortened(one, other) for one, other in zip(value, plain, strict=True)]
-    return plain
 
 
 class DataSettings(Settings):
@@ -111,52 +76,9 @@ class DataSettings(Settings):
         return self
 
 
-class InputSettings(Settings):
-    """What of the model's own data configuration (timm's) to overrule."""
+class AugmentationSettings(Settings):
+    """What is done to training images. Names are timm's where it has them."""
 
-    img_size: Count | None = None  # pixels; for models that take any size (those that do not: model.args)
-    mean: list[float] | None = None
-    std: list[Positive] | None = None
-    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
-    crop_mode: Literal["center", "squash", "border"] | None = None
-    interpolation: Literal["bilinear", "bicubic", "nearest"] | None = None
-
-
-class StemSettings(Settings):
-    """timm's convolutional stem in the place of the patch embedding: BN and ReLU between convolutions."""
-
-    channels: Annotated[list[Count], Field(min_length=1)]
-    strides: Annotated[list[Count], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _one_stride_each(self) -> StemSettings:
-        if len(self.channels) != len(self.strides):
-            raise ValueError(f"{len(self.channels)} channels, but {len(self.strides)} strides")
-        return self
-
-
-class ModelSettings(Settings):
-    """A timm model by name, or ``VisionTransformer`` built from ``args``."""
-
-    name: str
-    args: dict[str, Any] = {}
-    stem: StemSettings | None = None  # VisionTransformer only
-    input: InputSettings = InputSettings()
-    exclude: list[str] = ["head"]  # linear layers that stay dense, by name pattern
-    on_misfit: Literal["error", "skip"] = "error"
-    fused_attention: bool = True  # false: one attention kernel, chosen explicitly
-
-    @property
-    def excluded_layers(self) -> list[str]:
-        """Name patterns of the linear layers that stay dense."""
-        return self.exclude
-
-
-class TaskSettings(Settings):
-    """Classification: augmentation, loss, evaluation. Names are timm's where it has them."""
-
-    name: Literal["classification"] = "classification"
-    label_smoothing: Share = 0.0
     # images in memory (digits, data.in_memory)
     shift: Number = 0  # pixels, either way
     shift_probability: Share = 1.0
@@ -169,13 +91,34 @@ class TaskSettings(Settings):
     auto_augment: str | None = None  # e.g. rand-m8-inc1-mstd101
     random_erasing: Share = 0.0
     erasing_mode: Literal["const", "rand", "pixel"] = "const"
-    # both
-    mixup: NonNegative = 0.0  # alpha; 0: off
-    cutmix: NonNegative = 0.0
-    mix_probability: Share = 1.0
+
+
+class TaskSettings(Settings):
+    """What every task has; each has more."""
+
+    name: str
     eval_batch_size: Count = 256
     eval_amp: Literal["no", "bf16", "fp16"] = "no"
     eval_split: Literal["test", "holdout"] = "test"  # what a table reports; holdout: to choose settings
+
+
+class ModelSettings(Settings):
+    """What every dense architecture has; those of a task have more."""
+
+    name: str
+    args: dict[str, Any] = {}
+    exclude: list[str] = []  # linear layers that stay dense, by name pattern
+    on_misfit: Literal["error", "skip"] = "error"
+    fused_attention: bool = True  # false: one attention kernel, chosen explicitly
+
+    @property
+    def excluded_layers(self) -> list[str]:
+        """Name patterns of the linear layers that stay dense."""
+        return self.exclude
+
+
+class NoEvaluation(Settings):
+    """``evaluation`` of a task whose own section says all of it."""
 
 
 class TrainingSettings(Settings):
@@ -294,10 +237,9 @@ class LearnedSettings(LearningSettings):
 AS_SPARSEGPT: dict[str, Any] = {"target": "symmetric", "damping": 0.01}  # defaults of its update, as its authors do
 
 
-class UpdatedSettings(Settings):
-    """One row whose masks are another row's, and whose kept weights make up for the pruned ones; nothing is trained."""
+class UpdateSettings(Settings):
+    """How the weights that masks keep make up for the pruned ones; nothing is trained."""
 
-    masks: Slug  # the one-shot or learned row
     update: Literal["none", "least_squares", "sparsegpt"]  # none: dense weights, whatever the other row's are
     # What each layer's outputs are fitted to: the dense network's, or those of the dense weights on the layer's inputs
     # as they have become (all that SparseGPT knows).
@@ -315,17 +257,20 @@ class UpdatedSettings(Settings):
         return super().defaults() | (AS_SPARSEGPT if self.update == "sparsegpt" else {})
 
     @model_validator(mode="after")
-    def _target_goes_with_update(self) -> UpdatedSettings:
+    def _target_goes_with_update(self) -> Self:
         if self.update == "sparsegpt" and self.target != "symmetric":
             raise ValueError(f"target is {self.target!r}; allowed for update 'sparsegpt': 'symmetric'")
-        fields = type(self).model_fields.items()
-        if self.update == "none" and (
-            given := [
-                key for key, field in fields if key not in ("masks", "update") and getattr(self, key) != field.default
-            ]
-        ):
+        defaults = UpdateSettings.model_fields.items()
+        given = [key for key, field in defaults if key != "update" and getattr(self, key) != field.default]
+        if self.update == "none" and given:
             raise ValueError(f"{given[0]} is {getattr(self, given[0])!r}, but update is 'none'")
         return self
+
+
+class UpdatedSettings(UpdateSettings):
+    """One row whose masks are another row's, and whose kept weights make up for the pruned ones."""
+
+    masks: Slug  # the one-shot or learned row
 
 
 class FinetunedSettings(TrainingSettings):

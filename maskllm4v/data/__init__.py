@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from maskllm4v.config import DataSettings, TaskSettings
+from maskllm4v.config import AugmentationSettings, DataSettings
 from maskllm4v.data.manifest import Manifest, read_manifest
 from maskllm4v.utils.errors import ConfigError, DataError
 
@@ -74,13 +74,15 @@ def prepare(settings: DataSettings, folder: Path, *, one_split: bool = False) ->
     return prepare_folder(settings, folder)
 
 
-def open_data(folder: Path, data: DataSettings, task: TaskSettings, transform: Mapping[str, Any]) -> ImageData:
+def open_data(
+    folder: Path, data: DataSettings, augmentation: AugmentationSettings, transform: Mapping[str, Any]
+) -> ImageData:
     """The images behind a prepared manifest.
 
     Args:
         folder: of the manifest.
         data: how images are kept.
-        task: how they are augmented.
+        augmentation: how they are augmented.
         transform: size, mean, std, crop and interpolation, as :mod:`maskllm4v.tasks.classification.models` has them.
 
     Raises:
@@ -92,7 +94,7 @@ def open_data(folder: Path, data: DataSettings, task: TaskSettings, transform: M
     if data.source == "digits":
         from maskllm4v.data.digits import open_digits
 
-        return open_digits(manifest, task)
+        return open_digits(manifest, augmentation)
     from maskllm4v.data.decoded import DecodedImages, in_memory
 
     if data.source == "timm":
@@ -101,5 +103,5 @@ def open_data(folder: Path, data: DataSettings, task: TaskSettings, transform: M
         from maskllm4v.data.folder import reader
     read = reader(manifest, data)
     if data.in_memory:
-        return in_memory(manifest, read, task, transform, data.in_memory)
-    return DecodedImages(manifest, read, task, transform)
+        return in_memory(manifest, read, augmentation, transform, data.in_memory)
+    return DecodedImages(manifest, read, augmentation, transform)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskllm4v.config import TaskSettings
+from maskllm4v.config import AugmentationSettings
 from maskllm4v.data.manifest import Manifest
 from maskllm4v.utils.errors import ConfigError
 
@@ -23,7 +23,7 @@ class ArrayImages:
     Args:
         manifest: of the source.
         load: gives a split's images; called once a split, when it is first needed.
-        task: ``shift``, ``shift_probability`` and ``hflip``.
+        augmentation: ``shift``, ``shift_probability`` and ``hflip``.
         mean, std: a value a channel, subtracted from and divided by after scaling uint8 to [0, 1]; of float32 they
             only say how it was normalised.
         background: what a shift moves in; None: the image's own reflection.
@@ -33,15 +33,15 @@ class ArrayImages:
         self,
         manifest: Manifest,
         load: Callable[[str], Tensor],
-        task: TaskSettings,
+        augmentation: AugmentationSettings,
         *,
         mean: tuple[float, ...] = (0.0,),
         std: tuple[float, ...] = (1.0,),
         background: float | None = None,
     ) -> None:
-        if task.auto_augment or task.random_erasing:
+        if augmentation.auto_augment or augmentation.random_erasing:
             raise ConfigError("task.auto_augment and task.random_erasing are not for images that are kept in memory")
-        self.manifest, self.task, self.background = manifest, task, background
+        self.manifest, self.augmentation, self.background = manifest, augmentation, background
         self._load, self._loaded = load, dict[str, Tensor]()
         self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
@@ -50,7 +50,7 @@ class ArrayImages:
 
     def resized(self, size: int) -> Self:
         """The same images at another size: bilinear, with anti-aliasing."""
-        other = type(self)(self.manifest, lambda split: _resize(self._split(split), size), self.task)
+        other = type(self)(self.manifest, lambda split: _resize(self._split(split), size), self.augmentation)
         other.mean, other.std, other.background = self.mean, self.std, self.background
         return other
 
@@ -74,17 +74,17 @@ class ArrayImages:
         height, width = images.shape[-2:]
         columns = torch.arange(width).expand(len(images), -1)  # [B, W]
         rows = torch.arange(height).expand(len(images), -1)  # [B, H]
-        if shift := self.task.shift:
+        if shift := self.augmentation.shift:
             offsets = augment.integers(0, 2 * shift + 1, size=(2, count))
-            stays = augment.random(count) >= self.task.shift_probability
+            stays = augment.random(count) >= self.augmentation.shift_probability
             offsets[:, stays] = shift  # the middle of the padded image
             dy, dx = torch.from_numpy(offsets[:, part])
             rows, columns = dy[:, None] + rows, dx[:, None] + columns
             images = _padded(images, shift, self.background)
-        if self.task.hflip:
-            flips = torch.from_numpy(augment.random(count)[part] < self.task.hflip)
+        if self.augmentation.hflip:
+            flips = torch.from_numpy(augment.random(count)[part] < self.augmentation.hflip)
             columns = torch.where(flips[:, None], columns.flip(1), columns)
-        if not shift and not self.task.hflip:
+        if not shift and not self.augmentation.hflip:
             return images
         numbers = torch.arange(len(images))[:, None, None]
         return images[numbers, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

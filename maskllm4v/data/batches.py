@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maskllm4v.data import ImageData
-from maskllm4v.utils.errors import ConfigError, DataError
+from maskllm4v.utils.errors import ConfigError, DataError, UserError
 from maskllm4v.utils.rng import generator
 from maskllm4v.utils.sharding import WHOLE, BatchShard
 
@@ -70,11 +70,11 @@ def step_loader(
 
 def _loader(
     batches: Dataset[tuple[Tensor, Tensor]], items: range, workers: int, *, pin_memory: bool = False
-) -> DataLoader[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Forked workers share the manifest and images in memory, and need no pickling."""
     forks = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
-    return DataLoader(
-        batches,
+    loader = DataLoader(
+        _WithErrors(batches),
         batch_size=None,
         sampler=items,
         num_workers=workers,
@@ -82,6 +82,26 @@ def _loader(
         worker_init_fn=_leave_signals_to_main,
         multiprocessing_context="fork" if forks else None,
     )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class _WithErrors(Dataset[Any]):
+    """Batches, or in their place the mistake of a user that was found on the way.
+
+    What a worker raises, a loader raises once more with the worker's whole traceback as its message.
+    """
+
+    def __init__(self, batches: Dataset[tuple[Tensor, Tensor]]) -> None:
+        self._batches = batches
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor] | UserError:
+        try:
+            return self._batches[item]
+        except UserError as error:
+            return error
 
 
 def _leave_signals_to_main(_: int) -> None:
@@ -112,7 +132,7 @@ class PlainBatches(Dataset[tuple[Tensor, Tensor]]):
 
 def plain_loader(
     data: ImageData, split: str, indices: np.ndarray, batch_size: int, workers: int = 0
-) -> DataLoader[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """All batches of the given indices, in order."""
     batches = PlainBatches(data, split, indices, batch_size)
     return _loader(batches, range(len(batches)), workers)

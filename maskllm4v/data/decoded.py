@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskllm4v.config import TaskSettings
+from maskllm4v.config import AugmentationSettings
 from maskllm4v.data.arrays import ArrayImages, Whole
 from maskllm4v.data.manifest import Entry, Manifest
 from maskllm4v.utils.errors import ConfigError, DataError
 from maskllm4v.utils.progress import bar
+from maskllm4v.utils.text import one_line
 
 Read = Callable[[Entry], tuple[Any, str]]  # a file, path or PIL image, and its name for messages
 
@@ -26,15 +27,17 @@ class DecodedImages:
     Args:
         manifest: of the source.
         read: opens an entry.
-        task: augmentation, by timm's training transform.
+        augmentation: by timm's training transform.
         transform: size, mean, std, crop and interpolation, as :mod:`maskllm4v.tasks.classification.models` has them.
     """
 
-    def __init__(self, manifest: Manifest, read: Read, task: TaskSettings, transform: Mapping[str, Any]) -> None:
-        if task.shift:
+    def __init__(
+        self, manifest: Manifest, read: Read, augmentation: AugmentationSettings, transform: Mapping[str, Any]
+    ) -> None:
+        if augmentation.shift:
             raise ConfigError("task.shift is for images that are kept in memory (digits, data.in_memory)")
-        self.manifest, self.task, self._read, self._transform = manifest, task, read, dict(transform)
-        self._plain, self._augmented = plain_transform(transform), training_transform(transform, task)
+        self.manifest, self.augmentation, self._read, self._transform = manifest, augmentation, read, dict(transform)
+        self._plain, self._augmented = plain_transform(transform), training_transform(transform, augmentation)
         self.mean, self.std = (torch.tensor(transform[key]).view(-1, 1, 1) for key in ("mean", "std"))
         self._mode = "L" if transform["input_size"][0] == 1 else "RGB"
 
@@ -44,7 +47,7 @@ class DecodedImages:
     def resized(self, size: int) -> DecodedImages:
         channels = self._transform["input_size"][0]
         smaller = {**self._transform, "input_size": (channels, size, size)}
-        return DecodedImages(self.manifest, self._read, self.task, smaller)
+        return DecodedImages(self.manifest, self._read, self.augmentation, smaller)
 
     def images(
         self, split: str, indices: np.ndarray, augment: np.random.Generator | None, part: slice = Whole
@@ -61,7 +64,7 @@ class DecodedImages:
 
 
 def in_memory(
-    manifest: Manifest, read: Read, task: TaskSettings, transform: Mapping[str, Any], size: int
+    manifest: Manifest, read: Read, augmentation: AugmentationSettings, transform: Mapping[str, Any], size: int
 ) -> ArrayImages:
     """The same images, decoded once to squares of ``size`` pixels and kept as uint8."""
     channels = transform["input_size"][0]
@@ -72,7 +75,7 @@ def in_memory(
         entries = manifest.splits[split]
         return torch.stack([to_square(decode(read, entry, mode)) for entry in bar(entries, f"decoding {split}")])
 
-    return ArrayImages(manifest, load, task, mean=transform["mean"], std=transform["std"])
+    return ArrayImages(manifest, load, augmentation, mean=transform["mean"], std=transform["std"])
 
 
 def plain_transform(transform: Mapping[str, Any], normalize: bool = True) -> Callable[[Any], Tensor]:
@@ -83,7 +86,7 @@ def plain_transform(transform: Mapping[str, Any], normalize: bool = True) -> Cal
     return create_transform(transform["input_size"], normalize=normalize, **options)
 
 
-def training_transform(transform: Mapping[str, Any], task: TaskSettings) -> Callable[[Any], Tensor]:
+def training_transform(transform: Mapping[str, Any], augmentation: AugmentationSettings) -> Callable[[Any], Tensor]:
     """timm's training transform.
 
     Raises:
@@ -95,26 +98,28 @@ def training_transform(transform: Mapping[str, Any], task: TaskSettings) -> Call
         return create_transform(
             transform["input_size"],
             is_training=True,
-            scale=task.crop_scale,
-            ratio=task.crop_ratio,
-            hflip=task.hflip,
-            color_jitter=task.color_jitter,
-            auto_augment=task.auto_augment,
-            interpolation=task.train_interpolation or transform["interpolation"],
+            scale=augmentation.crop_scale,
+            ratio=augmentation.crop_ratio,
+            hflip=augmentation.hflip,
+            color_jitter=augmentation.color_jitter,
+            auto_augment=augmentation.auto_augment,
+            interpolation=augmentation.train_interpolation or transform["interpolation"],
             mean=transform["mean"],
             std=transform["std"],
-            re_prob=task.random_erasing,
-            re_mode=task.erasing_mode,
+            re_prob=augmentation.random_erasing,
+            re_mode=augmentation.erasing_mode,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(f"task.auto_augment is {task.auto_augment!r}, which timm does not understand") from error
+        raise ConfigError(
+            f"task.auto_augment is {augmentation.auto_augment!r}, which timm does not understand"
+        ) from error
 
 
 def decode(read: Read, entry: Entry, mode: str) -> Any:
     """A PIL image in ``mode``.
 
     Raises:
-        DataError: it is missing, no image, or has more than 8 bits a channel.
+        DataError: it is missing, no image, too large for PIL, or has more than 8 bits a channel.
     """
     from PIL import Image
 
@@ -127,8 +132,10 @@ def decode(read: Read, entry: Entry, mode: str) -> Any:
             if "transparency" in image.info:
                 return image.convert("RGBA").convert(mode)
             return image.convert(mode)
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{name} cannot be read as an image: {error}") from error
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise whatever they like
+        raise DataError(f"{name} cannot be read as an image: {one_line(error)}") from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskllm4v.config import DataSettings, TaskSettings
+from maskllm4v.config import AugmentationSettings, DataSettings
 from maskllm4v.data.arrays import ArrayImages
 from maskllm4v.data.manifest import Entry, Manifest, write_manifest
 from maskllm4v.utils.errors import DataError
@@ -39,7 +39,7 @@ def prepare_digits(settings: DataSettings, folder: Path) -> Manifest:
     )
 
 
-def open_digits(manifest: Manifest, task: TaskSettings) -> ArrayImages:
+def open_digits(manifest: Manifest, augmentation: AugmentationSettings) -> ArrayImages:
     """The images, normalised float32 ``[count, 1, 8, 8]``.
 
     Raises:
@@ -56,7 +56,7 @@ def open_digits(manifest: Manifest, task: TaskSettings) -> ArrayImages:
         chosen = images[[int(entry.path) for entry in manifest.splits[split]]]
         return torch.from_numpy((chosen - mean) / std).float().unsqueeze(1)
 
-    return ArrayImages(manifest, load, task, mean=(mean,), std=(std,), background=float((0 - mean) / std))
+    return ArrayImages(manifest, load, augmentation, mean=(mean,), std=(std,), background=float((0 - mean) / std))
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,13 @@ from maskllm4v.data.manifest import Entry, Manifest, write_manifest
 from maskllm4v.utils.errors import DataError
 from maskllm4v.utils.io import file_digest
 from maskllm4v.utils.progress import bar
+from maskllm4v.utils.text import few, one_line
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+OTHER_SUFFIXES = {  # of images, too; left out, but not without a word
+    *(".avif", ".dng", ".exr", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jxl"),
+    *(".pbm", ".pgm", ".pnm", ".ppm", ".svg", ".tga", ".tif", ".tiff"),
+}
 SHOWN = 5  # faults that an error message names
 
 
@@ -26,6 +32,8 @@ def prepare_folder(settings: DataSettings, folder: Path) -> Manifest:
         DataError: a folder is missing or empty, files cannot be read, or the splits' classes differ.
     """
     root = Path(settings.root or "")
+    if fault := _not_utf8(root):
+        raise DataError(fault)
     classes = _classes(root / settings.train)
     if (other := _classes(root / settings.test)) != classes:
         odd = sorted(set(classes) ^ set(other))
@@ -55,6 +63,8 @@ def _classes(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; expected {folder}/<class>/<image>")
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if faults := [fault for name in classes if (fault := _not_utf8(folder / name))]:
+        raise DataError(_few(faults))
     if not classes:
         raise DataError(f"{folder} has no class folders; expected {folder}/<class>/<image>")
     return classes
@@ -63,13 +73,21 @@ def _classes(folder: Path) -> list[str]:
 def _entries(root: Path, split: str, classes: list[str], hash_files: bool) -> list[Entry]:
     found: list[Entry] = []
     faults: list[str] = []
+    others: list[str] = []
     for label, name in enumerate(bar(classes, f"listing {split}")):
         with os.scandir(root / split / name) as listing:
-            files = sorted((f for f in listing if Path(f.name).suffix.lower() in SUFFIXES), key=lambda f: f.name)
+            listed = sorted(listing, key=lambda f: f.name)
+        files = [file for file in listed if Path(file.name).suffix.lower() in SUFFIXES]
+        own_others = [f"{name}/{file.name}" for file in listed if is_other_image(file.name)]
         if not files:
-            faults.append(f"{root / split / name} holds no image ({', '.join(sorted(SUFFIXES))})")
+            but = f", but {few(own_others)}" if own_others else ""
+            faults.append(f"{root / split / name} holds no image ({', '.join(sorted(SUFFIXES))}){but}")
+        others += own_others
         for file in files:
             path, digest = Path(file.path), ""
+            if fault := _not_utf8(path):
+                faults.append(fault)
+                continue
             try:
                 size = file.stat().st_size  # follows links: a broken one is missing
                 if not file.is_file():
@@ -87,7 +105,32 @@ def _entries(root: Path, split: str, classes: list[str], hash_files: bool) -> li
             found.append(Entry(path.relative_to(root).as_posix(), label, size, digest))
     if faults:
         raise DataError(_few(faults))
+    warn_of_others(root / split, others)
     return found
+
+
+def is_other_image(name: str) -> bool:
+    """Whether a file is an image by its name, of a type that is not read."""
+    return Path(name).suffix.lower() in OTHER_SUFFIXES
+
+
+def warn_of_others(folder: Path, names: Sequence[str]) -> None:
+    """Count and name the image files of a folder that are left out."""
+    if names:
+        warnings.warn(
+            f"{folder}: {len(names):,} image files of other types are left out: {few(names)}; "
+            f"read are {', '.join(sorted(SUFFIXES))}",
+            stacklevel=2,
+        )
+
+
+def _not_utf8(path: Path) -> str:
+    """What is wrong with a name that is not UTF-8, which no manifest can hold; empty if nothing is."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return f"{os.fsencode(path).decode('utf-8', 'backslashreplace')} is a name that is not UTF-8; rename it"
+    return ""
 
 
 def _verify(path: Path) -> None:
@@ -96,8 +139,8 @@ def _verify(path: Path) -> None:
     try:
         with Image.open(path) as image:
             image.verify()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise OSError(f"is no image that can be read: {error}") from error
+    except Exception as error:  # decoders raise whatever they like
+        raise OSError(f"is no image that can be read: {one_line(error)}") from error
 
 
 def _few(items: list[str]) -> str:

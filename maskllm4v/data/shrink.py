@@ -22,12 +22,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from maskllm4v.data.decoded import decode
-from maskllm4v.data.folder import SUFFIXES
+from maskllm4v.data.folder import SUFFIXES, is_other_image, warn_of_others
 from maskllm4v.data.manifest import Entry
 from maskllm4v.utils.errors import ConfigError, DataError, UserError
 from maskllm4v.utils.io import read_json, replacing, write_json
 from maskllm4v.utils.processes import end_with_parent
 from maskllm4v.utils.progress import bar
+from maskllm4v.utils.text import one_line
 
 RECORD = "shrunk.json"  # in the copy: what it was made from, and how
 SMALLEST = 64  # pixels
@@ -107,7 +108,10 @@ def shrink(recipe: Recipe, workers: int = 1) -> Shrunk:
         UserError: the output cannot be written, or a process was killed; nothing is left half-written.
     """
     _check(recipe, workers)
-    names = [name for name in bar(_images(recipe), "listing") if not recipe.links(name)]
+    found = [name for name in bar(_images(recipe), "listing") if not recipe.links(name)]
+    others = [name for name in found if is_other_image(name)]
+    names = [name for name in found if not is_other_image(name)]
+    warn_of_others(recipe.source, others)
     if not any(recipe.shrinks(name) for name in names):
         raise DataError(f"{recipe.source} holds no image to shrink ({', '.join(sorted(SUFFIXES))})")
     _claim(recipe)
@@ -148,7 +152,7 @@ def small_copy(path: Path, size: int, quality: int) -> bytes | None:
     except DataError:
         raise
     except Exception as error:  # decoders raise whatever they like, and one image must not end a million others
-        raise DataError(f"{path} cannot be read as an image: {error}") from error
+        raise DataError(f"{path} cannot be read as an image: {one_line(error)}") from error
 
 
 def small_size(size: tuple[int, int], short: int) -> tuple[int, int]:
@@ -208,20 +212,20 @@ def _check(recipe: Recipe, workers: int) -> None:
     if not recipe.source.is_dir():
         raise DataError(f"{recipe.source} is no folder")
     if recipe.link and recipe.splits is None:
-        raise ConfigError("link is for the splits that are not shrunk; name those that are (splits)")
+        raise ConfigError("`link` is for the splits that are not shrunk; name those that are with `splits`")
     found = sorted(path.name for path in recipe.source.iterdir() if path.is_dir())
     if unknown := [name for name in recipe.splits or () if name not in found]:
         raise ConfigError(f"{recipe.source} has no split {unknown[0]!r}; allowed: {', '.join(found)}")
 
 
 def _images(recipe: Recipe) -> Iterator[str]:
-    """Paths of all images below the source, links followed."""
+    """Paths of all images below the source, links followed; those of other types, too."""
     output = recipe.output.resolve()
 
     def walk(folder: Path, above: frozenset[Path]) -> Iterator[str]:
         real = folder.resolve()
         if output.is_relative_to(real) or real.is_relative_to(output):
-            raise ConfigError(f"output {recipe.output} and {folder} lie one inside the other; choose another output")
+            raise ConfigError(f"output {recipe.output} and {folder} lie one inside the other; choose another `output`")
         if real in above:
             raise DataError(f"{folder} links to a folder that it lies in")
         try:
@@ -232,7 +236,7 @@ def _images(recipe: Recipe) -> Iterator[str]:
         for item in found:
             if item.is_dir():
                 yield from walk(folder / item.name, above | {real})
-            elif Path(item.name).suffix.lower() in SUFFIXES:
+            elif Path(item.name).suffix.lower() in SUFFIXES or is_other_image(item.name):
                 yield (folder / item.name).relative_to(recipe.source).as_posix()
 
     return walk(recipe.source, frozenset())
@@ -252,9 +256,9 @@ def _claim(recipe: Recipe) -> None:
         if (found := read_json(record)) != about:
             known = found if isinstance(found, dict) else {}
             other = ", ".join(f"{key} {known.get(key)}" for key in about if known.get(key) != about[key])
-            raise ConfigError(f"{recipe.output} was made otherwise: {other}; choose another output, or delete it")
+            raise ConfigError(f"{recipe.output} was made otherwise: {other}; delete it, or choose another `output`")
     elif recipe.output.is_dir() and any(recipe.output.iterdir()):
-        raise ConfigError(f"{recipe.output} is not empty and has no {RECORD}; choose another output")
+        raise ConfigError(f"{recipe.output} is not empty and has no {RECORD}; choose another `output`")
     else:
         write_json(record, about)
 
@@ -263,7 +267,7 @@ def _clear(output: Path, names: Iterable[str]) -> None:
     """Remove what a killed run left behind; refuse to write where a link leads, which may be to originals."""
     for folder in sorted({PurePosixPath(name).parent for name in names}):
         if (output / folder).resolve() != output.resolve() / folder:
-            raise ConfigError(f"{output / folder} is a link or in one; delete the link, or choose another output")
+            raise ConfigError(f"{output / folder} is a link or in one; delete the link, or choose another `output`")
         for leftover in (output / folder).glob(".*.part"):
             leftover.unlink(missing_ok=True)
 
@@ -292,7 +296,7 @@ def _mapped(function: Callable[[str], _Outcome], names: Sequence[str], workers: 
         yield pool.map(function, names, chunksize=CHUNK)
     except BrokenProcessPool:
         raise UserError(
-            "a process was killed (out of memory? fewer workers need less); the same command goes on from there"
+            "a process was killed (out of memory? fewer `workers` need less); the same command goes on from there"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

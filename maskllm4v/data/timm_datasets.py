@@ -21,6 +21,7 @@ from maskllm4v.data.decoded import decode
 from maskllm4v.data.manifest import Entry, Manifest, write_manifest
 from maskllm4v.utils.errors import ConfigError, DataError
 from maskllm4v.utils.progress import bar
+from maskllm4v.utils.text import one_line
 
 INDEXED = ("torch", "hfds")  # everything else is a folder or a tar file, and so are these two:
 FOLDERS = ("torch/folder", "torch/image_folder")
@@ -83,8 +84,8 @@ def _reader(settings: DataSettings, opened: Mapping[str, Any]) -> Callable[[Entr
         name = f"{_name(settings)}, image {entry.path}{_file(dataset, number)}"
         try:
             return _image(dataset, number), name
-        except FAULTS as error:
-            raise DataError(f"{name} cannot be read as an image: {error}") from error
+        except Exception as error:  # readers, and decoders in them, raise whatever they like
+            raise DataError(f"{name} cannot be read as an image: {one_line(error)}") from error
 
     return read
 

@@ -16,7 +16,7 @@ from maskllm4v.evaluation.layer_errors import layer_diagnostics
 from maskllm4v.sparsity.parameterization import gate_of
 from maskllm4v.sparsity.parameters import find_matrix
 from maskllm4v.sparsity.surgery import fold_
-from maskllm4v.tasks import Task
+from maskllm4v.tasks.base import Task
 
 
 @dataclass(frozen=True)

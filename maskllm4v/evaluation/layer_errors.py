@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints.masks import MaskCheckpoint
-from maskllm4v.sparsity.calibration import Calibration, names_by_part
+from maskllm4v.sparsity.calibration import Calibration, hooks_run, names_by_part
 from maskllm4v.sparsity.layout import to_rows
 from maskllm4v.sparsity.parameters import Matrix, find_matrix, matrices
 from maskllm4v.sparsity.products import Product, ProductMode
@@ -51,7 +51,7 @@ def layer_diagnostics(
         def add(product: Product, output: Tensor, of: Mapping[str, _Measure] = measured) -> None:
             of[product.name].add(product, output)
 
-        with ProductMode(own, after=add):
+        with hooks_run(), ProductMode(own, after=add):
             for batch in part.batches:
                 part.forward(dense, batch)
     sum_(*errors.values())

@@ -21,7 +21,7 @@ from maskllm4v.export.graph import about_graph, describe, graph_weights, library
 from maskllm4v.sparsity.layers import Masked
 from maskllm4v.sparsity.parameters import Matrix, find_matrix
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.tasks import ExportableModel
+from maskllm4v.tasks.base import ExportableModel
 from maskllm4v.utils.errors import CheckpointError, ConfigError, UserError
 from maskllm4v.utils.io import replacing
 
@@ -92,7 +92,8 @@ class _Runtime(nn.Module):
 
     def __init__(self, module: nn.Module, half: bool) -> None:
         super().__init__()
-        self.module, self.half_inside = module.cpu(), half
+        self.module, self.half_inside = module, half
+        self.cpu()
 
     def forward(self, *inputs: Tensor) -> Tensor:
         cast = [x.half() if self.half_inside and x.is_floating_point() else x for x in inputs]

@@ -18,7 +18,7 @@ from maskllm4v.export.onnx import export_onnx
 from maskllm4v.runs.paths import checkpoint, record_file
 from maskllm4v.runs.records import measurement_digest, read_record
 from maskllm4v.sparsity.surgery import fold_
-from maskllm4v.tasks import Task
+from maskllm4v.tasks.base import Task
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 from maskllm4v.utils.io import file_digest, replacing
 
@@ -37,15 +37,16 @@ def folded_row(experiment: Experiment, task: Task, row: str, seed: int | None = 
         raise ConfigError(f"row {row!r} has no seed {seed}; allowed: {', '.join(map(str, seeds))}")
     seed = seeds[0] if seed is None else seed
     model, name = task.build_model(seed), experiment.model.name
+    model.cpu()
     base = load_dense(checkpoint(experiment.dense.row, experiment.dense_seed(seed)), model, name)
     record = record_file(experiment.table, row)
     manifest, measured = task.data_digest, measurement_digest(read_record(record)) if record.exists() else None
     args = experiment.model.args
     if experiment.row(row).kind == "dense":
-        return Folded(model.cpu(), {}, None, name, "dense", base, manifest=manifest, record=measured, args=args)
+        return Folded(model, {}, None, name, "dense", base, manifest=manifest, record=measured, args=args)
     path = checkpoint(row, seed)
     found = load_masks(path, pattern=experiment.row(row).pattern, base=base)
-    model, updated = fold_(install(model, found, str(path))).cpu(), bool(found.weights)
+    model, updated = fold_(install(model, found, str(path))), bool(found.weights)
     about = (name, found.method, base, updated, manifest, measured, args)
     return Folded(model, found.masks, found.pattern, *about, found.permutations)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from maskllm4v.oneshot.activations.sequential import part_statistics
 from maskllm4v.oneshot.activations.statistics import InputNorm
-from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts
+from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
 from maskllm4v.sparsity.parameters import Exclude, OnMisfit, survey
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.permutation import find_channels
@@ -74,6 +74,7 @@ def permute_channels_(
     """
     pattern = NMPattern(pattern)
     layers = survey(model, pattern, exclude=exclude, on_misfit=on_misfit).prunable
+    check_materialised(layers)
     channels = find_channels(model, layers)
     if not channels:
         raise ConfigError("no layer to prune reads channels that can be permuted: hidden units or values of attention")

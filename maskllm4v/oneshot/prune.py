@@ -22,7 +22,7 @@ from maskllm4v.oneshot.methods.result import Pruned
 from maskllm4v.oneshot.methods.ria import prune_ria
 from maskllm4v.oneshot.methods.sparsegpt import prune_sparsegpt
 from maskllm4v.oneshot.methods.wanda import prune_wanda
-from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts
+from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
 from maskllm4v.sparsity.layers import attach_
 from maskllm4v.sparsity.parameters import Exclude, Matrix, OnMisfit, survey
 from maskllm4v.sparsity.patterns import NMPattern
@@ -166,7 +166,7 @@ def prune(
 
     Raises:
         ConfigError: unknown method, no calibration data for one that needs it or for a layer, no update on
-            offer.
+            offer, or weights without values (device ``meta``).
         DataError: no batch, or none that reaches a layer.
         PatternError: the pattern does not fit a layer.
     """
@@ -178,6 +178,7 @@ def prune(
     layers = survey(model, pattern, exclude=exclude, on_misfit=on_misfit).prunable
     if not layers:
         raise ConfigError("nothing to prune: the model has no linear layer, nor another matrix, that is not excluded")
+    check_materialised(layers)
     parts = [] if chosen.statistic is None else _parts(method, calibration, forward)
     masks: dict[str, Tensor] = {}
     with all_or_nothing(model) as rollback:
@@ -241,5 +242,5 @@ def _by_blocks(
 
 def _parts(method: str, calibration: Any, forward: Forward | None) -> Sequence[Calibration]:
     if calibration is None:
-        raise ConfigError(f"{method!r} needs calibration data; none was given")
+        raise ConfigError(f"{method!r} needs calibration data; give it with `calibration`")
     return as_parts(calibration, forward)

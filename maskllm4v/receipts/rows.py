@@ -103,7 +103,8 @@ def stages_of(experiment: Experiment, row: str) -> list[Stage]:
 
 def stages_since(root: Path, experiment: Experiment, begin: float) -> int:
     """How many stages of an experiment ended on this machine at ``begin`` (seconds since 1970) or later."""
-    ended = [("prepare", experiment.data.name), ("report", experiment.table), ("track", experiment.table)]
+    ended: list[tuple[str, str]] = [("prepare", experiment.data.name)]
+    ended += [(stage, experiment.table) for stage in ("report", "documents", "track")]
     ended += [(stage, row) for row in experiment.rows for stage in stages_of(experiment, row)]
     timings = [_timing(root, stage, key) for stage, key in ended]
     return sum(path.exists() and path.stat().st_mtime >= begin for path in timings)

@@ -13,7 +13,7 @@ from maskllm4v.reporting.benchmarks.deployment import deployment_markdown, expor
 from maskllm4v.reporting.benchmarks.performance import performance_markdown
 from maskllm4v.reporting.comparison import comparison_markdown
 from maskllm4v.reporting.curves import curves_csv
-from maskllm4v.reporting.figures import draw_figures
+from maskllm4v.reporting.figures import draw_figures, figure_texts
 from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.page import PAGE, index_page, table_page
 from maskllm4v.reporting.paired import paired_sections
@@ -28,6 +28,7 @@ PERFORMANCE = "performance"  # the one with the benchmarks of training and pruni
 DEPLOYMENT = "deployment"  # the one with sizes and speeds of what was exported
 RECEIPTS = "receipts"  # the one with the CPUs on which tables were reproduced
 REPRODUCED = "reproduced"  # the claim at the head, from the same receipts
+FIGURES = "figures"  # the folder of a table's charts and pictures
 FINDINGS = Path("docs/findings.md")
 
 
@@ -38,8 +39,8 @@ def experiment_files(root: Path) -> dict[str, Experiment]:
 
 def experiments(root: Path) -> dict[str, Experiment]:
     """All experiments by table: those in ``experiments/``, and the active one in place of its original."""
-    found = {experiment.table: experiment for experiment in experiment_files(root).values()}
     active = load_experiment(root / "params.yaml")
+    found = {experiment.table: experiment for experiment in experiment_files(root).values()}
     return {**found, active.table: active}
 
 
@@ -79,10 +80,8 @@ def page_text(experiment: Experiment, reports: Path, files: Mapping[str, Experim
     return table_page(experiment, reports, next(same, None))
 
 
-def readme_sections(root: Path) -> dict[str, str]:
-    """The README's generated sections by marker name."""
-    reports = root / "reports"
-    known = experiments(root)
+def readme_sections(known: Mapping[str, Experiment], reports: Path) -> dict[str, str]:
+    """The README's generated sections by marker name, of these tables."""
     sections = {table: table_texts(e, reports)["table.md"] for table, e in known.items()}
     return {
         **sections,
@@ -95,48 +94,71 @@ def readme_sections(root: Path) -> dict[str, str]:
 
 
 def documents(root: Path) -> dict[Path, str]:
-    """What README and findings have to be, as far as they are there: with their generated sections as records are."""
-    readme, findings = root / "README.md", root / FINDINGS
+    """What shows all tables: those of ``experiments/``, and the active one as ``params.yaml`` has it.
+
+    README and findings, as far as they are there, with their generated sections; and the list of tables.
+    """
+    readme, findings, reports = root / "README.md", root / FINDINGS, root / "reports"
+    known = experiments(root)
     texts = {path: path.read_text(encoding="utf-8") for path in (readme, findings) if path.exists()}
     sections: dict[Path, dict[str, str]] = {}
     if readme in texts:
-        sections[readme] = readme_sections(root)
+        sections[readme] = readme_sections(known, reports)
     if findings in texts:
-        sections[findings] = paired_sections(texts[findings], experiments(root), root / "reports", findings.parent)
-    return {path: splice(text, sections[path], path.name) for path, text in texts.items()}
+        sections[findings] = paired_sections(texts[findings], known, reports, findings.parent)
+    spliced = {path: splice(text, sections[path], path.name) for path, text in texts.items()}
+    return {**spliced, reports / PAGE: index_page(known, reports)}
 
 
-def write_report(root: Path) -> list[Path]:
-    """Render the active experiment's tables, figures and page, and what all tables share: README and index."""
+def write_documents(root: Path) -> list[Path]:
+    """Render what all tables share."""
+    texts = documents(root)
+    for path, text in texts.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
+    return list(texts)
+
+
+def write_table(root: Path) -> list[Path]:
+    """Render the active experiment's tables, figures and page."""
     experiment = load_experiment(root / "params.yaml")
     reports, folder = root / "reports", root / "reports" / experiment.table
     written = []
     for name, text in table_texts(experiment, reports).items():
         write_text(folder / name, text)
         written.append(folder / name)
-    records = current_records(experiment, reports)
-    written += draw_figures(experiment, records, aggregate(experiment, records), reports, folder / "figures")
-    page = page_text(experiment, reports, experiment_files(root))
-    pages = {folder / PAGE: page, reports / PAGE: index_page(experiments(root), reports)}
-    for path, text in pages.items():
-        write_text(path, text)
-        written.append(path)
-    for path, text in documents(root).items():
-        if path.read_text(encoding="utf-8") != text:
-            write_text(path, text)
-        written.append(path)
-    return written
+    written += draw_figures(experiment, reports, folder / FIGURES)
+    write_text(folder / PAGE, page_text(experiment, reports, experiment_files(root)))
+    return [*written, folder / PAGE]
+
+
+def write_report(root: Path) -> list[Path]:
+    """Render the active experiment's files, and what all tables share."""
+    return write_table(root) + write_documents(root)
+
+
+def check_documents(root: Path) -> None:
+    """Raise :class:`UserError` unless README, findings and the list of tables are what the committed records give."""
+    _compare(documents(root), root)
 
 
 def check_report(root: Path) -> None:
-    """Raise :class:`UserError` unless README, findings, tables and pages are what the committed records give."""
-    wrong, reports, files = [], root / "reports", experiment_files(root)
-    expected = {**documents(root), reports / PAGE: index_page(experiments(root), reports)}
+    """Raise :class:`UserError` unless README, findings, tables, charts and pages are what the records give."""
+    reports, files = root / "reports", experiment_files(root)
+    expected = documents(root)
     for table, experiment in experiments(root).items():
         texts = {**table_texts(experiment, reports), PAGE: page_text(experiment, reports, files)}
         expected |= {reports / table / name: text for name, text in texts.items()}
-    for path, text in expected.items():
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            wrong.append(str(path.relative_to(root)))
-    if wrong:
-        raise UserError(f"{', '.join(wrong)}: not what the records give; run `python -m maskllm4v report`")
+        drawn = figure_texts(experiment, reports)
+        expected |= {reports / table / FIGURES / name: text for name, text in drawn.items()}
+    _compare(expected, root)
+
+
+def _compare(expected: Mapping[Path, str], root: Path) -> None:
+    """Raise :class:`UserError` unless the files that are there are these."""
+    found = {path: path.read_text(encoding="utf-8") for path in expected if path.exists()}
+    if wrong := [str(path.relative_to(root)) for path in found if found[path] != expected[path]]:
+        raise UserError(
+            f"{', '.join(wrong)}: not what the records give; run dvc repro, "
+            "or `python -m maskllm4v report` where that finds nothing to do"
+        )

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from maskllm4v.utils.errors import ConfigError, DataError
+from maskllm4v.utils.text import few
+
+if TYPE_CHECKING:
+    from maskllm4v.sparsity.parameters import Matrix
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -19,6 +26,25 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def check_materialised(layers: Mapping[str, Matrix]) -> None:
+    """Raise :class:`ConfigError`, naming layers, where weights have no values yet (device ``meta``)."""
+    if empty := [name for name, layer in layers.items() if layer.weight.is_meta]:
+        raise ConfigError(
+            f"{few(empty, 'layer')}: on device 'meta', without values; first load the model's weights (to_empty and "
+            "load_state_dict, or load_state_dict with assign=True)"
+        )
+
+
+@contextmanager
+def hooks_run() -> Iterator[None]:
+    """Inside, what ``torch.compile`` has compiled runs as plain PyTorch, whose hooks and products can be watched."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @dataclass(frozen=True)
@@ -75,5 +101,7 @@ def names_by_part(names: Iterable[str], parts: Sequence[Calibration]) -> list[li
                 own.append(name)
                 break
         else:
-            raise ConfigError(f"calibration: no part names layer {name!r}; exclude it or add it to one")
+            raise ConfigError(
+                f"calibration: no part names layer {name!r}; add it to one, or leave it dense with `exclude`"
+            )
     return found

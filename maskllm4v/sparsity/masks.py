@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from maskllm4v.sparsity.gumbel import masked_weight
 from maskllm4v.sparsity.layout import Layout, from_rows, to_rows
-from maskllm4v.sparsity.parameterization import gate_of
+from maskllm4v.sparsity.parameterization import gate_of, logits_dtype
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.reading import LastRead, in_backward, product_dtype, traced
 from maskllm4v.utils.errors import CheckpointError, PatternError
@@ -184,7 +184,7 @@ class LearnableMask(Mask):
     """A mask that is learned, on a frozen parameter (MaskLLM, arXiv 2409.17481).
 
     In training mode a soft mask is drawn from ``logits``; in evaluation mode the arg-max mask is used. ``logits``
-    ``[K, groups]`` is the parameter, groups in the order of the weight's rows.
+    ``[K, groups]`` is the parameter, in float32 at least, groups in the order of the weight's rows.
 
     Args:
         weight, pattern, name, layout: as of :class:`Mask`.
@@ -235,7 +235,7 @@ class LearnableMask(Mask):
         self.auto_advance = True  # by itself, until set_noise_key takes over
         self.joined: JoinedDraw | None = None
         shape = (self.gate.logits, weight.numel() // self.pattern.m)
-        self.logits = nn.Parameter(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+        self.logits = nn.Parameter(torch.zeros(shape, dtype=logits_dtype(weight), device=weight.device))
         candidates = self.gate.candidates(weight.device, weight.dtype)  # no copy a step
         self.register_buffer("candidates", candidates, persistent=False)
         if self.gate_std and not weight.is_meta:

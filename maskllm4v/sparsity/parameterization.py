@@ -75,7 +75,7 @@ class CandidateGate(MaskParameterization):
         if pattern.num_candidates > MAX_CANDIDATES:
             raise PatternError(
                 f"pattern {pattern} has {pattern.num_candidates} candidate masks a group; with a logit each at most "
-                f"{MAX_CANDIDATES} are supported: say gate 'positions'"
+                f"{MAX_CANDIDATES} are supported; give each position one with `gate='positions'`"
             )
         self.logits = pattern.num_candidates
 
@@ -94,7 +94,7 @@ class CandidateGate(MaskParameterization):
 
     def magnitude(self, weight: Tensor) -> Tensor:
         share = _energy_shares(weight, self.pattern.m)
-        logits = 0.5 * (self.pattern.candidates(weight.device, torch.float64) @ share).to(weight.dtype)
+        logits = 0.5 * (self.pattern.candidates(weight.device, torch.float64) @ share).to(logits_dtype(weight))
         # Rounding may tie candidates, or put the magnitude mask just behind another one: it stays ahead.
         best = self.pattern.to_index(self.pattern.topn_mask(weight.abs())).long()[None]
         ahead = _just_above(logits.amax(0, keepdim=True))
@@ -125,7 +125,7 @@ class PositionGate(MaskParameterization):
         return mask.reshape(-1, self.pattern.m).t().to(torch.float32) - self.pattern.n / self.pattern.m
 
     def magnitude(self, weight: Tensor) -> Tensor:
-        logits = 0.5 * _energy_shares(weight, self.pattern.m).to(weight.dtype)
+        logits = 0.5 * _energy_shares(weight, self.pattern.m).to(logits_dtype(weight))
         # Rounding may tie a kept position with one before it that is not kept: the magnitude mask stays ahead.
         best = self.pattern.topn_mask(weight.abs()).reshape(-1, self.pattern.m).t()
         ahead = _just_above(logits.masked_fill(best, -torch.inf).amax(0))
@@ -145,6 +145,11 @@ def gate_of(name: str, pattern: NMPattern) -> MaskParameterization:
     if name not in GATES:
         raise ConfigError(f"gate is {name!r}; allowed: {', '.join(GATES)}")
     return PositionGate(pattern) if name == "positions" and pattern.n > 1 else CandidateGate(pattern)
+
+
+def logits_dtype(weight: Tensor) -> torch.dtype:
+    """Float32 at least, whatever the weight is: 16 bits lose the small steps of an optimiser."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _energy_shares(weight: Tensor, m: int) -> Tensor:

@@ -89,7 +89,7 @@ class NMPattern:
         if not self.fits(in_features):
             raise PatternError(
                 f"layer {layer!r}: its {in_features} input features are no multiple of {self.m}, as {self} needs; "
-                "exclude the layer or set on_misfit to 'skip'"
+                "leave it dense with `exclude`, or all such layers with `on_misfit='skip'`"
             )
 
     def num_groups(self, weight: Tensor, layer: str = "weight") -> int:

@@ -197,7 +197,10 @@ def _tensors(of: Any) -> list[Tensor]:
 def _fault(block: nn.Module, kind: _Kind, channels: Channels) -> str | None:
     """Why the channels of a block may not be permuted, found by trying it on a copy; None if they may."""
     noise = torch.Generator().manual_seed(0)
-    twin = copy.deepcopy(block).to("cpu", torch.float64).eval()
+    twin = copy.deepcopy(block)
+    twin.to("cpu", torch.float64)  # in place, like eval, whose overrides in timm return nothing
+    twin.eval()
+    twin.requires_grad_()
     weights = dict(twin.named_parameters())
     with torch.no_grad():
         for weight in weights.values():  # nothing may agree because it happens to be zero or one
@@ -213,7 +216,7 @@ def _fault(block: nn.Module, kind: _Kind, channels: Channels) -> str | None:
     assert own is not None  # it is a copy
     try:
         with torch.enable_grad():
-            before = twin.requires_grad_()(inputs.clone())
+            before = twin(inputs.clone())
             needed = torch.autograd.grad(before.sum(), list(weights.values()), allow_unused=True)
         with torch.no_grad():
             own.permute_(torch.cat([torch.randperm(size, generator=noise) + i * size for i in range(own.parts)]))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
-    from maskllm4v.tasks import ExportableModel
+    from maskllm4v.tasks.base import ExportableModel
 
 ALIAS = "champion"
 BATCH = 2  # of the example that graphs are traced with; they take any
@@ -86,17 +86,18 @@ def _measured_model(experiment: Experiment, row: str, record: Mapping[str, Any])
     from maskllm4v.checkpoints.masks import load_masks
     from maskllm4v.export.writing import folded_row
     from maskllm4v.runs.provenance import read_origin
-    from maskllm4v.tasks import open_task
+    from maskllm4v.tasks.base import open_task
 
     read_origin(experiment, row)
-    task = open_task(experiment, data_folder(experiment.data.name))
+    task = open_task(experiment.task_spec(), data_folder(experiment.data.name))
     path = checkpoint(row, record["seeds"][0])
     folded = folded_row(experiment, task, row)
     found = {"manifest": folded.manifest, "dense": folded.base, "masks": load_masks(path).digest}
     inputs = record["inputs"]
     if found != {"manifest": inputs["manifest"], "dense": inputs["dense"][0], "masks": inputs["masks"][0]}:
         raise CheckpointError(f"{path} is another one than that which was measured")
-    return task.exportable(folded.model.eval(), BATCH)
+    folded.model.eval()
+    return task.exportable(folded.model, BATCH)
 
 
 def _register(

@@ -89,7 +89,7 @@ def report_files(root: Path, table: str) -> list[Path]:
     """The table, its page and figures, which each of its runs shows."""
     folder = root / REPORTS / table
     named = [folder / name for name in ("index.html", "table.md", "exports.md")]
-    return [path for path in [*named, *sorted((folder / "figures").glob("*.png"))] if path.is_file()]
+    return [path for path in [*named, *sorted((folder / "figures").glob("*"))] if path.is_file()]
 
 
 def report_digest(files: list[Path]) -> str:

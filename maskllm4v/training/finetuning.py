@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.config import DenseSettings, FinetunedSettings, TrainingSettings
-from maskllm4v.tasks import Task, train_mode
+from maskllm4v.tasks.base import Task, train_mode
 from maskllm4v.training.averaging import Average
+from maskllm4v.training.cost import Cost
 from maskllm4v.training.mask_learning import freeze_statistics
+from maskllm4v.training.optim import optimizer_for
 from maskllm4v.training.resume import Resume
-from maskllm4v.training.trainer import Cost, TrainTarget, optimizer_for, run
+from maskllm4v.training.trainer import TrainTarget, run
 
 CURVE_COLUMNS = ("step", "loss", "lr", "grad_norm")
 

@@ -36,7 +36,9 @@ def start_from_updated_(model: nn.Module, prior: MaskCheckpoint, *, distillation
         rows, updated = matrices[name].rows, prior.weights[matrices[name].key]
         if rows.shape != mask.shape or updated.shape != matrices[name].weight.shape:
             raise CheckpointError(f"layer {name!r}: the updated weights do not fit the model")
-    dense = copy.deepcopy(model).eval() if distillation else None
+    dense = copy.deepcopy(model) if distillation else None
+    if dense is not None:
+        dense.eval()
     for name, mask in prior.masks.items():
         rows, layout = matrices[name].rows, matrices[name].layout
         updated = to_rows(prior.weights[matrices[name].key].to(rows), layout)

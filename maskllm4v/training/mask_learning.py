@@ -1,6 +1,6 @@
 """Learning masks: frozen weights, trained logits (MaskLLM, arXiv 2409.17481).
 
-It knows no images and no labels: a :class:`~maskllm4v.tasks.Task` runs the model and gives the loss.
+It knows no images and no labels: a :class:`~maskllm4v.tasks.base.Task` runs the model and gives the loss.
 Curves are kept on the device and fetched at the end.
 """
 
@@ -18,11 +18,13 @@ from maskllm4v.sparsity.joined import join_draws
 from maskllm4v.sparsity.masks import LearnableMask, NoiseKey
 from maskllm4v.sparsity.parameters import MaskedParameter, current_masks, masked_parameters
 from maskllm4v.sparsity.surgery import as_dense
-from maskllm4v.tasks import Task, train_mode
+from maskllm4v.tasks.base import Task, train_mode
 from maskllm4v.training.averaging import Average
+from maskllm4v.training.cost import Cost
+from maskllm4v.training.optim import optimizer_for
 from maskllm4v.training.resume import Resume
 from maskllm4v.training.schedule import lerp
-from maskllm4v.training.trainer import Cost, TrainTarget, optimizer_for, run
+from maskllm4v.training.trainer import TrainTarget, run
 from maskllm4v.utils.errors import TrainingError
 from maskllm4v.utils.processes import world_size
 

@@ -1,33 +1,31 @@
 """The training loop: whatever is trained, on one process or many, interrupted or not.
 
-Accelerate does mixed precision, gradient scaling and the averaging of gradients over processes. What is
-trained, and by which loss, a :class:`TrainTarget` knows; batches come from a :class:`~maskllm4v.tasks.Task`.
+What is trained, and by which loss, a :class:`TrainTarget` knows; batches come from a
+:class:`~maskllm4v.tasks.base.Task`; precision and processes are the :class:`~maskllm4v.training.engine.Engine`'s.
 The loop never waits for the device in a step.
 """
 
 from __future__ import annotations
 
-import resource
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from maskllm4v.config import TrainingSettings
 from maskllm4v.sparsity.masks import NoiseKey
-from maskllm4v.tasks import Task
+from maskllm4v.tasks.base import Task
+from maskllm4v.training.cost import Clock, Cost
+from maskllm4v.training.engine import Engine
 from maskllm4v.training.nonfinite import NonFiniteGuard
+from maskllm4v.training.optim import LearningRate
 from maskllm4v.training.resume import Resume, stopping
-from maskllm4v.training.schedule import cosine, progress, warm_up
-from maskllm4v.utils.distributed import same_everywhere
-from maskllm4v.utils.errors import CheckpointError, ConfigError
+from maskllm4v.training.schedule import progress
+from maskllm4v.utils.distributed import mean, same_everywhere
+from maskllm4v.utils.errors import CheckpointError
 from maskllm4v.utils.processes import is_main, rank, world_size
 from maskllm4v.utils.progress import bar
 from maskllm4v.utils.rng import seeded_steps
@@ -84,19 +82,6 @@ class TrainTarget(ABC):
         """Take back what :meth:`state` gave."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a run cost on its machine: never part of a record.
-
-    Attributes:
-        samples_per_second: without the first step of this process.
-        peak_memory: bytes on the GPU, or of the whole process where there is none.
-    """
-
-    samples_per_second: float
-    peak_memory: int
-
-
 def run(
     learner: TrainTarget,
     task: Task,
@@ -121,6 +106,7 @@ def run(
         watch: given the points of the curve in the main process: first those restored, then each as it is taken.
 
     Raises:
+        ConfigError: device or model cannot do what ``amp`` or ``grad_checkpointing`` asks for.
         TrainingError: the loss stopped being finite; names row, seed and step.
         CheckpointError: the state is damaged or belongs to other settings.
         SystemExit, KeyboardInterrupt: on SIGTERM or SIGINT, after the state was saved.
@@ -130,49 +116,41 @@ def run(
         torch.set_flush_denormal(True)  # see pick_device
     steps_per_epoch = task.steps_per_epoch(settings.batch_size)
     steps = settings.total_steps(steps_per_epoch)
+    engine = Engine(learner.model, learner.tensors, learner.optimizer, settings)
+    rate = LearningRate(learner.optimizer, settings, steps)
+    start = _restore(learner, engine, resume)
     share = BatchShard.of(rank(), world_size(), settings.accumulate)
-    accelerator = _accelerator(device, settings.amp)
-    _set_up(learner.model, settings)
-    finite, scaled, optimizer = NonFiniteGuard(device), accelerator.scaler is not None, learner.optimizer
-    if scaled:  # else Accelerate's wrapper only costs time: it searches for packages and signatures in every step
-        optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
-    initial_lr = [group["lr"] for group in optimizer.param_groups]
-    start = _restore(learner, accelerator, resume, device)
     divided = {} if share == WHOLE else {"share": share}  # a task for one process need not know it
     learner.train_mode()
+    finite, scaled = NonFiniteGuard(device), engine.scaler.is_enabled()
     seen = _Watching(learner, watch if is_main() else None)
-    clock = _Clock(settings.batch_size, device)
+    clock = Clock(settings.batch_size, device)
     with (
         closing(_batches(task, phases, start, steps, seed=seed, batch_size=settings.batch_size, **divided)) as batches,
-        _prepared(accelerator, learner.model, settings.compile) as model,
+        engine.wrapped() as model,
         seeded_steps(device, seed) as seed_step,
         stopping() as stop,
     ):
         name = f"{learner.row}, seed {seed}"
         for step in bar(range(start, steps), name, total=steps, initial=start, position=position):
             done = progress(step, steps, steps_per_epoch, settings.anneal)
-            factor = warm_up(step, round(settings.warmup * steps))
-            lr = cosine(settings.lr, settings.min_lr, done) * factor
-            for group, first in zip(optimizer.param_groups, initial_lr, strict=True):
-                group["lr"] = lr if first == settings.lr else first * (lr / settings.lr)
+            lr = rate.set(step, done)
             learner.begin_step(step, done, lr)
             total = torch.zeros((), device=device)
             for micro in range(settings.accumulate):
                 batch = next(batches)  # before the seed is set: a loader that starts draws from torch's generator
                 seed_step(step, micro, rank())
                 learner.begin_micro_step(NoiseKey(seed, step, micro, rank()))
-                last = micro == settings.accumulate - 1
-                with nullcontext() if last else accelerator.no_sync(model):
+                with engine.micro_step(model, last=micro == settings.accumulate - 1):
                     objective, loss = learner.loss(model, task, batch)
-                    accelerator.backward(objective / settings.accumulate)
+                    engine.backward(objective / settings.accumulate)
                 total += loss.detach() / settings.accumulate
-            norm = accelerator.clip_grad_norm_(learner.tensors, settings.clip_grad or float("inf"))
-            finite.watch(step, total, torch.zeros_like(total) if scaled else norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norm = engine.clip()
+            finite.watch(step, total, torch.zeros_like(total) if scaled else norm)  # the scaler skips such a step
+            engine.step()
             learner.end_step(step)
             if step % settings.log_every == 0 or step == steps - 1:
-                learner.log(step, lr, accelerator.reduce(total, "mean"), norm.detach())
+                learner.log(step, lr, mean(total), norm.detach())
                 finite.check(learner.row, seed)
                 seen.update()
             clock.tick()
@@ -180,75 +158,11 @@ def run(
                 learner.end_epoch(step)
             if resume is not None and (stop or step == steps - 1 or resume.due(step)) and is_main():
                 finite.check(learner.row, seed)
-                resume.save(_state(learner, accelerator, step + 1))
+                resume.save(_state(learner, engine, step + 1))
             if stop and is_main():  # the others end with it: they may be waiting for its gradients
                 stop.leave()
-    if settings.grad_checkpointing:
-        _checkpoint_activations(learner.model, on=False)
     learner.model.eval()
     return clock.cost()
-
-
-def optimizer_for(tensors: list[nn.Parameter], settings: TrainingSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """Fused AdamW, or timm's optimiser of that name over the model's trainable parameters.
-
-    Raises:
-        ConfigError: timm knows no such optimiser, or not these arguments.
-    """
-    name, arguments = settings.optimizer, {"betas": settings.betas, **settings.optimizer_args}
-    if name != "adamw":
-        from timm.optim import create_optimizer_v2, list_optimizers
-
-        if name not in list_optimizers():
-            raise ConfigError(f"optimizer is {name!r}; allowed: {', '.join(list_optimizers())}")
-    try:
-        if name == "adamw":
-            return torch.optim.AdamW(
-                tensors, lr=settings.lr, weight_decay=settings.weight_decay, fused=True, **arguments
-            )
-        return create_optimizer_v2(model, name, settings.lr, settings.weight_decay, **arguments)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer_args do not fit {name!r}: {error}") from error
-
-
-def _accelerator(device: torch.device, amp: str) -> Accelerator:
-    if amp == "fp16" and device.type == "cpu":
-        raise ConfigError("amp is 'fp16', which CPUs do not train in; allowed there: 'no', 'bf16'")
-    AcceleratorState._reset_state()  # precision may differ from the run before it in this process
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=amp, device_placement=False)
-
-
-@contextmanager
-def _prepared(accelerator: Accelerator, model: nn.Module, compiled: bool) -> Iterator[nn.Module]:
-    """The model for mixed precision and several processes; afterwards it is what it was.
-
-    Accelerate marks a model and wraps its ``forward`` in place, and takes only a part of that back.
-    """
-    patched = ("forward", "_original_forward", "_is_accelerate_prepared", "_is_torch_compile")
-    own = {name: model.__dict__[name] for name in patched if name in model.__dict__}
-    try:
-        yield accelerator.prepare_model(torch.compile(model) if compiled else model, device_placement=False)
-    finally:
-        for name in patched:
-            model.__dict__.pop(name, None)
-        model.__dict__.update(own)
-
-
-def _set_up(model: nn.Module, settings: TrainingSettings) -> None:
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if settings.grad_checkpointing:
-        _checkpoint_activations(model, on=True)
-
-
-def _checkpoint_activations(model: Any, *, on: bool) -> None:
-    """Compute activations again in backward, block by block, if the model is one of timm's or diffusers'."""
-    if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing(on)
-    elif hasattr(model, "enable_gradient_checkpointing"):
-        model.enable_gradient_checkpointing() if on else model.disable_gradient_checkpointing()
-    else:
-        raise ConfigError("grad_checkpointing is on, but the model has no set_grad_checkpointing (timm's have)")
 
 
 def _batches(
@@ -260,21 +174,21 @@ def _batches(
             start = end
 
 
-def _state(learner: TrainTarget, accelerator: Accelerator, step: int) -> dict[str, Any]:
+def _state(learner: TrainTarget, engine: Engine, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "tensors": [tensor.detach() for tensor in learner.tensors],
         "optimizer": learner.optimizer.state_dict(),
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "scaler": engine.scaler.state_dict(),
         "learner": learner.state(),
     }
 
 
-def _restore(learner: TrainTarget, accelerator: Accelerator, resume: Resume | None, device: torch.device) -> int:
+def _restore(learner: TrainTarget, engine: Engine, resume: Resume | None) -> int:
     """Take back the last state saved; returns the step to go on with."""
-    state = None if resume is None else resume.load(device)
+    state = None if resume is None else resume.load(engine.device)
     step = 0 if state is None else int(state["step"])
-    if same_everywhere(step, device) != step:
+    if same_everywhere(step, engine.device) != step:
         raise CheckpointError(f"process {rank()} does not see the saved state; all need one shared folder")
     if state is None:
         return 0
@@ -282,8 +196,7 @@ def _restore(learner: TrainTarget, accelerator: Accelerator, resume: Resume | No
         for tensor, saved in zip(learner.tensors, state["tensors"], strict=True):
             tensor.copy_(saved)
     learner.optimizer.load_state_dict(state["optimizer"])
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
+    engine.scaler.load_state_dict(state["scaler"])
     learner.load_state(state["learner"])
     return step
 
@@ -300,33 +213,3 @@ class _Watching:
             points = self._learner.points(self._count)
             self._count += len(points)
             self._watch(points)
-
-
-class _Clock:
-    """Counts what a run costs, from the end of its first step on."""
-
-    def __init__(self, batch_size: int, device: torch.device) -> None:
-        self.batch_size, self.device = batch_size, device
-        self.first: float | None = None
-        self.ticks = 0
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def tick(self) -> None:
-        if self.first is None:
-            self.first = self._now()
-        else:
-            self.ticks += 1
-
-    def cost(self) -> Cost:
-        seconds = self._now() - self.first if self.first is not None else 0.0
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device)
-        else:
-            memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return Cost(self.ticks * self.batch_size / seconds if self.ticks else 0.0, memory)
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()

@@ -1,4 +1,7 @@
-"""What several processes do together, through Accelerate; with one process nothing here costs anything."""
+"""What several processes do together; with one process nothing here costs anything.
+
+Accelerate starts the process group; all else is torch.distributed's.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,15 @@ def sum_(*tensors: Tensor) -> None:
         for tensor in tensors:
             join(tensor.device)
             torch.distributed.all_reduce(tensor)
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over all processes."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.clone()
+    sum_(total)
+    return total / world_size()
 
 
 def rows_of_all(own: Tensor, count: int) -> Tensor:

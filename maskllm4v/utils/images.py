@@ -9,6 +9,7 @@ from PIL import Image
 
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import replacing
+from maskllm4v.utils.text import one_line
 
 COMPRESSION = 9  # zlib's level; Pillow's own default may change
 
@@ -34,5 +35,5 @@ def read_picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    except Exception as error:  # decoders raise whatever they like
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error

@@ -66,8 +66,13 @@ def empty_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """UTF-8 with ``\\n`` line ends, on every system."""
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:  # the name of a file, as Python keeps those that are not UTF-8
+        odd = error.object[max(0, error.start - 40) : error.end + 10]
+        raise UserError(f"cannot write {path}: {odd!r} is not UTF-8") from error
     with replacing(path) as temporary:
-        temporary.write_bytes(text.encode())
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -24,13 +24,14 @@ COLUMNS = {  # by kind of stage: left edge and width
     "evaluate": (758, 70),
     "export": (854, 56),
     "report": (938, 56),
+    "documents": (938, 56),
     "track": (1016, 50),
 }
 FILLS = {"prior": GREY, "train": BLUE, "update": MINT, "finetune": PALE}
 LANE, NODE, TOP = 31, 22, 112  # pixels from row to row, high is a node, to the first row
 LATER = ("train", "update", "finetune")  # in the first column if they start from a prior, else in the second
 BRANCHES = (BLUE, ORANGE, MUTED, INK)  # of stages that several rows start from
-MERGED = ("report", "track")  # stages that all rows end in
+MERGED = {"report": 0, "documents": 2, "track": 0}  # stages that all rows end in, and how many lines below the middle
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def draw() -> Card:
     card.text(
         24,
         57,
-        "dvc dag, a line a row: changing one row's setting runs its own stages again, then report and track.",
+        "dvc dag, a line a row: changing one row's setting runs its own stages again, then report, "
+        "documents (README) and track.",
         12,
         color=MUTED,
     )
@@ -77,7 +79,8 @@ def draw() -> Card:
         card.bar(12, TOP + LANE * (number - 0.5), WIDTH - 24, LANE, PANEL, layer=-1)
     kinds: dict[tuple[float, float], set[str]] = {}
     for node in nodes.values():
-        kinds.setdefault((node.x, node.width), set()).add(node.kind)
+        if node.kind != "documents":  # it stands below report
+            kinds.setdefault((node.x, node.width), set()).add(node.kind)
     for (x, width), names in kinds.items():
         card.text(x + width / 2, 88, ", ".join(sorted(names)), 12, ha="center", weight="bold")
     lines: dict[float, dict[str, int]] = {}  # number of a line down, by the column that it leads to and where it starts
@@ -105,8 +108,10 @@ def layout(experiment: Experiment, stages: list[str]) -> dict[str, Node]:
             source = experiment.row(row).source
             kind = "first" if source is None or isinstance(source, OneShotRow) else "second"
         x, width = COLUMNS[kind]
-        line = lines.index(row) if row in lines else 0 if kind not in MERGED else (len(lines) - 1) / 2
-        label = {"evaluate": "metrics", "export": "files", "prepare": row}.get(kind, names.get(row, kind))
+        line = lines.index(row) if row in lines else (len(lines) - 1) / 2 + MERGED[kind] if kind in MERGED else 0
+        label = {"evaluate": "metrics", "export": "files", "prepare": row, "documents": "README"}.get(
+            kind, names.get(row, kind)
+        )
         nodes[stage] = Node(stage, label, x, TOP + LANE * line, width)
     return nodes
 

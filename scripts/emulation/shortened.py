@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from maskllm4v.config import Experiment, load_experiment, parse_experiment
-from maskllm4v.config.diffusion import DiffusionSettings
 
 # The most that a setting of this name may be, wherever it stands. Amounts only: what is computed stays the same.
 CAPS = {
@@ -37,13 +36,10 @@ def exact_tables(root: Path) -> dict[str, Experiment]:
 
 def shortened(experiment: Experiment) -> Experiment:
     """The same experiment with one seed and small amounts, see :data:`CAPS`."""
-    whole: dict[str, Any] = experiment.model_dump(mode="json")
-    raw: dict[str, Any] = _capped(whole)
+    raw: dict[str, Any] = _capped(experiment.model_dump(mode="json"))
     raw["seeds"] = raw["seeds"][:1]
     raw["data"]["test_fraction"] = min(raw["data"]["test_fraction"], TEST_FRACTION)
-    if not isinstance(experiment.task, DiffusionSettings):
-        raw["evaluation"] = whole["evaluation"]  # for diffusion only: an error elsewhere unless it is left alone
-    elif grid := raw["evaluation"]["grid"]:
+    if grid := raw["evaluation"].get("grid"):
         raw["evaluation"]["grid"] = grid[:PICTURES]
     for export in raw["exports"].values():
         export["formats"] = [name for name in export["formats"] if name not in UNWRITTEN] or export["formats"]

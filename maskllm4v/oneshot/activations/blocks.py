@@ -14,9 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from maskllm4v.sparsity.calibration import hooks_run
 from maskllm4v.sparsity.parameters import Matrix
 from maskllm4v.sparsity.products import Product, ProductMode
 from maskllm4v.utils.errors import DataError
+from maskllm4v.utils.text import few
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by position and by keyword
 Contents = list[tuple[Any, int]]
@@ -37,8 +39,20 @@ def step(block: nn.Module, call: Call) -> Call:
     return (block(*args, **kwargs), *args[1:]), kwargs
 
 
+def never_reached(layers: Iterable[str]) -> DataError:
+    """What is wrong where no batch has come to some layers."""
+    names = list(layers)
+    return DataError(
+        f"calibration: {few(names, 'layer')} {'were' if len(names) > 1 else 'was'} never reached; "
+        "show more batches or leave such layers dense with `exclude`"
+    )
+
+
 def find_sequential_blocks(
-    model: nn.Module, layers: Mapping[str, Matrix], run: Callable[[], Any]
+    model: nn.Module,
+    layers: Mapping[str, Matrix],
+    run: Callable[[], Any],
+    others: Iterable[Callable[[], Any]] = (),
 ) -> tuple[list[Unit], list[nn.Module]]:
     """Units in the order of execution, and all blocks of the chain that holds most of the layers.
 
@@ -49,12 +63,14 @@ def find_sequential_blocks(
         model: in evaluation mode.
         layers: the layers of interest, by module name.
         run: runs the model on one batch.
+        others: on further ones, as far as they are needed to reach all layers: a mixture's experts, say.
 
     Raises:
-        DataError: a layer is never reached.
+        DataError: layers are never reached.
     """
     group = _grouping(model)
     order, chain = _probe(model, layers, run, group)
+    order = _with_late(order, layers, others)
     found = {name: layers[name] for name in order}
     units = _units(found, chain, group)
     streamed = [unit.block for unit in units if unit.block is not None]
@@ -173,20 +189,40 @@ def _probe(
             handles.append(block.register_forward_pre_hook(chain.enter, with_kwargs=True))
             handles.append(block.register_forward_hook(chain.leave, with_kwargs=True))
     try:
-        with ProductMode(layers, before=count):
+        with hooks_run(), ProductMode(layers, before=count):
             run()
     finally:
         for handle in handles:
             handle.remove()
-    if missing := [name for name in layers if name not in calls]:
-        raise DataError(f"calibration: layer {missing[0]!r} was never reached; exclude it")
 
     def held(chain: _Chain) -> int:
         return sum(group(name) in chain.blocks for name in layers)
 
     whole = [c for c in chains if c.unbroken and not c.ahead and 2 * held(c) > len(layers)]
-    if (
-        not whole or max(max(blocks.values()) for blocks in calls.values()) > 1
-    ):  # a layer shared between blocks needs the whole model
+    most = max((max(blocks.values()) for blocks in calls.values()), default=0)
+    if not whole or most > 1:  # a layer shared between blocks needs the whole model
         return calls, {}
     return calls, dict(max(whole, key=held).blocks)
+
+
+def _with_late(
+    order: Iterable[str], layers: Mapping[str, Matrix], others: Iterable[Callable[[], Any]]
+) -> Iterable[str]:
+    """The same order with the layers that only other batches reach, each behind the one before it in the model."""
+    found = list(order)
+    ahead = {name for name in layers if name not in found}
+    late = [name for name in layers if name in ahead]
+    for run in others:
+        if not ahead:
+            break
+        with (
+            hooks_run(),
+            ProductMode({name: layers[name] for name in late}, before=lambda product: ahead.discard(product.name)),
+        ):
+            run()
+    if ahead:
+        raise never_reached(name for name in layers if name in ahead)
+    before = dict(zip(list(layers)[1:], layers, strict=False))
+    for name in late:
+        found.insert(found.index(before[name]) + 1 if name in before else 0, name)
+    return found

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.oneshot.activations.blocks import Call
+from maskllm4v.oneshot.activations.blocks import Call, never_reached
 from maskllm4v.oneshot.activations.statistics import Statistic
+from maskllm4v.sparsity.calibration import hooks_run
 from maskllm4v.sparsity.parameters import Matrix
 from maskllm4v.sparsity.products import Product, ProductMode
 from maskllm4v.utils.errors import DataError
@@ -34,7 +35,7 @@ def calls_of(
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for batch in batches:
-            with suppress(_ReachedError):
+            with hooks_run(), suppress(_ReachedError):
                 forward(model, batch)
     finally:
         handle.remove()
@@ -105,7 +106,7 @@ class InputCapture:
     def run(self, run: Callable[[Any], Any], batch: Any) -> None:
         self._empty = False
         self._ahead.update(self._all)
-        with suppress(_ReachedError), ProductMode(self._layers, before=self._see):
+        with hooks_run(), suppress(_ReachedError), ProductMode(self._layers, before=self._see):
             run(batch)
 
     def _see(self, product: Product) -> None:
@@ -126,7 +127,7 @@ class InputCapture:
         if self._empty:
             raise DataError("calibration: no batches given")
         if self._never:
-            raise DataError(f"calibration: layer {next(iter(self._never))!r} was never reached; exclude it")
+            raise never_reached(self._never)
 
 
 @contextmanager

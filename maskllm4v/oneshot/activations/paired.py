@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from maskllm4v.oneshot.activations.blocks import Call, find_sequential_blocks, step
 from maskllm4v.oneshot.activations.hooks import InputCapture, calls_of, combined, evaluating, new_statistics, observe
-from maskllm4v.oneshot.activations.statistics import CrossCovariance, Hessian
+from maskllm4v.oneshot.activations.statistics import CrossCovariance, Hessian, checked
 from maskllm4v.sparsity.calibration import Calibration, names_by_part
 from maskllm4v.sparsity.parameters import Matrix, find_matrix
 from maskllm4v.utils.errors import DataError
@@ -38,7 +38,8 @@ def layer_statistics(
 
     Raises:
         ConfigError: a layer that no part names.
-        DataError: a part with layers has no batch, or its ``forward`` never reaches one of them.
+        DataError: a part with layers has no batch, its ``forward`` never reaches one of them, or sums over its inputs
+            are not finite.
     """
     for part, names in zip(parts, names_by_part(layers, parts), strict=True):
         own = {name: layers[name] for name in names}
@@ -53,10 +54,10 @@ def _at_once(
 ) -> Iterator[dict[str, Any]]:
     run = partial(part.forward, model)
     if dense is None:
-        yield observe(layers, Hessian, run, part.batches)
+        yield checked(observe(layers, Hessian, run, part.batches))
         return
     same = ((batch, batch) for batch in part.batches)
-    yield _observe_both(layers, _twins(layers, dense), (run, partial(part.forward, dense)), same)
+    yield checked(_observe_both(layers, _twins(layers, dense), (run, partial(part.forward, dense)), same))
 
 
 def _stream(
@@ -65,7 +66,8 @@ def _stream(
     batches = list(part.batches)
     if not batches:
         raise DataError("calibration: no batches given")
-    units, chain = find_sequential_blocks(model, layers, lambda: part.forward(model, batches[0]))
+    first, *others = (partial(part.forward, model, batch) for batch in batches)
+    units, chain = find_sequential_blocks(model, layers, first, others)
     names = {module: name for name, module in model.named_modules()}
     blocks = [names[block] for block in chain]
     network = _Network(model, blocks, part, batches)
@@ -75,11 +77,11 @@ def _stream(
         for name, layer in unit.layers.items():
             (run, calls), one, in_chain = network.at(block), {name: layer}, block is not None
             if dense is None or other is None:
-                yield observe(one, Hessian, run, calls, inputs_only=in_chain)
+                yield checked(observe(one, Hessian, run, calls, inputs_only=in_chain))
                 continue
             run_other, calls_other = other.at(block)
             pairs = zip(calls, calls_other, strict=True)
-            yield _observe_both(one, _twins(one, dense), (run, run_other), pairs, inputs_only=in_chain)
+            yield checked(_observe_both(one, _twins(one, dense), (run, run_other), pairs, inputs_only=in_chain))
 
 
 class _Network:

@@ -16,7 +16,7 @@ from torch import nn
 
 from maskllm4v.oneshot.activations.blocks import Call, find_sequential_blocks, step
 from maskllm4v.oneshot.activations.hooks import calls_of, evaluating, observe
-from maskllm4v.oneshot.activations.statistics import Statistic
+from maskllm4v.oneshot.activations.statistics import Statistic, checked
 from maskllm4v.sparsity.calibration import Calibration, Forward, default_forward, names_by_part
 from maskllm4v.sparsity.parameters import Matrix
 from maskllm4v.utils.errors import DataError
@@ -41,7 +41,8 @@ def part_statistics(
 
     Raises:
         ConfigError: a layer that no part names.
-        DataError: a part with layers has no batch, or its ``forward`` never reaches one of them.
+        DataError: a part with layers has no batch, its ``forward`` never reaches one of them, or sums over its inputs
+            are not finite: the first layer at fault, in the order of execution, is named.
     """
     shares = list(zip(parts, names_by_part(layers, parts), strict=True))
     with evaluating(model):
@@ -50,7 +51,7 @@ def part_statistics(
             if not own:
                 continue
             if part.independent:
-                yield observe(own, statistic, partial(part.forward, model), part.batches)
+                yield checked(observe(own, statistic, partial(part.forward, model), part.batches))
             else:
                 yield from stream_statistics(
                     model, own, part.batches, statistic, propagate=propagate, forward=part.forward
@@ -82,13 +83,14 @@ def stream_statistics(
         forward: how to run the model on a batch.
 
     Raises:
-        DataError: no batch, or a layer is never reached.
+        DataError: no batch, a layer is never reached, or sums over its inputs are not finite.
     """
     batches = list(batches)
     if not batches:
         raise DataError("calibration: no batches given")
     with evaluating(model):
-        units, chain = find_sequential_blocks(model, layers, lambda: forward(model, batches[0]))
+        first, *others = (partial(forward, model, batch) for batch in batches)
+        units, chain = find_sequential_blocks(model, layers, first, others)
         blocks = iter(chain)
         seen: dict[str, Any] = {}  # dense statistics of what lies outside the chain, before anything changes
         stream: list[Call] | None = None  # how the chain's next block is called, a batch each
@@ -102,9 +104,9 @@ def stream_statistics(
         for i, unit in enumerate(units):
             if unit.block is None:
                 if propagate == "dense":
-                    yield {name: seen[name] for name in unit.layers}
+                    yield checked({name: seen[name] for name in unit.layers})
                 else:
-                    yield observe(unit.layers, statistic, lambda batch: forward(model, batch), batches)
+                    yield checked(observe(unit.layers, statistic, lambda batch: forward(model, batch), batches))
                 continue
             if stream is None:
                 stream = calls_of(chain[0], model, batches, forward)
@@ -113,7 +115,7 @@ def stream_statistics(
                     break
                 stream = [step(block, call) for call in stream]  # a block without layers of interest
             if propagate == "pruned" or i == last:  # nobody needs what comes out of the block as it is
-                yield observe(unit.layers, statistic, partial(step, unit.block), stream, inputs_only=True)
+                yield checked(observe(unit.layers, statistic, partial(step, unit.block), stream, inputs_only=True))
                 stream = [] if i == last else [step(unit.block, call) for call in stream]
                 continue
             outputs: list[Call] = []
@@ -121,5 +123,5 @@ def stream_statistics(
             def run(call: Call, block: nn.Module = unit.block, into: list[Call] = outputs) -> None:
                 into.append(step(block, call))
 
-            yield observe(unit.layers, statistic, run, stream)
+            yield checked(observe(unit.layers, statistic, run, stream))
             stream = outputs

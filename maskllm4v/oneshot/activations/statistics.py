@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from maskllm4v.utils.distributed import sum_
+from maskllm4v.utils.errors import DataError
+from maskllm4v.utils.text import few
 
 
 class Statistic(Protocol):
-    """Something summed over a layer's inputs."""
+    """Something summed over a layer's inputs; one of :class:`Sums` is looked at before it is used."""
 
     def __init__(self, in_features: int, device: torch.device) -> None: ...
 
@@ -24,11 +26,49 @@ class Statistic(Protocol):
         """Add up what all processes have taken in."""
 
 
+@runtime_checkable
+class Sums(Protocol):
+    """A statistic that says whether it can be used.
+
+    Attributes:
+        rows: how many it has taken in.
+    """
+
+    @property
+    def rows(self) -> int: ...
+
+    def is_finite(self) -> bool:
+        """Whether no sum is NaN or infinite."""
+
+
+def checked(statistics: dict[str, Any]) -> dict[str, Any]:
+    """The statistics of some layers, as they are, if something was summed up and all sums are finite.
+
+    Of a layer with several blocks, whose statistics are a list, some may have seen nothing: experts without a token.
+
+    Raises:
+        DataError: otherwise; names all layers that saw nothing, or the first one whose sums are not finite.
+    """
+    blocks = {name: one if isinstance(one, list) else [one] for name, one in statistics.items()}
+    sums = {name: found for name, parts in blocks.items() if (found := [p for p in parts if isinstance(p, Sums)])}
+    if idle := [name for name, parts in sums.items() if not any(part.rows for part in parts)]:
+        raise DataError(
+            f"calibration: {few(idle, 'layer')} saw no input: batches are empty, or no token comes there; "
+            "show more batches or leave such layers dense with `exclude`"
+        )
+    for name, parts in sums.items():
+        if not all(part.is_finite() for part in parts):
+            raise DataError(
+                f"layer {name!r}: calibration gave inputs that are not finite, or too large for sums in float32"
+            )
+    return statistics
+
+
 class InputNorm:
     """‖x_j‖² of each input feature, ``[in]``, float32 (Wanda)."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self.sum_of_squares = torch.zeros(in_features, device=device)
+        self.sum_of_squares = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.rows = 0
 
     def update(self, rows: Tensor) -> None:
@@ -39,6 +79,9 @@ class InputNorm:
         rows = torch.tensor(self.rows, device=self.sum_of_squares.device)
         sum_(self.sum_of_squares, rows)
         self.rows = int(rows)
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.sum_of_squares).all())
 
 
 SET_ONE_BY_ONE = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since torch 2.9
@@ -55,7 +98,7 @@ class Hessian:
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self.sum_of_products = torch.zeros(in_features, in_features, device=device)
+        self.sum_of_products = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.rows = 0
         height = STRIP if in_features >= WIDE and device.type == "cpu" else in_features
         self._strips = [(start, min(start + height, in_features)) for start in range(0, in_features, height)]
@@ -70,6 +113,9 @@ class Hessian:
         rows = torch.tensor(self.rows, device=self.sum_of_products.device)
         sum_(self.sum_of_products, rows)
         self.rows = int(rows)
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.sum_of_products.diagonal()).all())  # |Σ ab|² ≤ Σ a² · Σ b²
 
     @property
     def mean(self) -> Tensor:
@@ -92,7 +138,11 @@ class CrossCovariance:
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.hessian = Hessian(in_features, device)
-        self.sum_of_crosses = torch.zeros(in_features, in_features, device=device)
+        self.sum_of_crosses = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    @property
+    def rows(self) -> int:
+        return self.hessian.rows
 
     def update(self, rows: Tensor, twins: Tensor) -> None:
         """Take in float32 rows ``[tokens, in]`` of both, token by token the same."""
@@ -103,6 +153,9 @@ class CrossCovariance:
     def combine(self) -> None:
         self.hessian.combine()
         sum_(self.sum_of_crosses)
+
+    def is_finite(self) -> bool:
+        return self.hessian.is_finite() and bool(torch.isfinite(self.sum_of_crosses).all())
 
     @property
     def mean(self) -> Tensor:

@@ -20,7 +20,7 @@ from maskllm4v.oneshot.activations.sequential import part_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian
 from maskllm4v.oneshot.weight_update.least_squares import update_least_squares
 from maskllm4v.oneshot.weight_update.sparsegpt import update_sparsegpt
-from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts
+from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
 from maskllm4v.sparsity.layers import attach_, detach_
 from maskllm4v.sparsity.layout import from_rows
 from maskllm4v.sparsity.parameters import MaskedParameter, Matrix, find_matrix, masked_parameters
@@ -112,6 +112,7 @@ def update_weights_(
         raise ConfigError("nothing to update: the model has no masked layer")
     if "" in masked:
         raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
+    check_materialised(masked)
     if dense is not None and (dense is model or masked_parameters(dense)):
         raise ConfigError("dense has masks; it is the model before it was pruned, or none: the model without its masks")
     parts = as_parts(calibration, forward)

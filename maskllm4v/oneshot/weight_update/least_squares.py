@@ -98,7 +98,7 @@ def solve_rows(h: Tensor, target: Tensor, mask: Tensor, *, layer: str = "weight"
             row = start + int(singular.nonzero()[0])
             raise DataError(
                 f"layer {layer!r}, row {row}: the least-squares system of its {kept} kept weights is singular; "
-                "calibrate on more samples or raise damping"
+                "calibrate on more samples, or raise `damping`"
             )
         right = target[start : start + size].gather(1, own)
         found[start : start + size].scatter_(1, own, torch.cholesky_solve(right[..., None], factors)[..., 0])

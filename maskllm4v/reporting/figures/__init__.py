@@ -1,74 +1,63 @@
-"""Figures of a table, as SVG and PNG whose bytes depend on the records alone."""
+"""Figures of a table: the charts of its page as SVG files, and pictures that its models sampled as a PNG."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import pandas as pd
 
 from maskllm4v.config import Experiment
-from maskllm4v.reporting.figures.bars import bars
-from maskllm4v.reporting.figures.lines import curves, timesteps
-from maskllm4v.reporting.figures.samples import DPI, samples
-from maskllm4v.reporting.metrics import METRICS
-from maskllm4v.utils.io import replacing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-STYLE = {
-    "svg.hashsalt": "maskllm4v",  # otherwise element ids are random
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "figure.constrained_layout.use": True,
-}
-FORMATS: dict[str, dict[str, Any]] = {"svg": {"metadata": {"Date": None}}, "png": {"dpi": DPI}}
-PIXELS = {"samples": ("png",)}  # figures that are nothing but pixels
+from maskllm4v.reporting.figures.samples import draw_samples
+from maskllm4v.reporting.figures.sheet import Entry, sheet
+from maskllm4v.reporting.page import bars, lines
+from maskllm4v.reporting.page.results import KINDS, Results
+from maskllm4v.reporting.page.svg import Drawing, tag
+from maskllm4v.utils.io import write_text
 
 
-def draw_figures(
-    experiment: Experiment,
-    records: Mapping[str, Mapping[str, Any]],
-    table: pd.DataFrame,
-    reports: Path,
-    folder: Path,
-) -> list[Path]:
+def draw_figures(experiment: Experiment, reports: Path, folder: Path) -> list[Path]:
     """Draw all figures of a table into a folder; returns the files written.
 
     Args:
         experiment: whose table it is.
-        records: its current ones, by row.
-        table: what :func:`maskllm4v.reporting.aggregate.aggregate` makes of them.
-        reports: where curves and pictures lie.
+        reports: where records, curves and pictures lie.
         folder: where figures go.
     """
-    from matplotlib import rc_context
-
-    drawings: dict[str, Callable[[], Figure | None]] = {
-        METRICS[experiment.task.name].figure: lambda: bars(experiment, table),
-        "curves": lambda: curves(experiment, reports),
-        "timesteps": lambda: timesteps(experiment, records),
-        "samples": lambda: samples(experiment, records, reports),
-    }
-    written: list[Path] = []
-    with rc_context(STYLE):
-        for name, draw in drawings.items():
-            figure = draw()
-            if figure is not None:
-                written += _save(figure, folder / name, PIXELS.get(name, tuple(FORMATS)))
-    return written
-
-
-def _save(figure: Figure, stem: Path, suffixes: tuple[str, ...]) -> list[Path]:
     written = []
-    for suffix in suffixes:
-        path = stem.with_suffix(f".{suffix}")
-        with replacing(path) as temporary:
-            figure.savefig(temporary, **FORMATS[suffix], format=suffix)
-        written.append(path)
-    return written
+    for name, text in figure_texts(experiment, reports).items():
+        write_text(folder / name, text)
+        written.append(folder / name)
+    samples = folder / "samples.png"
+    return [*written, samples] if draw_samples(Results(experiment, reports), samples) else written
+
+
+def figure_texts(experiment: Experiment, reports: Path) -> dict[str, str]:
+    """The files of a table's charts by name: same records, same bytes."""
+    results = Results(experiment, reports)
+    drawn = {
+        results.metrics.figure: _bars(results),
+        "curves": _lines(results, "Training curves", lines.NOTE, lines.curve_panels(results)),
+        "timesteps": _lines(results, "By timestep", "Mean over seeds.", lines.timestep_panels(results)),
+    }
+    return {f"{name}.svg": text for name, text in drawn.items() if text}
+
+
+def _bars(results: Results) -> str:
+    kinds = [kind for kind in KINDS if kind in {results.kind(row) for row in results.measured}]
+    dot = tag("circle", cx=9.0, cy=-4.0, r=4.5)
+    legend = [Entry(tag("g", dot, class_="bars"), KINDS[kind], kind) for kind in kinds]
+    return _sheet(results, "By method", bars.NOTE, bars.bar_charts(results), legend)
+
+
+def _lines(results: Results, title: str, note: str, panels: lines.Panels) -> str:
+    stroke = tag("path", d="M0 -4h18")
+    legend = [
+        Entry(
+            tag("g", stroke, class_=f"line {style}"), results.labels[row], results.kind(row), f"{results.numbers[row]}"
+        )
+        for row, style in panels.styles.items()
+    ]
+    return _sheet(results, title, note, panels.charts, legend)
+
+
+def _sheet(results: Results, title: str, note: str, charts: list[Drawing], legend: list[Entry]) -> str:
+    """Empty without a chart."""
+    return sheet(f"{results.experiment.title}: {title}", note, charts, legend) if charts else ""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from maskllm4v.config import Experiment
-from maskllm4v.reporting.figures.labels import row_labels
+from maskllm4v.reporting.page.results import Results
 from maskllm4v.runs.paths import picture_file
 from maskllm4v.utils.images import read_picture
+from maskllm4v.utils.io import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,9 +23,23 @@ SIDE = 480  # pixels that the longer side of a picture gets, at most
 GAP = 18
 FONT, LINE = 8, 22  # points; pixels a line of a title, at DPI
 LETTERS = SIDE // 11  # of a title's line
+STYLE = {"font.family": "DejaVu Sans"}  # comes with matplotlib
 
 
-def samples(experiment: Experiment, rows: Iterable[str], reports: Path) -> Figure | None:
+def draw_samples(results: Results, path: Path) -> bool:
+    """Write the figure as a PNG; False, and nothing is written, where no row has a picture."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        figure = samples(results)
+        if figure is None:
+            return False
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=DPI, format="png")
+    return True
+
+
+def samples(results: Results) -> Figure | None:
     """The rows' pictures under their labels; None where no row has one.
 
     Each picture is enlarged or reduced by a whole number and laid on the figure's own pixels: what is seen is what
@@ -34,19 +47,17 @@ def samples(experiment: Experiment, rows: Iterable[str], reports: Path) -> Figur
     """
     from matplotlib.figure import Figure
 
-    paths = {row: picture_file(experiment.table, row, PICTURE, reports) for row in rows}
+    paths = {row: picture_file(results.experiment.table, row, PICTURE, results.reports) for row in results.records}
     found = {row: fitted(read_picture(path)) for row, path in paths.items() if path.exists()}
     if not found:
         return None
-    labels = row_labels(experiment)
-    titles = {row: textwrap.wrap(labels[row], LETTERS) for row in found}
+    titles = {row: textwrap.wrap(results.labels[row], LETTERS) for row in found}
     high, wide = (max(picture.shape[side] for picture in found.values()) for side in (0, 1))
     wide = max(wide, SIDE // 2)  # room for titles
     above = LINE * max(map(len, titles.values())) + GAP // 2
     columns, lines = min(IN_LINE, len(found)), -(-len(found) // IN_LINE)
     width, height = columns * (wide + GAP) + GAP, lines * (above + high + GAP) + GAP
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    figure.set_layout_engine("none")  # there are no axes to lay out
     for number, (row, picture) in enumerate(found.items()):
         left = GAP + number % IN_LINE * (wide + GAP)
         top = height - GAP - number // IN_LINE * (above + high + GAP)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskllm4v.config import Experiment
-from maskllm4v.reporting.page import budget, candidates, details, exports, headline, layers, lines, samples
+from maskllm4v.reporting.page import bars, budget, candidates, details, exports, headline, layers, lines, samples
 from maskllm4v.reporting.page.agreement import agreement_chart, seeds_note
-from maskllm4v.reporting.page.bars import bar_chart
 from maskllm4v.reporting.page.masks import read_mask_statistics
 from maskllm4v.reporting.page.results import KINDS, Results
 from maskllm4v.reporting.page.svg import attributes, marked
@@ -44,7 +43,8 @@ def table_page(experiment: Experiment, reports: Path, file: str | None) -> str:
         champion=headline.winner(results),
         dense=headline.described(results, results.dense) if results.dense in results.measured else None,
         best={kind: headline.winner(results, (kind,)) for kind in headline.SPARSE},
-        bars=[chart for name in results.metrics.bars if (chart := bar_chart(results, results.metrics[name]))],
+        bars=bars.bar_charts(results),
+        notes={"bars": bars.NOTE, "lines": lines.NOTE},
         budgets=budget.budget_charts(results),
         curves=lines.curve_panels(results),
         timesteps=lines.timestep_panels(results),

@@ -11,14 +11,14 @@ from maskllm4v.reporting.page.masks import candidate_count
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import linear_scale
 from maskllm4v.reporting.page.stack import Place, heading, stacked
-from maskllm4v.reporting.page.svg import drawing, marked, tag
+from maskllm4v.reporting.page.svg import Drawing, drawing, marked, tag
 
 METRIC = "seed_agreement"
 WIDTH, VALUE = 480.0, 46.0  # pixels of the chart, and of the numbers at its right
 HEIGHT, GAP = 10.0, 6.0  # of a row's dots, and below them
 
 
-def agreement_chart(results: Results, statistics: dict[str, pd.DataFrame]) -> Markup | None:
+def agreement_chart(results: Results, statistics: dict[str, pd.DataFrame]) -> Drawing | None:
     """A line a row, a dot a layer, a tick at the mean and one at chance; None where there is one seed.
 
     Args:

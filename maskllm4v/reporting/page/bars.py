@@ -10,16 +10,23 @@ from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import Scale, linear_scale, logarithmic
 from maskllm4v.reporting.page.stack import Place, heading, stacked
-from maskllm4v.reporting.page.svg import drawing, marked, tag
+from maskllm4v.reporting.page.svg import Drawing, drawing, marked, tag
 from maskllm4v.reporting.tables import number
 
 WIDTH, VALUE = 480.0, 96.0  # pixels of the chart, and of the numbers at its right
 BAR, GAP = 11.0, 12.0  # height of a bar, and what is left below it
 WIDE = 5.0  # a spread from which on an axis that has no upper end is logarithmic
+NOTE = "Mean over seeds, standard deviation as a line, a dot a seed; the dashed line is the dense model."
 SMALL = 5.0  # percent from which on bars need not start at zero
 
 
-def bar_chart(results: Results, metric: Metric) -> Markup | None:
+def bar_charts(results: Results) -> list[Drawing]:
+    """A chart for each metric of the task that has one and that some row has."""
+    found = (_chart(results, results.metrics[name]) for name in results.metrics.bars)
+    return [chart for chart in found if chart is not None]
+
+
+def _chart(results: Results, metric: Metric) -> Drawing | None:
     """Rows from top to bottom, a label and the number above each bar; None where no row has the metric."""
     rows = [row for row in results.lines if pd.notna(results.lines[row][f"{metric.name}_mean"])]
     if not rows:

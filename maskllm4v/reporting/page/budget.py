@@ -12,7 +12,7 @@ from maskllm4v.reporting.benchmarks.costs import trained_length, whole_costs
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import linear_scale, logarithmic
-from maskllm4v.reporting.page.svg import drawing, marked, tag
+from maskllm4v.reporting.page.svg import Drawing, drawing, marked, tag
 from maskllm4v.reporting.tables import number, significant
 
 WIDTH, HEIGHT = 480.0, 420.0
@@ -52,14 +52,14 @@ def budget_of(results: Results) -> Budget:
     return Budget({row: trained_length(experiment, row, unit) for row in known}, f"{unit} of training", False)
 
 
-def budget_charts(results: Results) -> dict[str, Markup]:
+def budget_charts(results: Results) -> dict[str, Drawing]:
     """A chart a pattern, by pattern: rows as far apart as 1:4 and 2:4 would leave each other no room."""
     patterns = [p for p in dict.fromkeys(str(line["pattern"]) for line in results.lines.values()) if p != DENSE]
     charts = {pattern: _chart(results, pattern) for pattern in patterns}
     return {pattern: chart for pattern, chart in charts.items() if chart is not None}
 
 
-def _chart(results: Results, pattern: str) -> Markup | None:
+def _chart(results: Results, pattern: str) -> Drawing | None:
     """A point a row of the pattern or dense, called by its number; the dense model is a band."""
     metric, budget = results.metrics.headline, budget_of(results)
     known = [row for row in results.measured if row in budget.costs and row != results.dense]

@@ -11,7 +11,7 @@ from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.masks import counted, has_positions, kept_share
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import Scale, linear_scale
-from maskllm4v.reporting.page.svg import drawing, marked, tag
+from maskllm4v.reporting.page.svg import Drawing, drawing, marked, tag
 
 WIDTH, HEIGHT = 380.0, 94.0  # of the picture, and of the bars' part of it
 MANY, BROAD = 40, 784.0  # from so many candidates on, a picture is so wide
@@ -24,7 +24,7 @@ def is_broad(frame: pd.DataFrame) -> bool:
     return len(counted(frame)) >= MANY
 
 
-def candidate_charts(results: Results, statistics: dict[str, pd.DataFrame]) -> dict[str, Markup]:
+def candidate_charts(results: Results, statistics: dict[str, pd.DataFrame]) -> dict[str, Drawing]:
     """A chart a row, by row; rows of one pattern have one axis. Rows that were counted by position are absent.
 
     Args:
@@ -34,12 +34,12 @@ def candidate_charts(results: Results, statistics: dict[str, pd.DataFrame]) -> d
     return _charts(results, {row: f for row, f in statistics.items() if not has_positions(results, row, f)}, False)
 
 
-def position_charts(results: Results, statistics: dict[str, pd.DataFrame]) -> dict[str, Markup]:
+def position_charts(results: Results, statistics: dict[str, pd.DataFrame]) -> dict[str, Drawing]:
     """Charts of the rows that :func:`candidate_charts` leaves out: a bar a position of a group."""
     return _charts(results, {row: f for row, f in statistics.items() if has_positions(results, row, f)}, True)
 
 
-def _charts(results: Results, statistics: dict[str, pd.DataFrame], positions: bool) -> dict[str, Markup]:
+def _charts(results: Results, statistics: dict[str, pd.DataFrame], positions: bool) -> dict[str, Drawing]:
     shares = {row: _shares(frame) for row, frame in statistics.items()}
     patterns = {row: str(results.lines[row]["pattern"]) for row in shares}
     most: dict[str, float] = {}
@@ -57,7 +57,7 @@ def _shares(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"share": share, "least": by_layer.min(), "most": by_layer.max()})
 
 
-def _chart(results: Results, row: str, shares: pd.DataFrame, up: Scale, positions: bool) -> Markup:
+def _chart(results: Results, row: str, shares: pd.DataFrame, up: Scale, positions: bool) -> Drawing:
     names = [str(name) for name in shares.index]
     width = BROAD if len(names) >= MANY else WIDTH
     frame = Frame(40, 8, width - 8, 8 + HEIGHT, linear_scale([0, 1]), up)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-from markupsafe import Markup
 
 from maskllm4v.reporting.aggregate import timestep_metrics
 from maskllm4v.reporting.curves import read_curves
@@ -14,7 +13,7 @@ from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import Scale, linear_scale, logarithmic
-from maskllm4v.reporting.page.svg import Point, drawing, marked, polyline, tag
+from maskllm4v.reporting.page.svg import Drawing, Point, drawing, marked, polyline, tag
 
 WIDTH, HEIGHT = 380.0, 240.0
 STYLES = 8  # colours of lines; rows beyond them get these again, dashed
@@ -26,6 +25,8 @@ CURVES = {  # columns of training curves, and what charts call them
     "tau": "temperature τ",
     "scaling": "scaling of the logits",
 }
+NOTE = "Mean over seeds; bands reach from the least to the most of them."
+SHARES = ("max_probability", "off_prior", "flipped")  # of which 1 is the most
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Line:
 class Panels:
     """Charts side by side, and the rows that their shared legend names, with the style of each."""
 
-    charts: list[Markup]
+    charts: list[Drawing]
     styles: dict[str, str]
 
 
@@ -54,18 +55,15 @@ def curve_panels(results: Results) -> Panels:
     found = {row: frame for row in current if (frame := read_curves(experiment, results.reports, row)) is not None}
     styles = _styles(list(found))
     charts = []
-    last = max((int(frame["step"].max()) for frame in found.values()), default=0)
+    across = linear_scale([0.0, max((int(frame["step"].max()) for frame in found.values()), default=0)], count=4)
     for column, title in CURVES.items():
         all_lines = (_over_steps(row, frame, column) for row, frame in found.items() if column in frame)
         lines = [line for line in all_lines if line.points]
         if not lines:
             continue
         ends = [value for line in lines for _, value in (*line.low, *line.high)]
-        if column in ("loss", "scaling", "tau"):
-            up = linear_scale([0.0, *ends], count=4)
-        else:
-            up = linear_scale([0.0, *ends], high=1.0 if max(ends) > 0.5 else None, count=4)
-        charts.append(_panel(results, title, column, lines, linear_scale([0.0, last], count=4), up, "step", styles))
+        up = linear_scale([0.0, *ends], high=1.0 if column in SHARES and max(ends) > 0.5 else None, count=4)
+        charts.append(_panel(results, title, column, lines, across, up, "step", styles))
     return Panels(charts, styles)
 
 
@@ -110,7 +108,7 @@ def _panel(
     up: Scale,
     below: str,
     styles: dict[str, str],
-) -> Markup:
+) -> Drawing:
     frame = Frame(46, 30, WIDTH - 14, HEIGHT - 40, across, up)
     bands, strokes = [], []
     for line in lines:

@@ -13,7 +13,6 @@ import pandas as pd
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.aggregate import aggregate, current_records
 from maskllm4v.reporting.benchmarks.costs import cost_caption, row_costs
-from maskllm4v.reporting.figures.labels import row_labels
 from maskllm4v.reporting.metrics import METRICS, TaskMetrics
 from maskllm4v.reporting.receipts import claim
 from maskllm4v.reporting.tables import caption
@@ -64,7 +63,14 @@ class Results:
 
     @cached_property
     def labels(self) -> dict[str, str]:
-        return row_labels(self.experiment)
+        """What charts call each row: its label, its prior, and its pattern where the table has several."""
+        several = len({row.pattern for row in self.experiment.all_rows} - {None}) > 1
+        return {
+            row.key: (f"{row.pattern} " if several and row.pattern is not None else "")
+            + row.label
+            + ("" if row.source is None else f" ← {row.source.label}")
+            for row in self.experiment.all_rows
+        }
 
     @cached_property
     def numbers(self) -> dict[str, int]:

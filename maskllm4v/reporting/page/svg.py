@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -45,13 +46,37 @@ def polyline(points: Iterable[Point]) -> str:
     return "M" + "L".join(f"{at(x)} {at(y)}" for x, y in points)
 
 
-def drawing(title: str, about: str, width: float, height: float, *children: Any, name: str = "") -> Markup:
-    """A picture of its own that scales, a line a child; ``title`` and ``about`` are what screen readers say."""
-    return tag(
-        "svg",
-        Markup("\n").join([tag("title", title), tag("desc", about), *children]),
-        class_=f"chart {name}".strip(),
-        viewBox=f"0 0 {at(width)} {at(height)}",
-        role="img",
-        style=f"--w:{at(width)}px",
-    )
+@dataclass(frozen=True)
+class Drawing:
+    """A chart: on a page it scales with what is around it, in a figure it has a place.
+
+    ``title`` and ``about`` are what screen readers say, ``name`` its classes, sizes are pixels.
+    """
+
+    title: str
+    about: str
+    width: float
+    height: float
+    content: Markup
+    name: str
+
+    def __html__(self) -> Markup:
+        """As part of a page; what templates show, and other elements that it is put into."""
+        return self._element(viewBox=self._box, role="img", style=f"--w:{at(self.width)}px")
+
+    def placed(self, x: float, y: float) -> Markup:
+        """As part of another picture, with its upper left corner at a place there."""
+        return self._element(x=x, y=y, width=self.width, height=self.height, viewBox=self._box, role="img")
+
+    @property
+    def _box(self) -> str:
+        return f"0 0 {at(self.width)} {at(self.height)}"
+
+    def _element(self, **of: Any) -> Markup:
+        said = [tag("title", self.title), tag("desc", self.about)]
+        return tag("svg", Markup("\n").join([*said, self.content]), class_=f"chart {self.name}".strip(), **of)
+
+
+def drawing(title: str, about: str, width: float, height: float, *children: Any, name: str = "") -> Drawing:
+    """A chart of its elements, a line each."""
+    return Drawing(title, about, width, height, Markup("\n").join(children), name)

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import linear_scale
-from maskllm4v.reporting.page.svg import drawing, tag
+from maskllm4v.reporting.page.svg import Drawing, drawing, tag
 from maskllm4v.reporting.tables import LEARNED
 from maskllm4v.runs.paths import tile_file
 from maskllm4v.utils.io import read_json
@@ -69,7 +69,7 @@ def _picture(label: str, found: dict[str, Any], m: int, changed: set[tuple[int, 
     )
 
 
-def _side(title: str, weights: list[list[float]], mask: list[str], m: int, largest: float, frames: str) -> Markup:
+def _side(title: str, weights: list[list[float]], mask: list[str], m: int, largest: float, frames: str) -> Drawing:
     cells = [
         _cell(weight, bits[column] == "1", _place(column, m), line * CELL, largest)
         for line, (row, bits) in enumerate(zip(weights, mask, strict=True))

@@ -11,14 +11,12 @@ import torch
 from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
 
-from maskllm4v.config import ModelSettings
+from maskllm4v.tasks.classification.settings import PLAIN_VIT, TimmSettings
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 from maskllm4v.utils.rng import torch_seed
 
-PLAIN_VIT = "VisionTransformer"
 
-
-def build_model(settings: ModelSettings, seed: int, *, pretrained: bool) -> nn.Module:
+def build_model(settings: TimmSettings, seed: int, *, pretrained: bool) -> nn.Module:
     """A timm model in evaluation mode.
 
     Args:
@@ -48,10 +46,11 @@ def build_model(settings: ModelSettings, seed: int, *, pretrained: bool) -> nn.M
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # type: ignore[assignment]
-    return model.eval()
+    model.eval()
+    return model
 
 
-def image_settings(settings: ModelSettings) -> dict[str, Any]:
+def image_settings(settings: TimmSettings) -> dict[str, Any]:
     """Size, mean, std, crop and interpolation that a timm model was made for, or that ``model.input`` says.
 
     Raises:
@@ -79,12 +78,12 @@ def image_settings(settings: ModelSettings) -> dict[str, Any]:
     return resolved
 
 
-def num_classes(settings: ModelSettings) -> int:
+def num_classes(settings: TimmSettings) -> int:
     """How many classes a model tells apart."""
     return int(settings.args.get("num_classes", _config(settings).get("num_classes", 1000)))
 
 
-def _check_name(settings: ModelSettings) -> None:
+def _check_name(settings: TimmSettings) -> None:
     if settings.name != PLAIN_VIT and not timm.is_model(settings.name):
         close = difflib.get_close_matches(settings.name.split(".")[0], timm.list_models(), 5)
         raise ConfigError(
@@ -92,7 +91,7 @@ def _check_name(settings: ModelSettings) -> None:
         )
 
 
-def _config(settings: ModelSettings) -> dict[str, Any]:
+def _config(settings: TimmSettings) -> dict[str, Any]:
     """What timm says of a model; nothing of a plain vision transformer."""
     _check_name(settings)
     try:
@@ -102,7 +101,7 @@ def _config(settings: ModelSettings) -> dict[str, Any]:
     return {} if config is None else dict(config.to_dict())
 
 
-def _create(settings: ModelSettings, pretrained: bool) -> nn.Module:
+def _create(settings: TimmSettings, pretrained: bool) -> nn.Module:
     if settings.name == PLAIN_VIT:
         return timm.models.VisionTransformer(**settings.args, **_stem(settings))
     if settings.stem is not None:
@@ -111,7 +110,7 @@ def _create(settings: ModelSettings, pretrained: bool) -> nn.Module:
     return model
 
 
-def _stem(settings: ModelSettings) -> dict[str, Any]:
+def _stem(settings: TimmSettings) -> dict[str, Any]:
     """Convolutions as the patch embedding: timm's ``ConvStem`` in its ``HybridEmbed``, without a projection."""
     if settings.stem is None:
         return {}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from maskllm4v.checkpoints.masks import load_plain_state
 from maskllm4v.checkpoints.third_party import read_torch
-from maskllm4v.config import DiTSettings
 from maskllm4v.tasks.diffusion.classic import from_classic, is_classic, read_classic, set_freq_shift
+from maskllm4v.tasks.diffusion.settings import DiTSettings
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 from maskllm4v.utils.io import read_json
 from maskllm4v.utils.rng import torch_seed

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints.masks import load_dense
-from maskllm4v.config import Experiment
+from maskllm4v.config import TaskSpec
 from maskllm4v.data.batches import plain_loader
-from maskllm4v.tasks.classification import Classification
 from maskllm4v.tasks.classification.models import image_settings
+from maskllm4v.tasks.classification.task import Classification
+from maskllm4v.tasks.diffusion.settings import JudgeSettings
 from maskllm4v.utils.distributed import rows_of_all
 from maskllm4v.utils.processes import rank, world_size
 from maskllm4v.utils.rng import torch_seed
@@ -27,19 +28,24 @@ from maskllm4v.utils.rng import torch_seed
 SUBSETS = 100  # of the kernel distance (Bińkowski et al. 2018)
 
 
+def classifier(settings: JudgeSettings, judged: TaskSpec, data_folder: Path | None) -> Classification:
+    """The judge's own task, on the data of the task that it judges."""
+    spec = TaskSpec(settings.task, settings.model, data=judged.data, seeds=judged.seeds[:1], runtime=judged.runtime)
+    return Classification(spec, data_folder)
+
+
 class Judge:
     """A trained classifier, and what it thinks of images.
 
     Args:
-        experiment: of :attr:`maskllm4v.config.Experiment.judge`.
-        data_folder: of the prepared data.
+        task: of :func:`classifier`.
         weights: its trained weights.
     """
 
-    def __init__(self, experiment: Experiment, data_folder: Path, weights: Path) -> None:
-        self.task = Classification(experiment, data_folder)
-        self.model = self.task.build_model(experiment.seeds[0])
-        load_dense(weights, self.model, experiment.model.name)
+    def __init__(self, task: Classification, weights: Path) -> None:
+        self.task = task
+        self.model = task.build_model(task.spec.seeds[0])
+        load_dense(weights, self.model, task.model.name)
         self.size = image_settings(self.task.model)["input_size"][-2:]
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.data.batches import plain_loader
-from maskllm4v.runs.paths import judge_file
 from maskllm4v.tasks.diffusion.images import picture
-from maskllm4v.tasks.diffusion.judge import Judge, distances
+from maskllm4v.tasks.diffusion.judge import Judge, classifier, distances
 from maskllm4v.tasks.diffusion.noising import NoisyBatch, normal, on
 from maskllm4v.utils.distributed import rows_of_all, sum_
+from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.processes import rank, world_size
 from maskllm4v.utils.progress import bar
 from maskllm4v.utils.rng import generator
 
 if TYPE_CHECKING:
-    from maskllm4v.tasks.diffusion import Diffusion
+    from maskllm4v.tasks.diffusion.task import Diffusion
 
 SEED = 0  # of evaluation's noise: every row of every seed is measured on the same
 
@@ -30,7 +30,7 @@ class Measuring:
     """Measures models of one task; a sample's noise depends on its number alone, not on batches or processes."""
 
     def __init__(self, task: Diffusion) -> None:
-        self.task, self.settings = task, task.experiment.evaluation
+        self.task, self.settings = task, task.evaluation
 
     @torch.no_grad()
     def metrics(self, model: nn.Module, dense: nn.Module | None, split: str) -> dict[str, float]:
@@ -83,9 +83,11 @@ class Measuring:
     def judged(self, model: nn.Module, split: str, *, real: bool) -> dict[str, float]:
         """``accuracy``, ``fd``, ``kd``; with ``real`` also what share of real images the judge gets right."""
         task, count = self.task, self.settings.samples
-        experiment = task.experiment.judge
-        assert experiment is not None  # the settings are validated
-        judge = Judge(experiment, task.folder, judge_file(task.experiment.dense.row))
+        settings, weights = task.settings.judge, task.spec.judge
+        assert settings is not None  # the settings are validated
+        if weights is None:
+            raise ConfigError(f"evaluation.samples is {count}, but the task was opened without weights of task.judge")
+        judge = Judge(classifier(settings, task.spec, task.folder), weights)
         sampler, size = task.sampler(self.settings), task.settings.eval_batch_size
         own = np.arange(count)[rank() :: world_size()]
         made, hits = [judge.no_features()], torch.zeros((), dtype=torch.float64, device=task.device)
@@ -120,8 +122,9 @@ class Measuring:
         if self.settings.images and self.settings.images < total:
             chosen = np.sort(generator(SEED, "evaluated").permutation(total)[: self.settings.images])
         own, size = chosen[rank() :: world_size()], task.settings.eval_batch_size
-        loader = plain_loader(task.data, split, own, size, task.experiment.runtime.loader_workers)
-        for first, (images, labels) in zip(range(0, len(own), size), bar(loader, "evaluating"), strict=True):
+        loader = plain_loader(task.data, split, own, size, task.spec.runtime.loader_workers)
+        starts = range(0, len(own), size)
+        for first, (images, labels) in zip(starts, bar(loader, "evaluating", total=len(starts)), strict=True):
             yield own[first : first + size].tolist(), images, labels
 
     def _noised(self, clean: Tensor, labels: Tensor, timestep: int, noise: Tensor) -> NoisyBatch:

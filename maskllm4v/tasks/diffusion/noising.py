@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskllm4v.config import DiffusionSettings
+from maskllm4v.tasks.diffusion.settings import DiffusionSettings
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.io import read_json
 

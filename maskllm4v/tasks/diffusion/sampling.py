@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.config import SamplingSettings
 from maskllm4v.tasks.diffusion.noising import normal
+from maskllm4v.tasks.diffusion.settings import SamplingSettings
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.progress import bar
 from maskllm4v.utils.rng import generator, torch_seed

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from maskllm4v.config.sections import (
-    Count,
-    ModelSettings,
-    NonNegative,
-    Number,
-    Positive,
-    Settings,
-    Share,
-    TaskSettings,
-    TrainingSettings,
-)
+from maskllm4v.config.base import Count, Number, Positive, Settings, Share
+from maskllm4v.config.sections import AugmentationSettings, ModelSettings, TaskSettings, TrainingSettings
+from maskllm4v.config.tasks import TaskSections
+from maskllm4v.tasks.classification.settings import ClassificationSettings, TimmSettings
 
 if TYPE_CHECKING:
     from maskllm4v.config.experiment import Experiment
@@ -69,8 +62,8 @@ class EvaluationSettings(SamplingSettings):
 class JudgeSettings(Settings):
     """The classifier that samples are judged by, trained on the same images."""
 
-    task: TaskSettings = TaskSettings()
-    model: ModelSettings
+    task: ClassificationSettings = ClassificationSettings()
+    model: TimmSettings
     training: TrainingSettings
 
     @model_validator(mode="after")
@@ -82,10 +75,10 @@ class JudgeSettings(Settings):
         return self
 
 
-class DiffusionSettings(Settings):
+class DiffusionSettings(TaskSettings):
     """Class-conditional denoising (Ho et al. 2020; Peebles & Xie 2022)."""
 
-    name: Literal["diffusion"]
+    name: Literal["diffusion"] = "diffusion"
     vae: str | None = None  # folder of a diffusers AutoencoderKL; None: in pixels
     scheduler: str | None = None  # folder of a diffusers scheduler, whose noise schedule goes before the next four
     train_timesteps: Count = 1000
@@ -97,14 +90,11 @@ class DiffusionSettings(Settings):
     conditioning_samples: Count = 4096  # that calibrate adaLN layers, which see one row a sample, not one a token
     bank: BankSettings = BankSettings()
     judge: JudgeSettings | None = None
-    eval_batch_size: Count = 256
-    eval_amp: Literal["no", "bf16", "fp16"] = "no"
-    eval_split: Literal["test", "holdout"] = "test"
 
     @property
-    def augmentation(self) -> TaskSettings:
-        """What ``data`` is told: images whole, no augmentation but flips."""
-        return TaskSettings(hflip=self.hflip, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), color_jitter=0.0)
+    def augmentation(self) -> AugmentationSettings:
+        """Images whole, and none but flips."""
+        return AugmentationSettings(hflip=self.hflip, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), color_jitter=0.0)
 
     @model_validator(mode="after")
     def _betas_rise(self) -> DiffusionSettings:
@@ -113,17 +103,13 @@ class DiffusionSettings(Settings):
         return self
 
 
-class DiTSettings(Settings):
-    """A diffusion transformer, of diffusers' architecture."""
+class DiTSettings(ModelSettings):
+    """A diffusion transformer, of diffusers' architecture; ``exclude``: layers outside its blocks stay dense anyway."""
 
     name: Literal["DiTTransformer2DModel"]
-    args: dict[str, Any] = {}
     adaln: bool = True  # prune the blocks' adaLN modulation, too
-    exclude: list[str] = []  # further linear layers that stay dense, by name pattern
-    on_misfit: Literal["error", "skip"] = "error"
     # Of the timesteps' frequencies: 0 as DiT's authors have it, and so all published weights; 1 as diffusers builds it.
     freq_shift: Literal[0, 1] = 0
-    fused_attention: bool = True  # false: one attention kernel, chosen explicitly
 
     @model_validator(mode="after")
     def _sizes_are_numbers(self) -> Self:
@@ -160,23 +146,29 @@ class DiTSettings(Settings):
         return ["transformer_blocks.*.norm1.emb", "proj_out_1", "proj_out_2", *modulation, *self.exclude]
 
 
-def default_learning(task: Any) -> dict[str, NonNegative]:
-    """What ``learning`` holds for a task unless it says otherwise."""
-    return {"distillation": 1.0} if isinstance(task, dict) and task.get("name") == "diffusion" else {}
+def check_sampling(model: DiTSettings, evaluation: EvaluationSettings) -> None:
+    """Raise ``ValueError`` where pictures are asked for that a model cannot make."""
+    if wrong := [label for label in evaluation.grid or () if label >= model.classes]:
+        raise ValueError(f"evaluation.grid: no class {wrong[0]}; the model has {model.classes}")
+    if (evaluation.guided_channels or 0) > model.shape[0]:
+        raise ValueError(f"evaluation.guided_channels is {evaluation.guided_channels}; there are {model.shape[0]}")
 
 
-def check_diffusion(experiment: Experiment, task: DiffusionSettings, model: DiTSettings) -> None:
+def check_diffusion(experiment: Experiment) -> None:
     """Raise ``ValueError`` where settings of a diffusion experiment do not go together."""
-    evaluation, trains = experiment.evaluation, "the variance's channels get no gradient from the noise's error"
+    task, model, evaluation = experiment.task, experiment.model, experiment.evaluation
+    assert isinstance(task, DiffusionSettings)
+    assert isinstance(model, DiTSettings)
+    assert isinstance(evaluation, EvaluationSettings)
+    trains = "the variance's channels get no gradient from the noise's error"
     if evaluation.samples and task.judge is None:
         raise ValueError(f"evaluation.samples is {evaluation.samples}, which needs task.judge")
     if evaluation.timesteps > task.train_timesteps:
         raise ValueError(f"evaluation.timesteps is {evaluation.timesteps}, but there are {task.train_timesteps}")
-    if wrong := [label for label in evaluation.grid or () if label >= model.classes]:
-        raise ValueError(f"evaluation.grid: no class {wrong[0]}; the model has {model.classes}")
+    check_sampling(model, evaluation)
+    if (task.bank.guided_channels or 0) > model.shape[0]:
+        raise ValueError(f"task.bank.guided_channels is {task.bank.guided_channels}; there are {model.shape[0]}")
     for section, sampling in (("evaluation", evaluation), ("task.bank", task.bank)):
-        if (sampling.guided_channels or 0) > model.shape[0]:
-            raise ValueError(f"{section}.guided_channels is {sampling.guided_channels}; there are {model.shape[0]}")
         if experiment.dense.init == "scratch" and not task.label_dropout and sampling.guidance > 1:
             raise ValueError(f"{section}.guidance is {sampling.guidance}, which needs task.label_dropout in training")
     if experiment.dense.progressive is not None:
@@ -192,3 +184,7 @@ def check_diffusion(experiment: Experiment, task: DiffusionSettings, model: DiTS
             raise ValueError(
                 f"learned.{row}.batch_size is {learned.batch_size}, but task.bank.samples is {task.bank.samples}"
             )
+
+
+# Masks are learned from the dense model's outputs unless told otherwise.
+SECTIONS = TaskSections(DiffusionSettings, DiTSettings, EvaluationSettings, {"distillation": 1.0}, check_diffusion)

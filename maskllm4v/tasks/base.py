@@ -1,0 +1,151 @@
+"""What differs between classification, diffusion and other tasks, behind one small protocol.
+
+Each task is a folder of its own, which ``dvc.yaml`` makes the stages depend on by ``task.name``: a change of one task
+makes no other task's tables anew. In it, ``task.py`` has the class, as ``TASK``; a new task is a new folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from maskllm4v.config import DataSettings, TaskSpec, TrainingSettings
+from maskllm4v.sparsity.calibration import Calibration
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.sharding import BatchShard
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class ExportableModel:
+    """A model as other runtimes see it.
+
+    Attributes:
+        module: takes the inputs in their order, and gives one tensor whose first dimension is the batch.
+        inputs: an example by name, on the CPU; the first dimension of each is the batch.
+        output: what the module gives, by name.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    output: str
+
+
+@dataclass(frozen=True)
+class JudgeTraining:
+    """A classifier that judges what a task's models make, and how it is trained beside the dense model.
+
+    Attributes:
+        task: the classifier's own, on the same data.
+        model: the name of its architecture.
+        settings: optimiser and length.
+    """
+
+    task: Task
+    model: str
+    settings: TrainingSettings
+
+
+class Task(Protocol):
+    """Everything that pruning, training and evaluation need to know about a task.
+
+    A batch is whatever :meth:`train_batches` yields; nobody but the task looks inside it.
+    """
+
+    @property
+    def data_digest(self) -> str:
+        """Digest of the data's manifest."""
+
+    @property
+    def judge(self) -> JudgeTraining | None:
+        """What has to be trained to judge what models make; None: nothing."""
+
+    def build_model(self, seed: int, *, pretrained: bool = False) -> nn.Module:
+        """The dense architecture, its weights drawn from ``seed`` where nothing else is loaded."""
+
+    def read_weights(self, path: Path) -> Mapping[str, Tensor]:
+        """A dense model's state dict from a file or folder in any format that the task knows."""
+
+    def train_mode(self, model: nn.Module) -> None:
+        """Put a model's modules into the modes that they are trained in; learned masks follow by themselves."""
+
+    def train_batches(
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: BatchShard = ...
+    ) -> Iterator[Any]:
+        """The batches of the steps ``start`` to ``steps - 1``, on the task's device.
+
+        Of every batch of ``batch_size`` samples only the parts of ``share`` are yielded, one after the other.
+        """
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Training steps that see every training sample about once."""
+
+    def resized(self, size: int) -> Task:
+        """The same task on images of another size, for progressive resizing."""
+
+    def generated(self, dense: nn.Module, seed: int) -> Task:
+        """The same task on samples that the dense model makes, in the place of the training data."""
+
+    def calibration(self, batch_size: int, seed: int) -> Sequence[Calibration]:
+        """This process's share of a seed's calibration set, without augmentation."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Tensor:
+        """Run the model on a batch."""
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Training loss, a scalar."""
+
+    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """How far the outputs are from the dense model's, a scalar."""
+
+    def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
+        """Metrics by name, over all samples of a split (by default the reported one) on all processes.
+
+        ``dense``, if given, is the model that ``model`` was made from, to say how far they agree.
+        """
+
+    def score(self, model: nn.Module, split: str) -> float:
+        """How good a model is on a split, more being better: what checkpoints are selected by."""
+
+    def pictures(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """What there is to look at, by name: uint8 ``[H, W, 3]`` or ``[H, W]``."""
+
+    def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
+        """The result in the original's form, for people who compare; empty where it has none."""
+
+    def exportable(self, model: nn.Module, batch_size: int) -> ExportableModel:
+        """The model and an example of that many samples, always the same one; needs no data."""
+
+
+def train_mode(task: Task, model: nn.Module) -> None:
+    """Put a model into the mode that it is trained in; a small task of a user's need not say which."""
+    getattr(task, "train_mode", nn.Module.train)(model)
+
+
+def open_task(spec: TaskSpec, data_folder: Path | None = None) -> Task:
+    """The task that some settings describe.
+
+    Args:
+        spec: the settings; of a table's task :meth:`maskllm4v.config.Experiment.task_spec`.
+        data_folder: of the prepared data; it need not be there before data are asked for.
+    """
+    found: Task = import_module(f"maskllm4v.tasks.{spec.task.name}.task").TASK(spec, data_folder)
+    return found
+
+
+def opened_data(spec: TaskSpec, folder: Path | None) -> tuple[DataSettings, Path]:
+    """Settings and folder of the data that a task was opened with.
+
+    Raises:
+        ConfigError: it was opened without.
+    """
+    if spec.data is None or folder is None:
+        raise ConfigError(f"task {spec.task.name!r} was opened without data")
+    return spec.data, folder
