@@ -158,13 +158,8 @@ def _by_blocks(matrix: Matrix, mask: Tensor, statistic: Any, update_layer: Calla
         rows.flatten(0, -2).chunk(matrix.blocks), mask.flatten(0, -2).chunk(matrix.blocks), statistic, strict=True
     )
     # What an expert without tokens computes in the calibration is nothing: nothing can be said of its weights.
-    done = [update_layer(w, m, one) if _rows(one) else w.masked_fill(~m, 0) for w, m, one in parts]
+    done = [update_layer(w, m, one) if one.rows else w.masked_fill(~m, 0) for w, m, one in parts]
     return torch.cat(done).view(rows.shape)
-
-
-def _rows(statistic: Any) -> int:
-    rows: int = getattr(statistic, "hessian", statistic).rows
-    return rows
 
 
 def _statistics(
