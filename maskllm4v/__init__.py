@@ -24,6 +24,7 @@ _HOMES = {
     "invert_permutations": "sparsity.permutation",
     "Calibration": "sparsity.calibration",
     "register_pruner": "oneshot.prune",
+    "each_mask_used": "sparsity.usage",
     "update_weights_": "oneshot.weight_update",
     "learn_masks": "training.mask_learning",
     "LearningSettings": "config",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from maskllm4v.sparsity.surgery import fold_ as fold_
     from maskllm4v.sparsity.surgery import make_learnable as make_learnable
     from maskllm4v.sparsity.surgery import replace_linear_with_ as replace_linear_with_
+    from maskllm4v.sparsity.usage import each_mask_used as each_mask_used
     from maskllm4v.training.mask_learning import learn_masks as learn_masks
     from maskllm4v.utils.errors import UserError as UserError
 

@@ -40,6 +40,7 @@ class Mask(nn.Module):
     Attributes:
         shape: of the weight as rows, ``[..., out, in]``: groups lie along the last dimension.
         dense_mode: whether readers get the dense weight; see :func:`maskllm4v.sparsity.surgery.as_dense`.
+        on_read: called with the mask and what a reader gets; not in compiled code, nor in ``dense_mode``.
     """
 
     def __init__(self, weight: Tensor, pattern: NMPattern, name: str, layout: Layout) -> None:
@@ -50,6 +51,7 @@ class Mask(nn.Module):
         self.dense_mode = False
         self.sharing = False  # inside a forward of the model, see forwards
         self._last = LastRead()
+        self.on_read: Callable[[Mask, Tensor], None] | None = None
 
     @abstractmethod
     def current_mask(self) -> Tensor:
@@ -67,12 +69,15 @@ class Mask(nn.Module):
         """What a reader of the parameter gets. It is computed once for all readers where that is safe."""
         if self.dense_mode:
             return weight
-        if torch.compiler.is_compiling() or traced():
+        if torch.compiler.is_compiling():
             return self.masked(weight)
         try:
-            return self._last.of(self, weight)
+            value = self.masked(weight) if traced() else self._last.of(self, weight)
         except AttributeError as error:  # which nn.Module would answer with the dense parameter
             raise RuntimeError(f"the mask of {self.name!r} failed: {error}") from error
+        if self.on_read is not None:
+            self.on_read(self, value)
+        return value
 
     def is_of(self, tensor: Tensor) -> bool:
         """Whether a tensor is what a reader got last, or a slice of it."""
@@ -106,7 +111,12 @@ class Mask(nn.Module):
         return weight.detach().masked_fill(pruned, 0)  # a product would leave −0 where the weight is negative
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": LastRead(), "sharing": False}  # a graph may hang on what was read
+        return {
+            **self.__dict__,
+            "_last": LastRead(),
+            "sharing": False,
+            "on_read": None,
+        }  # a graph may hang on what was read
 
 
 class FixedMask(Mask):

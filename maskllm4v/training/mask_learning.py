@@ -18,6 +18,7 @@ from maskllm4v.sparsity.joined import join_draws
 from maskllm4v.sparsity.masks import LearnableMask, NoiseKey
 from maskllm4v.sparsity.parameters import MaskedParameter, current_masks, masked_parameters
 from maskllm4v.sparsity.surgery import as_dense
+from maskllm4v.sparsity.usage import has_compiled_parts
 from maskllm4v.tasks.base import Task, train_mode
 from maskllm4v.training.averaging import Average
 from maskllm4v.training.cost import Cost
@@ -85,7 +86,8 @@ def learn_masks(
         Masks ``[out, in]`` by module name, points of the training curve, and what it cost.
 
     Raises:
-        TrainingError: nothing is learnable, or the loss stopped being finite; names row, seed and step.
+        TrainingError: nothing is learnable, the first step does not use a mask or gives its logits no gradient, or
+            the loss stopped being finite.
         CheckpointError: the state to resume from is damaged.
     """
     learner = MaskLearner(model, task, settings, prior=prior, row=row, on_point=on_point, teacher=teacher)
@@ -115,7 +117,7 @@ class MaskLearner(TrainTarget):
         self.masks = [weight.learnable for weight in weights.values()]
         self.tensors = [mask.logits for mask in self.masks]
         # Not in compiled graphs, where calls cost little, nor where activations or gradients should go early.
-        alone = settings.compile or settings.grad_checkpointing or world_size() > 1
+        alone = settings.compile or settings.grad_checkpointing or world_size() > 1 or has_compiled_parts(model)
         self.joined = [] if alone else join_draws(weights.values())
         self.optimizer = optimizer_for(self.tensors, settings, model)
         self.average = Average(self.tensors, settings.ema)
