@@ -19,7 +19,7 @@ from maskllm4v.oneshot.activations.blocks import find_sequential_blocks
 from maskllm4v.oneshot.activations.sequential import part_statistics, stream_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.sparsity.calibration import Calibration, names_by_part
-from maskllm4v.sparsity.parameters import prunable_matrices
+from maskllm4v.sparsity.survey import prunable_matrices
 
 DENSE = ["transformer_blocks.*.norm1.emb", "proj_out_1", "proj_out_2"]
 BODY = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"]  # as they are run

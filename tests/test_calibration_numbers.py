@@ -15,7 +15,7 @@ from maskllm4v import permute_channels_, prune, update_weights_
 from maskllm4v.oneshot.activations.paired import layer_statistics
 from maskllm4v.oneshot.activations.statistics import CrossCovariance, Hessian, InputNorm
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.sparsity.parameters import prunable_matrices
+from maskllm4v.sparsity.survey import prunable_matrices
 from maskllm4v.utils.errors import ConfigError, DataError
 
 METHODS: dict[str, Callable[[nn.Module, Any], object]] = {

@@ -19,8 +19,8 @@ from maskllm4v.evaluation.layer_errors import layer_diagnostics
 from maskllm4v.oneshot.activations.sequential import part_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.sparsity.calibration import Calibration, default_forward, names_by_part
-from maskllm4v.sparsity.parameters import prunable_matrices
 from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.survey import prunable_matrices
 from maskllm4v.utils.errors import ConfigError, DataError
 
 Batch = tuple[Tensor, Tensor]  # tokens [B, T, 8], conditions [B, 8]

@@ -18,7 +18,7 @@ from maskllm4v.oneshot.activations.blocks import find_sequential_blocks
 from maskllm4v.oneshot.activations.sequential import stream_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.sparsity.calibration import default_forward
-from maskllm4v.sparsity.parameters import prunable_matrices
+from maskllm4v.sparsity.survey import prunable_matrices
 
 # Models that are chains of blocks, and such that are not
 

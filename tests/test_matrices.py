@@ -15,7 +15,8 @@ import maskllm4v
 from maskllm4v import NMPattern, current_masks, dense_weight, fold_, make_learnable, prune, update_weights_
 from maskllm4v.checkpoints.masks import MaskCheckpoint, load_masks, save_masks
 from maskllm4v.export.verify import passes, verify_file
-from maskllm4v.sparsity.parameters import learnable_masks, masked_parameters, survey
+from maskllm4v.sparsity.parameters import learnable_masks, masked_parameters
+from maskllm4v.sparsity.survey import survey
 
 
 class Conv1D(nn.Module):

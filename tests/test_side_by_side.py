@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from maskllm4v.oneshot.activations.paired import layer_statistics
 from maskllm4v.oneshot.activations.statistics import CrossCovariance
 from maskllm4v.sparsity.calibration import Calibration, default_forward, names_by_part
-from maskllm4v.sparsity.parameters import prunable_matrices
+from maskllm4v.sparsity.survey import prunable_matrices
 from maskllm4v.utils.errors import ConfigError, DataError
 
 both = pytest.mark.parametrize("paired", [False, True], ids=["alone", "paired"])

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskllm4v.oneshot.activations.sequential import stream_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
-from maskllm4v.sparsity.parameters import prunable_matrices
+from maskllm4v.sparsity.survey import prunable_matrices
 
 
 def test_hessian_mean() -> None:

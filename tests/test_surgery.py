@@ -21,8 +21,9 @@ from maskllm4v import (
     make_learnable,
     replace_linear_with_,
 )
-from maskllm4v.sparsity.parameters import learnable_masks, masked_parameters, prunable_linears
+from maskllm4v.sparsity.parameters import learnable_masks, masked_parameters
 from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.utils.errors import ConfigError, PatternError
 
 BLOCK = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]

@@ -104,9 +104,9 @@ def _folded_file(a: argparse.Namespace, spec: TaskSpec, task: Task) -> tuple[Fol
     from maskllm4v.checkpoints.third_party import LoadedWeights, load_any
     from maskllm4v.cli import inputs
     from maskllm4v.export.files import Folded
-    from maskllm4v.sparsity.parameters import prunable_linears
     from maskllm4v.sparsity.patterns import NMPattern
     from maskllm4v.sparsity.surgery import fold_
+    from maskllm4v.sparsity.survey import prunable_linears
 
     found = load_any(a.checkpoint, ema=a.use_ema, pattern=a.pattern)
     said = found.about if isinstance(found, LoadedWeights) else {}

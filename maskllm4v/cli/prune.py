@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
         propagate=how.propagate,
         forward=task.forward,
         seed=a.seed,
+        tell=inputs.say,
         **layers,
     )
     weights = dense_weights(model, masks) if how.update_weights else {}

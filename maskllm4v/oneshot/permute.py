@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from maskllm4v.oneshot.activations.sequential import part_statistics
 from maskllm4v.oneshot.activations.statistics import InputNorm
 from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
-from maskllm4v.sparsity.parameters import Exclude, OnMisfit, survey
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.permutation import find_channels
 from maskllm4v.sparsity.rollback import all_or_nothing
+from maskllm4v.sparsity.survey import Exclude, OnMisfit, survey
 from maskllm4v.utils.errors import ConfigError, PatternError
 from maskllm4v.utils.progress import bar
 

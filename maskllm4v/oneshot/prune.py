@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.oneshot.activations.sequential import Propagate, part_statistics
-from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm, Statistic
+from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm, Statistic, Sums
 from maskllm4v.oneshot.methods.magnitude import prune_magnitude
 from maskllm4v.oneshot.methods.random import prune_random
 from maskllm4v.oneshot.methods.result import Pruned
@@ -24,14 +24,15 @@ from maskllm4v.oneshot.methods.sparsegpt import prune_sparsegpt
 from maskllm4v.oneshot.methods.wanda import prune_wanda
 from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
 from maskllm4v.sparsity.layers import attach_
-from maskllm4v.sparsity.parameters import Exclude, Matrix, OnMisfit, survey
+from maskllm4v.sparsity.parameters import Matrix
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.rollback import all_or_nothing
 from maskllm4v.sparsity.surgery import fixed, settle_
+from maskllm4v.sparsity.survey import Coverage, Exclude, OnMisfit, survey
 from maskllm4v.utils.errors import ConfigError
-from maskllm4v.utils.progress import bar
+from maskllm4v.utils.progress import bar, note
 
-__all__ = ["PruningMethod", "Pruned", "available", "calibrates", "prune", "register_pruner"]
+__all__ = ["PrunedMasks", "PruningMethod", "Pruned", "available", "calibrates", "prune", "register_pruner"]
 
 
 class LayerPruner(Protocol):
@@ -126,6 +127,16 @@ def register_pruner(
     return register
 
 
+class PrunedMasks(dict[str, Tensor]):
+    """Boolean masks ``[..., out, in]`` by name.
+
+    Attributes:
+        coverage: which weights they cover, and why others stay dense.
+    """
+
+    coverage: Coverage
+
+
 def prune(
     model: nn.Module,
     method: str,
@@ -138,7 +149,8 @@ def prune(
     forward: Forward | None = None,
     on_misfit: OnMisfit = "error",
     seed: int = 0,
-) -> dict[str, Tensor]:
+    tell: Callable[[str], object] = note,
+) -> PrunedMasks:
     """Prune the matrices of a model in one shot, in place.
 
     By magnitude, Wanda (arXiv 2306.11695), RIA (Zhang et al., ICLR 2024), SparseGPT (arXiv 2301.00774), at random, or
@@ -159,10 +171,14 @@ def prune(
             have their own.
         on_misfit: ``"error"`` or ``"skip"`` for layers that the pattern does not fit.
         seed: for methods that draw.
+        tell: called with the report of what is sparse, what stays dense, and why; by default a terminal shows it.
 
     Returns:
-        Boolean masks ``[..., out, in]`` by name: a module's, or a parameter's that is not called ``weight``. After an
-        error, or Ctrl-C, the model is as it was.
+        Boolean masks ``[..., out, in]`` by name: a module's, or a parameter's that is not called ``weight``; the same
+        report is their ``coverage``. After an error, or Ctrl-C, the model is as it was.
+
+    Warns:
+        Less than half of the weights that multiply activations, and are not excluded, gets masks.
 
     Raises:
         ConfigError: unknown method, no calibration data for one that needs it or for a layer, no update on
@@ -175,12 +191,14 @@ def prune(
         raise ConfigError(f"update_weights is true, but {method!r} cannot update weights")
     if propagate not in (None, "dense", "pruned"):
         raise ConfigError(f"propagate is {propagate!r}; allowed: 'dense', 'pruned'")
-    layers = survey(model, pattern, exclude=exclude, on_misfit=on_misfit).prunable
+    found = survey(model, pattern, exclude=exclude, on_misfit=on_misfit)
+    layers = found.prunable
     if not layers:
         raise ConfigError("nothing to prune: the model has no linear layer, nor another matrix, that is not excluded")
     check_materialised(layers)
     parts = [] if chosen.statistic is None else _parts(method, calibration, forward)
-    masks: dict[str, Tensor] = {}
+    masks = PrunedMasks()
+    masks.coverage = found.coverage
     with all_or_nothing(model) as rollback:
 
         def prune_layer(name: str, statistic: Any) -> None:
@@ -208,6 +226,8 @@ def prune(
                 for name in unit:
                     prune_layer(name, unit[name])
         settle_(model)
+    tell(str(masks.coverage))
+    masks.coverage.check()
     return masks
 
 
@@ -223,7 +243,7 @@ def _by_blocks(
         flat = prune_rows(rows.flatten(0, -2), statistic)
         return Pruned(flat.mask.view(rows.shape), None if flat.weight is None else flat.weight.view(rows.shape))
     parts = rows.flatten(0, -2).chunk(matrix.blocks)
-    idle = [i for i, one in enumerate(statistic) if not getattr(one, "rows", 1)]
+    idle = [i for i, one in enumerate(statistic) if isinstance(one, Sums) and not one.rows]
     if idle:
         warnings.warn(
             f"layer {matrix.name!r}: no token came to {len(idle)} of {len(parts)} experts, pruned by magnitude: "

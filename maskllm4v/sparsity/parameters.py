@@ -1,4 +1,4 @@
-"""Which parameters of a model can be masked, which are, and why the others stay dense.
+"""The parameters of a model that multiply activations, and those of them that are under masks.
 
 Everything is found by parameter: one that several modules share is one matrix, and has one mask. What multiplies
 activations is told by the kind of its module.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,8 @@ from torch.nn.parameter import is_lazy
 from maskllm4v.sparsity.layers import Masked, dense_weight, mask_of
 from maskllm4v.sparsity.layout import Layout, to_rows
 from maskllm4v.sparsity.masks import LearnableMask, Mask
-from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import ConfigError
 
-Exclude = Iterable[nn.Module | str]
-OnMisfit = Literal["error", "skip"]
 EXPERTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")  # of transformers' stacks, each ``[experts, ...]``
 Places = tuple[tuple[nn.Module, str], ...]
 
@@ -93,83 +89,13 @@ class MaskedParameter(Matrix):
         return self.mask
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What of a model can be pruned, by name, in the model's order.
-
-    Attributes:
-        prunable: what is to be pruned.
-        dense: what stays dense, and why.
-    """
-
-    prunable: dict[str, Matrix]
-    dense: dict[str, tuple[Matrix, str]]
-
-
-def survey(
-    model: nn.Module, pattern: NMPattern | None = None, *, exclude: Exclude = (), on_misfit: OnMisfit = "error"
-) -> Survey:
-    """Look at all parameters of a model that multiply activations.
-
-    Args:
-        model: any module.
-        pattern: if given, matrices whose inputs it does not divide are an error or stay dense.
-        exclude: modules, or name patterns as in shells (``"head"``, ``"blocks.0.*"``); all below an
-            excluded module is excluded too.
-        on_misfit: ``"error"`` or ``"skip"``.
-
-    Raises:
-        PatternError: a matrix does not fit and ``on_misfit`` is ``"error"``.
-        ConfigError: an exclusion matches nothing, the model is a single linear layer, or a weight is computed from
-            other tensors.
-    """
-    if on_misfit not in ("error", "skip"):
-        raise ConfigError(f"on_misfit is {on_misfit!r}; allowed: 'error', 'skip'")
-    excluded, found = _excluded(model, exclude), Survey({}, {})
-    for matrix in matrices(model):
-        rows, others = matrix.rows, [type(m).__name__ for m, attribute in matrix.places if not _layout_of(m, attribute)]
-        if any(module in excluded for module, _ in matrix.places) or matrix.key in excluded:
-            found.dense[matrix.name] = matrix, "excluded"
-        elif matrix.name == "":
-            raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
-        elif others:
-            found.dense[matrix.name] = matrix, f"shared with {', '.join(others)}"
-        elif pattern is not None and not pattern.fits(rows.shape[-1]):
-            if on_misfit == "error":
-                pattern.check_fits(rows.shape[-1], matrix.name)
-            found.dense[matrix.name] = matrix, f"{rows.shape[-1]} inputs are no multiple of {pattern.m}"
-        else:
-            found.prunable[matrix.name] = matrix
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module not in excluded:
-            _check_parameter(module, name)
-    return found
-
-
-def prunable_matrices(model: nn.Module, pattern: NMPattern | None = None, **how: Any) -> dict[str, Matrix]:
-    """The parameters that may be masked, by name, in the model's order; arguments as of :func:`survey`."""
-    return survey(model, pattern, **how).prunable
-
-
-def prunable_linears(
-    model: nn.Module,
-    pattern: NMPattern | None = None,
-    *,
-    exclude: Exclude = (),
-    on_misfit: OnMisfit = "error",
-) -> dict[str, nn.Linear]:
-    """The linear layers that may be masked, by module name, in the model's order; see :func:`survey`."""
-    found = survey(model, pattern, exclude=exclude, on_misfit=on_misfit).prunable
-    return {name: matrix.module for name, matrix in found.items() if isinstance(matrix.module, nn.Linear)}
-
-
 def matrices(model: nn.Module) -> Iterator[Matrix]:
     """All parameters of a model that multiply activations, in its order; tied ones once."""
-    places = _places(model)
+    places = places_of(model)
     done = set[int]()
     for path, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
-            layout = _layout_of(module, attribute)
+            layout = layout_of(module, attribute)
             if parameter is None or layout is None or id(parameter) in done:
                 continue
             done.add(id(parameter))
@@ -185,16 +111,16 @@ def find_matrix(model: nn.Module, name: str) -> Matrix:
     """
     module: Any = dict(model.named_modules(remove_duplicate=False)).get(name)
     path, attribute = name, "weight"
-    if module is None or _layout_of(module, attribute) is None:
+    if module is None or layout_of(module, attribute) is None:
         path, _, attribute = name.rpartition(".")
         module = dict(model.named_modules(remove_duplicate=False)).get(path)
-    layout = None if module is None else _layout_of(module, attribute)
+    layout = None if module is None else layout_of(module, attribute)
     if layout is None:
         raise ConfigError(f"the model has no linear layer {name!r}, nor another matrix of that name")
     if module is model and name == "":
         raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
-    _check_parameter(module, name, attribute)
-    return Matrix(name, f"{path}.{attribute}".lstrip("."), _places(model)[id(module._parameters[attribute])], layout)
+    check_parameter(module, name, attribute)
+    return Matrix(name, f"{path}.{attribute}".lstrip("."), places_of(model)[id(module._parameters[attribute])], layout)
 
 
 def get_linear(model: nn.Module, name: str) -> nn.Linear:
@@ -253,7 +179,7 @@ def state_key(name: str, keys: Iterable[str] | Mapping[str, Any]) -> str:
     return f"{name}.weight" if f"{name}.weight" in keys else name
 
 
-def _layout_of(module: nn.Module, attribute: str) -> Layout | None:
+def layout_of(module: nn.Module, attribute: str) -> Layout | None:
     """How a module's parameter holds its rows; None if it is not known to multiply activations."""
     if isinstance(module, nn.Linear):
         return "rows" if attribute == "weight" else None
@@ -274,7 +200,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__.removeprefix("Masked") == "Conv1D" and hasattr(module, "nf")
 
 
-def _places(model: nn.Module) -> dict[int, Places]:
+def places_of(model: nn.Module) -> dict[int, Places]:
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
@@ -283,7 +209,7 @@ def _places(model: nn.Module) -> dict[int, Places]:
     return {key: tuple(places) for key, places in found.items()}
 
 
-def _check_parameter(module: nn.Module, name: str, attribute: str = "weight") -> None:
+def check_parameter(module: nn.Module, name: str, attribute: str = "weight") -> None:
     """Raise :class:`ConfigError` unless a layer's weight is a parameter of its own."""
     weight = module._parameters.get(attribute)
     if weight is None:
@@ -294,24 +220,3 @@ def _check_parameter(module: nn.Module, name: str, attribute: str = "weight") ->
         )
     if is_lazy(weight):
         raise ConfigError(f"layer {name!r} is lazy: it has no weight before the model has run once")
-
-
-def _excluded(model: nn.Module, exclude: Exclude) -> set[nn.Module | str]:
-    """The excluded modules and all below them, by whichever of their names they were meant; and parameters, by key."""
-    if isinstance(exclude, str | nn.Module):
-        raise ConfigError("exclude is a list of modules or name patterns, not a single one")
-    modules = list(model.named_modules(remove_duplicate=False))
-    keys = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    found: set[nn.Module | str] = set()
-    for item in exclude:
-        named = list[str]()
-        if isinstance(item, str):
-            hits = [module for name, module in modules if name and fnmatchcase(name, item)]
-            named = [name for name in keys if fnmatchcase(name, item)]
-        else:
-            hits = [module for _, module in modules if module is item]
-        if not hits and not named:
-            raise ConfigError(f"exclude: {item if isinstance(item, str) else type(item).__name__!r} matches no layer")
-        found.update(below for module in hits for below in module.modules())
-        found.update(named)
-    return found

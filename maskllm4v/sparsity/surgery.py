@@ -12,17 +12,10 @@ from torch import Tensor, nn
 from maskllm4v.sparsity.forwards import watch_forwards_
 from maskllm4v.sparsity.layers import LearnableMaskedLinear, MaskedLinear, attach_, detach_
 from maskllm4v.sparsity.masks import FixedMask, LearnableMask, Mask, NoiseKey
-from maskllm4v.sparsity.parameters import (
-    Exclude,
-    Matrix,
-    OnMisfit,
-    find_matrix,
-    learnable_masks,
-    masked_parameters,
-    survey,
-)
+from maskllm4v.sparsity.parameters import Matrix, find_matrix, learnable_masks, masked_parameters
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.rollback import all_or_nothing
+from maskllm4v.sparsity.survey import Exclude, OnMisfit, survey
 from maskllm4v.utils.errors import ConfigError, PatternError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,9 +52,12 @@ def replace_linear_with_(
     Raises:
         ConfigError: ``exclude`` matches no layer, the model is a single linear layer, or a weight is no parameter.
         PatternError: M does not divide a matrix's inputs.
+
+    Warns:
+        Less than half of the weights that multiply activations, and are not excluded, gets masks.
     """
     pattern, learnable = NMPattern(N, M), issubclass(layer_class, LearnableMaskedLinear)
-    matrices = survey(model, pattern, exclude=exclude, on_misfit=on_misfit).prunable
+    found = survey(model, pattern, exclude=exclude, on_misfit=on_misfit)
     kind: Callable[..., Mask] = LearnableMask if learnable else FixedMask
 
     def new(matrix: Matrix) -> Mask:
@@ -71,7 +67,8 @@ def replace_linear_with_(
                     parameter.requires_grad_(False)
         return kind(matrix.weight, pattern, matrix.name, matrix.layout, **kwargs)
 
-    put_masks_(model, matrices.values(), new)
+    put_masks_(model, found.prunable.values(), new)
+    found.coverage.check()
     return model
 
 
@@ -198,7 +195,8 @@ def make_learnable(
     if init not in ("prior", "magnitude"):
         raise ConfigError(f"init is {init!r}; allowed: 'prior', 'magnitude'")
     if prior_masks is None:
-        matrices = survey(model, pattern, exclude=exclude).prunable
+        found = survey(model, pattern, exclude=exclude)
+        matrices = found.prunable
     else:
         matrices = _check_masks(model, prior_masks, pattern)
 
@@ -220,6 +218,8 @@ def make_learnable(
     with all_or_nothing(model):
         model.requires_grad_(False)
         put_masks_(model, matrices.values(), new)
+    if prior_masks is None:
+        found.coverage.check()
     return model
 
 
