@@ -42,9 +42,9 @@ class RandomImages(Classification):
         return images, torch.randint(num_classes(self.model), (size,), device=self.device)
 
     def train_batches(
-        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: BatchShard = WHOLE
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, shard: BatchShard = WHOLE
     ) -> Iterator[Batch]:
-        parts = [self.batch(batch_size // share.count) for _ in share.parts]
+        parts = [self.batch(batch_size // shard.count) for _ in shard.parts]
         for _ in range(start, steps):
             yield from parts
 
@@ -70,9 +70,9 @@ class RandomNoise(Diffusion):
         return NoisyBatch(inputs, timesteps, torch.randint(self.classes, (size,), device=self.device), noise)
 
     def train_batches(
-        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: BatchShard = WHOLE
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, shard: BatchShard = WHOLE
     ) -> Iterator[NoisyBatch]:
-        parts = [self.random_batch(batch_size // share.count) for _ in share.parts]
+        parts = [self.random_batch(batch_size // shard.count) for _ in shard.parts]
         for _ in range(start, steps):
             yield from parts
 

@@ -18,7 +18,13 @@ from timm.models import VisionTransformer
 from torch import nn
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for one another
-hypothesis.settings.register_profile("here", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "here",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # a busy machine is no fault
+)
 hypothesis.settings.load_profile("here")
 
 

@@ -64,13 +64,13 @@ class Regression:
         return dense_state(path)
 
     def train_batches(
-        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: BatchShard = WHOLE
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, shard: BatchShard = WHOLE
     ) -> Iterator[Batch]:
         for step in range(start, steps):
             self.steps_taken = step
             features = torch.randn(batch_size, 16, generator=torch.Generator().manual_seed(1000 * seed + step))
-            parts = features.to(self.dtype).chunk(share.count)
-            for part in share.parts:
+            parts = features.to(self.dtype).chunk(shard.count)
+            for part in shard.parts:
                 self.sizes.append(self.size)
                 yield parts[part], parts[part] @ self.map
 

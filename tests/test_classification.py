@@ -159,7 +159,7 @@ def test_shares_of_a_batch_make_the_whole(folder: Path) -> None:
     task = Classification(experiment(shift=1).task_spec(), folder)
     whole = list(task.train_batches(seed=1, batch_size=60, steps=2))
     shares = [
-        list(task.train_batches(seed=1, batch_size=60, steps=2, share=BatchShard.of(rank, 2, 3))) for rank in range(2)
+        list(task.train_batches(seed=1, batch_size=60, steps=2, shard=BatchShard.of(rank, 2, 3))) for rank in range(2)
     ]
     for step, (images, labels) in enumerate(whole):
         parts = [part for share in shares for part in share[3 * step : 3 * step + 3]]
@@ -191,7 +191,7 @@ def test_mixed_batches_depend_on_seed_and_step_alone(folder: Path) -> None:
     wanted = -(batches[0][1] * outputs.log_softmax(1)).sum(1).mean()
     assert task.loss(outputs, batches[0]).item() == pytest.approx(wanted.item(), rel=1e-5)
     with pytest.raises(ConfigError, match="pair images, but a process gets 25 at a time"):
-        next(task.train_batches(seed=1, batch_size=50, steps=1, share=BatchShard.of(0, 2, 1)))
+        next(task.train_batches(seed=1, batch_size=50, steps=1, shard=BatchShard.of(0, 2, 1)))
 
 
 # The original's summary

@@ -15,6 +15,7 @@ from import_graph import ROOT
 from maskllm4v.checkpoints.masks import load_masks
 from maskllm4v.cli import options, prune, train, validate
 from maskllm4v.cli.main import COMMANDS
+from maskllm4v.cli.wording import in_options
 from maskllm4v.config import LearningSettings, load_experiment
 
 
@@ -214,7 +215,7 @@ SAID = {
 def test_advice_of_the_library_names_options_of_the_command(text: str) -> None:
     of = parsers()
     for command, expected in SAID[text].items():
-        assert options.in_options(text, of[command]) == expected
+        assert in_options(text, of[command].has) == expected
 
 
 def test_advice_is_given_in_options(here: Path) -> None:

@@ -129,7 +129,7 @@ def source(request: pytest.FixtureRequest, digits_folder: Path, tmp_path: Path) 
 def joined(data: ImageData, processes: int, micro_batches: int, **how: Any) -> list[tuple[Tensor, Tensor]]:
     """The global batches that processes and their micro-batches make together."""
     loaders = [
-        step_loader(data, seed=1, batch_size=SIZE, share=BatchShard.of(rank, processes, micro_batches), **how)
+        step_loader(data, seed=1, batch_size=SIZE, shard=BatchShard.of(rank, processes, micro_batches), **how)
         for rank in range(processes)
     ]
     steps = range(how.get("start", 0), how["steps"])
@@ -165,9 +165,9 @@ def test_shares_are_all_parts_once(processes: int, micro_batches: int) -> None:
 
 @pytest.mark.parametrize(("size", "processes", "micro_batches"), [(5, 2, 1), (6, 1, 4), (6, 2, 2), (2, 3, 1)])
 def test_indivisible_batch_is_a_config_error(size: int, processes: int, micro_batches: int) -> None:
-    share = BatchShard.of(0, processes, micro_batches)
-    with pytest.raises(ConfigError, match=rf"batch_size is {size}, which {share.count} processes"):
-        StepBatches(Numbers(23), seed=0, batch_size=size, share=share)  # type: ignore[arg-type]
+    shard = BatchShard.of(0, processes, micro_batches)
+    with pytest.raises(ConfigError, match=rf"batch_size is {size}, which {shard.count} processes"):
+        StepBatches(Numbers(23), seed=0, batch_size=size, shard=shard)  # type: ignore[arg-type]
 
 
 # Plain

@@ -129,7 +129,7 @@ def test_shares_of_a_batch_make_the_whole(processes: int, micro_batches: int, ta
     shares = [
         list(
             task.train_batches(
-                seed=1, batch_size=40, steps=3, start=1, share=BatchShard.of(rank, processes, micro_batches)
+                seed=1, batch_size=40, steps=3, start=1, shard=BatchShard.of(rank, processes, micro_batches)
             )
         )
         for rank in range(processes)

@@ -105,10 +105,10 @@ class Stepping(MaskLearner):
         self.seen: list[list[Tensor]] = []
         super().__init__(model, task, self.run_settings, prior=None, row="masks", on_point=None)  # type: ignore[arg-type]
 
-    def begin_step(self, step: int, share: float, lr: float) -> None:
+    def begin_step(self, step: int, done: float, lr: float) -> None:
         if step == self.killed_at:
             raise KeyboardInterrupt
-        super().begin_step(step, share, lr)
+        super().begin_step(step, done, lr)
 
     def end_step(self, step: int) -> None:
         super().end_step(step)

@@ -144,9 +144,10 @@ def test_stage_declares_the_code_that_it_imports(stage: str) -> None:
     assert (missing, useless) == ([], [])
 
 
-def test_reports_declare_the_settings_of_every_task() -> None:
-    """They show all tables, whatever the task of ``params.yaml``."""
-    settings = {dep for dep in declared_code("report") if dep.startswith("maskllm4v/tasks/")}
+@pytest.mark.parametrize("stage", ["report", "documents"])
+def test_reports_declare_the_settings_of_every_task(stage: str) -> None:
+    """They read all tables, whatever the task of ``params.yaml``."""
+    settings = {dep for dep in declared_code(stage) if dep.startswith("maskllm4v/tasks/")}
     assert settings == {f"maskllm4v/tasks/{name}/settings.py" for name in TASKS}
 
 

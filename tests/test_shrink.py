@@ -255,3 +255,14 @@ def test_benchmark_runs(given: bool, source: Path, monkeypatch: pytest.MonkeyPat
     steps = found["sections"][loading.STEPS]
     assert [row["images"] for row in steps] == ["originals", "288 px", "256 px"]
     assert all(row["n"] == 1 for row in steps)
+
+
+def test_images_of_other_types_are_counted_and_named(source: Path, tmp_path: Path) -> None:
+    for name in ("a.tif", "b.gif", "notes.txt"):
+        (source / "val" / "dog" / name).write_bytes(b"x")
+    with pytest.warns(
+        UserWarning, match=r"2 image files of other types are left out: 'val/dog/a\.tif' and '.*/b\.gif'"
+    ):
+        found = shrink(recipe(source))
+    assert (found.made, found.copied, found.faults) == (16, 3, ())
+    assert not [path for path in (tmp_path / "small").rglob("*") if path.suffix in (".tif", ".gif", ".txt")]

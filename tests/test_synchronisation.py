@@ -62,9 +62,9 @@ class Watched(MaskLearner):
         self.seen: dict[int, list[str]] = {-1: []}
         super().__init__(*args, **options)
 
-    def begin_step(self, step: int, share: float, lr: float) -> None:
+    def begin_step(self, step: int, done: float, lr: float) -> None:
         self.seen[step] = []
-        super().begin_step(step, share, lr)
+        super().begin_step(step, done, lr)
 
     def note(self, name: str) -> None:
         self.seen[max(self.seen)].append(name)

@@ -23,6 +23,7 @@ from maskllm4v.cli import (
     validate,
     verify,
 )
+from maskllm4v.cli.wording import in_options
 from maskllm4v.utils.errors import UserError
 
 COMMANDS = (report, publish, use, prune, train, update, validate, sample, shrink, export, verify, receipt)
@@ -53,7 +54,7 @@ def _status(arguments: argparse.Namespace, parser: options.Parser) -> int | None
         status: int | None = arguments.command(arguments)
         return status
     except UserError as error:
-        print(f"{arguments.name}: {options.in_options(str(error), parser)}", file=sys.stderr)
+        print(f"{arguments.name}: {in_options(str(error), parser.has)}", file=sys.stderr)
         return int(arguments.error_status)
     except KeyboardInterrupt:
         return 130

@@ -12,45 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from maskllm4v.cli.wording import flag_of
 from maskllm4v.config import DataSettings, RuntimeSettings, Settings, TaskSpec, parse_section
 from maskllm4v.config.base import Number
 from maskllm4v.tasks.classification.settings import ClassificationSettings, TimmSettings
 from maskllm4v.utils.errors import ConfigError
-
-FLAGS = {  # settings whose flags have other names, and those that messages begin with
-    "accumulate": "--grad-accum-steps",
-    "amp": "--amp",
-    "auto_augment": "--aa",
-    "batch_size": "--batch-size",
-    "calibration": "--nsamples",
-    "damping": "--damping",
-    "ema": "--model-ema-decay",
-    "eval_batch_size": "--batch-size",
-    "gate_std": "--gate-init-std",
-    "label_smoothing": "--smoothing",
-    "loader_workers": "--workers",
-    "log_every": "--log-interval",
-    "name": "--model",
-    "checkpoint_minutes": "--save-minutes",
-    "model.name": "--model",
-    "optimizer": "--opt",
-    "quality": "--quality",
-    "random_erasing": "--reprob",
-    "regularisation": "--sparse-weight-reg",
-    "scaling": "--scaling-range",
-    "seeds": "--seed",
-    "size": "--size",
-    "tau": "--tau-range",
-    "target": "--target",
-    "update_weights": "--enable-update",
-    "workers": "--workers",
-}
-ARGUMENT = re.compile(r"`(\w+)(?:='?(\w+)'?)?`")  # of a Python function, as messages of the library write it
-SETTING = re.compile(
-    r"\b(?:data|model|runtime|task)(?:\.[a-z_]+)+\b"
-    rf"|^(?:{'|'.join(key for key in FLAGS if '.' not in key)})(?= is )"
-    rf"|(?<![\w./'-])(?:{'|'.join(key for key in FLAGS if '_' in key)})(?![\w./'-])"
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,27 +28,6 @@ class Parser(argparse.ArgumentParser):
     def has(self, flag: str) -> bool:
         """Whether a flag can be given."""
         return flag in self._option_string_actions and not isinstance(self._option_string_actions[flag], Replaced)
-
-
-def in_options(text: str, parser: Parser) -> str:
-    """What the library says, in the words of a command: its options in place of arguments and settings.
-
-    Arguments stand in back quotes, as in ```on_misfit='skip'```; advice comes behind the last semicolon, one way
-    after the other behind ", or ". Ways that the command has no option for are left out.
-    """
-
-    def option(key: str) -> str:
-        flag = _flag(key)
-        return flag if parser.has(flag) else ""
-
-    said, semicolon, advice = text.rpartition("; ")
-    if semicolon:
-        ways = [way for way in advice.split(", or ") if all(option(name) for name, _ in ARGUMENT.findall(way))]
-        text = f"{said}; {', or '.join(ways)}" if ways else said
-    text = ARGUMENT.sub(
-        lambda found: f"{option(found[1])} {found[2] or ''}".strip() if option(found[1]) else found[0], text
-    )
-    return SETTING.sub(lambda found: option(found[0]) or found[0], text)
 
 
 class Replaced(argparse.Action):
@@ -257,7 +202,7 @@ def settings(kind: type[SomeFlags], arguments: argparse.Namespace, **sections: d
     try:
         return parse_section(kind, raw)
     except ConfigError as error:  # say flags, not settings
-        text = re.sub(r"^params: (\S+)(?= is )", lambda key: _flag(key[1]), str(error), flags=re.MULTILINE)
+        text = re.sub(r"^params: (\S+)(?= is )", lambda key: flag_of(key[1]), str(error), flags=re.MULTILINE)
         raise ConfigError(re.sub(r"^params: (\S+: )?", "", text, flags=re.MULTILINE)) from error
 
 
@@ -268,14 +213,6 @@ def images(arguments: argparse.Namespace, name: str, calibration: int = 1) -> di
     split = given or ("validation" if a.dataset and name == "val" else name)
     source = {"source": "timm", "dataset": a.dataset} if a.dataset else {"source": "folder"}
     return {"name": "cli", "root": a.data_dir, **source, "train": split, "test": split, "calibration": calibration}
-
-
-def _flag(key: str) -> str:
-    """``--tau-range`` for ``learning.tau.0``."""
-    if key in FLAGS:
-        return FLAGS[key]
-    name = [part for part in key.split(".") if not part.isdigit()][-1]
-    return FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
 def set_only(**values: Any) -> dict[str, Any]:

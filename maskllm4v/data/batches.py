@@ -21,31 +21,31 @@ GRACE = 60  # seconds that a loader's worker goes on after SIGTERM, if nobody en
 
 
 class StepBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Item ``step * share.parts + i`` is the i-th part of a step's batch: images ``[B, C, H, W]``, labels ``[B]``.
+    """Item ``step * shard.parts + i`` is the i-th part of a step's batch: images ``[B, C, H, W]``, labels ``[B]``.
 
     Every epoch is a new permutation of the training split, its incomplete last batch dropped. Order and
     augmentation depend on (seed, epoch) and (seed, step) only, so neither the number of loader workers,
     of processes and micro-batches, nor the step a run was resumed at changes a single image.
     """
 
-    def __init__(self, data: ImageData, *, seed: int, batch_size: int, share: BatchShard = WHOLE) -> None:
-        self.data, self.seed, self.batch_size, self.share = data, seed, batch_size, share
+    def __init__(self, data: ImageData, *, seed: int, batch_size: int, shard: BatchShard = WHOLE) -> None:
+        self.data, self.seed, self.batch_size, self.shard = data, seed, batch_size, shard
         self.labels = data.labels("train")
         self.steps_per_epoch = len(self.labels) // batch_size
         if not self.steps_per_epoch:
             raise DataError(f"batch_size is {batch_size}, but the training split has {len(self.labels)} images")
-        if batch_size % share.count:
+        if batch_size % shard.count:
             raise ConfigError(
-                f"batch_size is {batch_size}, which {share.count} processes × micro-batches do not divide"
+                f"batch_size is {batch_size}, which {shard.count} processes × micro-batches do not divide"
             )
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
-        step, i = divmod(item, len(self.share.parts))
+        step, i = divmod(item, len(self.shard.parts))
         epoch, position = divmod(step, self.steps_per_epoch)
         order = _order(self.seed, epoch, len(self.labels))
         indices = order[position * self.batch_size : (position + 1) * self.batch_size]
-        size = self.batch_size // self.share.count
-        first = self.share.parts[i] * size
+        size = self.batch_size // self.shard.count
+        first = self.shard.parts[i] * size
         part = slice(first, first + size)
         images = self.data.images("train", indices, generator(self.seed, "augment", step), part)
         return images, self.labels[indices[part]]
@@ -58,13 +58,13 @@ def step_loader(
     batch_size: int,
     steps: int,
     start: int = 0,
-    share: BatchShard = WHOLE,
+    shard: BatchShard = WHOLE,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Any]:
     """The parts of the batches of the steps ``start`` to ``steps - 1``, in order."""
-    batches = StepBatches(data, seed=seed, batch_size=batch_size, share=share)
-    items = range(start * len(share.parts), steps * len(share.parts))
+    batches = StepBatches(data, seed=seed, batch_size=batch_size, shard=shard)
+    items = range(start * len(shard.parts), steps * len(shard.parts))
     yield from _loader(batches, items, workers, pin_memory=pin_memory)
 
 

@@ -1,4 +1,4 @@
-"""What a learned mask's logits stand for: a number a candidate mask, or a number a position.
+"""What a learned mask's logits stand for: one per candidate mask, or one per position.
 
 A gate knows how many logits a group has, where they start, and which mask they mean; what is drawn from them,
 :mod:`maskllm4v.sparsity.gumbel` computes. Logits are ``[K, groups]``, groups in row-major order of the weight.

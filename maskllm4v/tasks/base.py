@@ -77,11 +77,11 @@ class Task(Protocol):
         """Put a model's modules into the modes that they are trained in; learned masks follow by themselves."""
 
     def train_batches(
-        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: BatchShard = ...
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, shard: BatchShard = ...
     ) -> Iterator[Any]:
         """The batches of the steps ``start`` to ``steps - 1``, on the task's device.
 
-        Of every batch of ``batch_size`` samples only the parts of ``share`` are yielded, one after the other.
+        Of every batch of ``batch_size`` samples only the parts of ``shard`` are yielded, one after the other.
         """
 
     def steps_per_epoch(self, batch_size: int) -> int:

@@ -134,8 +134,8 @@ class MaskLearner(TrainTarget):
             mask.train()
         freeze_statistics(self.model)
 
-    def begin_step(self, step: int, share: float, lr: float) -> None:
-        self.tau, self.scaling = lerp(*self.settings.tau, share), lerp(*self.settings.scaling, share)
+    def begin_step(self, step: int, done: float, lr: float) -> None:
+        self.tau, self.scaling = lerp(*self.settings.tau, done), lerp(*self.settings.scaling, done)
         for mask in self.masks:
             mask.tau, mask.scaling = self.tau, self.scaling
         self.energy = torch.zeros_like(self.energy)

@@ -17,14 +17,14 @@ def progress(step: int, steps: int, steps_per_epoch: int, anneal: Literal["step"
     return (step // steps_per_epoch) / max(epochs - 1, 1)
 
 
-def lerp(first: float, last: float, share: float) -> float:
+def lerp(first: float, last: float, fraction: float) -> float:
     """From ``first`` to ``last`` in a straight line."""
-    return first * (1 - share) + last * share  # exact at both ends
+    return first * (1 - fraction) + last * fraction  # exact at both ends
 
 
-def cosine(first: float, last: float, share: float) -> float:
+def cosine(first: float, last: float, fraction: float) -> float:
     """From ``first`` to ``last`` along half a cosine (Loshchilov & Hutter 2017)."""
-    return lerp(last, first, 0.5 * (1 + math.cos(math.pi * share)))
+    return lerp(last, first, 0.5 * (1 + math.cos(math.pi * fraction)))
 
 
 def warm_up(step: int, steps: int) -> float:

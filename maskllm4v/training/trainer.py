@@ -56,8 +56,8 @@ class TrainTarget(ABC):
     def loss(self, model: nn.Module, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
         """What is minimised, and the loss to report; ``model`` may be a wrapper of the learner's own."""
 
-    def begin_step(self, step: int, share: float, lr: float) -> None:  # noqa: B027
-        """Before a step; ``share`` is how much of the run is done, from 0 to 1."""
+    def begin_step(self, step: int, done: float, lr: float) -> None:  # noqa: B027
+        """Before a step; ``done`` is how much of the run lies behind it, from 0 to 1."""
 
     def begin_micro_step(self, draw: NoiseKey) -> None:  # noqa: B027
         """Before a micro-batch; ``draw`` says which noise it gets."""
@@ -121,8 +121,8 @@ def run(
     engine = Engine(learner.model, learner.tensors, learner.optimizer, settings)
     rate = LearningRate(learner.optimizer, settings, steps)
     start = _restore(learner, engine, resume)
-    share = BatchShard.of(rank(), world_size(), settings.accumulate)
-    divided = {} if share == WHOLE else {"share": share}  # a task for one process need not know it
+    shard = BatchShard.of(rank(), world_size(), settings.accumulate)
+    divided = {} if shard == WHOLE else {"shard": shard}  # a task for one process need not know it
     learner.train_mode()
     finite, scaled = NonFiniteGuard(device), engine.scaler.is_enabled()
     seen = _Watching(learner, watch if is_main() else None)

@@ -13,7 +13,7 @@ the inputs and nothing else.
 
 Backends give the same function of the same noise, up to rounding: :mod:`~maskllm4v.sparsity.gumbel.eager` (plain
 PyTorch), :mod:`~maskllm4v.sparsity.gumbel.triton_op` (Triton) and :mod:`~maskllm4v.sparsity.gumbel.inductor`
-(``torch.compile``). With a logit a position in place of one a candidate, it is another function:
+(``torch.compile``). With one logit per position instead of one per candidate mask, it is another function:
 :mod:`~maskllm4v.sparsity.gumbel.topn`.
 """
 

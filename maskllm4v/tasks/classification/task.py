@@ -75,7 +75,7 @@ class Classification:
         raise ConfigError("inputs is 'generated', but a classifier makes no images")
 
     def train_batches(
-        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: BatchShard = WHOLE
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, shard: BatchShard = WHOLE
     ) -> Iterator[Batch]:
         loader = step_loader(
             self.data,
@@ -83,11 +83,11 @@ class Classification:
             batch_size=batch_size,
             steps=steps,
             start=start,
-            share=share,
+            shard=shard,
             workers=self.spec.runtime.loader_workers,
             pin_memory=self.device.type == "cuda",
         )
-        keys = ((step, part) for step in range(start, steps) for part in share.parts)
+        keys = ((step, part) for step in range(start, steps) for part in shard.parts)
         for batch, (step, part) in zip(loader, keys, strict=True):
             yield self._mixed(self._on_device(batch), torch_seed(seed, "mix", step, part) % 2**32)
 

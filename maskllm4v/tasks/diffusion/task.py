@@ -178,7 +178,7 @@ class Diffusion:
         return StepBatches(self.source, seed=0, batch_size=batch_size).steps_per_epoch
 
     def train_batches(
-        self, *, seed: int, batch_size: int, steps: int, start: int = 0, share: BatchShard = WHOLE
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, shard: BatchShard = WHOLE
     ) -> Iterator[NoisyBatch]:
         loader = step_loader(
             self.source,
@@ -186,12 +186,12 @@ class Diffusion:
             batch_size=batch_size,
             steps=steps,
             start=start,
-            share=share,
+            shard=shard,
             workers=self.spec.runtime.loader_workers,
             pin_memory=self.device.type == "cuda",
         )
-        size = batch_size // share.count
-        keys = ((step, part) for step in range(start, steps) for part in share.parts)
+        size = batch_size // shard.count
+        keys = ((step, part) for step in range(start, steps) for part in shard.parts)
         for (images, labels), (step, part) in zip(loader, keys, strict=True):
             draws = self._draw(generator(seed, "diffusion", step), batch_size)
             yield self.noised(images, labels, draws.part(slice(part * size, (part + 1) * size)))
