@@ -69,8 +69,8 @@ class Coverage:
         return covered / max(covered + sum(one.weights for one in dense.values()), 1)
 
     def _reasons(self, dense: dict[str, Dense]) -> Iterator[str]:
-        """A line for each reason, those of the most weights first."""
-        total = sum(self.sparse.values()) + sum(one.weights for one in self.dense.values())
+        """A line for each reason, with its share of these weights and the sparse ones; the largest first."""
+        total = sum(self.sparse.values()) + sum(one.weights for one in dense.values())
         names: dict[str, list[str]] = {}
         for name, one in dense.items():
             names.setdefault(one.reason, []).append(name)
