@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import maskllm4v
 from maskllm4v import NMPattern, current_masks, dense_weight, fold_, make_learnable, prune, update_weights_
 from maskllm4v.checkpoints.masks import MaskCheckpoint, load_masks, save_masks
+from maskllm4v.checkpoints.third_party import LoadedWeights, load_any
 from maskllm4v.export.verify import passes, verify_file
 from maskllm4v.sparsity.parameters import learnable_masks, masked_parameters
 from maskllm4v.sparsity.survey import survey
@@ -203,3 +204,30 @@ def test_cross_attention_keeps_its_dense_weights() -> None:
     prune(model, "magnitude")
     assert torch.equal(dense_weight(model.cross, "in_proj_weight"), before)
     assert not torch.equal(model.cross.in_proj_weight, before)
+
+
+@both
+def test_a_masked_state_dict_is_as_sparse_as_its_masks(transposed: bool, tmp_path: Path) -> None:
+    """Its weights are dense."""
+    model = net(transposed)
+    prune(model, "magnitude")
+    torch.save(model.state_dict(), tmp_path / "masked.pt")
+    checks = verify_file(tmp_path / "masked.pt")
+    assert {check.layer for check in checks if check.verdict == "holds"} == set(NAMES)
+    assert passes(checks)
+    model.experts.up_proj_mask.mask[0, 0, :4] = True
+    torch.save(model.state_dict(), tmp_path / "broken.pt")
+    broken = [check.layer for check in verify_file(tmp_path / "broken.pt") if check.verdict == "violated"]
+    assert broken == ["experts.up_proj"]
+
+
+def test_a_masked_state_dict_is_read_as_weights_and_masks(tiny_vit: nn.Module, tmp_path: Path) -> None:
+    dense = {name: tensor.clone() for name, tensor in tiny_vit.state_dict().items()}
+    masks = prune(tiny_vit, "magnitude")
+    torch.save(tiny_vit.state_dict(), tmp_path / "masked.pt")
+    found = load_any(tmp_path / "masked.pt")
+    assert isinstance(found, LoadedWeights)
+    assert found.weights.keys() == dense.keys()
+    assert all(found.weights[name].equal(tensor) for name, tensor in dense.items())
+    assert found.masks.keys() == masks.keys()
+    assert all(found.masks[name].equal(mask) for name, mask in masks.items())

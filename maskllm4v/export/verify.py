@@ -256,11 +256,12 @@ def _state(path: Path, state: Mapping[str, Tensor], pattern: NMPattern | None) -
             masks[layer], weight = state[f"{layer}.mask"], state[f"{layer}.weight"]
             if masks[layer].shape != weight.shape:
                 raise CheckpointError(f"{path}: layer {layer!r} has a mask of another shape than its weight")
-    checked = [
-        Weight(weight.layer, masks[weight.layer], mask=True, required=True) if weight.layer in masks else weight
-        for weight in _weights(state)
-    ]
-    return Contents(checked, pattern_told, told=bool(masks))
+        for name in state:  # of a masked model of ours: beside any parameter, as rows
+            if name.endswith("_mask.mask"):
+                masks[name.removesuffix("_mask.mask").removesuffix(".weight")] = state[name].flatten(0, -2)
+    weights = {weight.layer: weight for weight in _weights(state)}
+    checked = weights | {layer: Weight(layer, mask, mask=True, required=True) for layer, mask in masks.items()}
+    return Contents(list(checked.values()), pattern_told, told=bool(masks))
 
 
 def _beside(state: Mapping[str, Tensor], kind: str) -> list[str]:
