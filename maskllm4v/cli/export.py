@@ -106,7 +106,7 @@ def _folded_file(a: argparse.Namespace, spec: TaskSpec, task: Task) -> tuple[Fol
     from maskllm4v.export.files import Folded
     from maskllm4v.sparsity.patterns import NMPattern
     from maskllm4v.sparsity.surgery import fold_
-    from maskllm4v.sparsity.survey import prunable_linears
+    from maskllm4v.sparsity.survey import prunable_matrices
 
     found = load_any(a.checkpoint, ema=a.use_ema, pattern=a.pattern)
     said = found.about if isinstance(found, LoadedWeights) else {}
@@ -114,7 +114,7 @@ def _folded_file(a: argparse.Namespace, spec: TaskSpec, task: Task) -> tuple[Fol
     name, args = spec.model.name, spec.model.args
     if isinstance(found, LoadedWeights) and masks is None:
         pattern = NMPattern(a.pattern or said.get("pattern") or "2:4")
-        layers = said.get("layers") or prunable_linears(model, pattern, exclude=spec.model.excluded_layers)
+        layers = said.get("layers") or prunable_matrices(model, pattern, exclude=spec.model.excluded_layers)
         zeros = _masks_of_zeros(model, pattern, layers, a.checkpoint)
         base = said.get("base") or tensors_digest(model.state_dict())
         folded = Folded(model, zeros, pattern, name, said.get("method", "unknown"), base, updated=True)

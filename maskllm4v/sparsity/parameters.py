@@ -123,20 +123,6 @@ def find_matrix(model: nn.Module, name: str) -> Matrix:
     return Matrix(name, f"{path}.{attribute}".lstrip("."), places_of(model)[id(module._parameters[attribute])], layout)
 
 
-def get_linear(model: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of that name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    found = dict(model.named_modules(remove_duplicate=False)).get(name)
-    if not isinstance(found, nn.Linear):
-        raise ConfigError(f"the model has no linear layer {name!r}")
-    if found is model:
-        raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
-    return found
-
-
 def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
     """All parameters under a mask, by name, in the model's order."""
     places: dict[Mask, list[tuple[nn.Module, str]]] = {}
