@@ -13,7 +13,7 @@ from import_graph import ROOT
 from made_records import DIGITS, make_records
 
 from maskllm4v.reporting.benchmarks.performance import TARGETS, performance_markdown
-from maskllm4v.reporting.report import readme_sections, table_texts
+from maskllm4v.reporting.report import experiments, readme_sections, table_texts
 from maskllm4v.reporting.tables import MISSING, significant
 from maskllm4v.utils.io import write_json
 
@@ -178,7 +178,7 @@ def test_cost_column(tmp_path: Path) -> None:
 
 
 def test_readme_has_the_performance_section() -> None:
-    assert readme_sections(ROOT)["performance"] == performance_markdown(ROOT / "reports")
+    assert readme_sections(experiments(ROOT), ROOT / "reports")["performance"] == performance_markdown(ROOT / "reports")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_errors_of_writing_end_the_run(source: Path) -> None:
         ({"size": 63}, "size is 63; allowed: 64 pixels or more"),
         ({"quality": 0}, "quality is 0; allowed: 1 to 100"),
         ({"splits": ("test",)}, r"pets has no split 'test'; allowed: train, val"),
-        ({"link": True}, "link is for the splits that are not shrunk"),
+        ({"link": True}, "`link` is for the splits that are not shrunk"),
         ({"output": "pets"}, "lie one inside the other"),
         ({"output": "pets/small"}, "lie one inside the other"),
         ({"output": "pets/train/cat/small"}, "lie one inside the other"),
