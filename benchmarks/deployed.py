@@ -21,7 +21,7 @@ from benchmarks.results import Row
 from maskllm4v.export.semi_structured import Conversion, to_semi_structured_
 from maskllm4v.export.sparse_speed import captured
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_linears
 
 HEAD = "head"  # stays dense
 PATTERN = NMPattern(2, 4)

@@ -27,7 +27,7 @@ from benchmarks.deployed import DENSE, FASTER, OURS, RUNTIME, TORCH, ZEROS, Call
 from benchmarks.measure import Timing, peak_bytes, ratio, synchronize
 from benchmarks.results import Row, save
 from maskllm4v.export.sparse_speed import tokens_by_layer
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.utils.devices import pick_device
 
 TINY, BASE = "vit_tiny_patch16_224", "vit_base_patch16_224"

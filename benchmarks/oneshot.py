@@ -34,7 +34,7 @@ from maskllm4v.oneshot.methods.sparsegpt import prune_columns, prune_sparsegpt
 from maskllm4v.oneshot.methods.wanda import prune_wanda
 from maskllm4v.oneshot.prune import Pruned
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.utils.devices import pick_device
 
 TEXTBOOK, OURS = CANDIDATES = ("textbook", "ours")

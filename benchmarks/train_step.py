@@ -24,7 +24,8 @@ from benchmarks.results import Row, save
 from benchmarks.workloads import RandomImages, Workload, workloads
 from maskllm4v.config import LearningSettings
 from maskllm4v.sparsity.masks import NoiseKey
-from maskllm4v.sparsity.surgery import make_learnable, prunable_linears
+from maskllm4v.sparsity.surgery import make_learnable
+from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.training.engine import mixed_precision
 from maskllm4v.training.mask_learning import MaskLearner
 from maskllm4v.training.trainer import TrainTarget

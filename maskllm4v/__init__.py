@@ -10,12 +10,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "NMPattern": "sparsity.patterns",
-    "MaskedLinear": "sparsity.masks",
-    "LearnableMaskedLinear": "sparsity.masks",
+    "MaskedLinear": "sparsity.layers",
+    "LearnableMaskedLinear": "sparsity.layers",
+    "dense_weight": "sparsity.layers",
     "replace_linear_with_": "sparsity.surgery",
     "make_learnable": "sparsity.surgery",
     "apply_masks_": "sparsity.surgery",
-    "current_masks": "sparsity.surgery",
+    "current_masks": "sparsity.parameters",
     "fold_": "sparsity.surgery",
     "prune": "oneshot.prune",
     "permute_channels_": "oneshot.permute",
@@ -23,6 +24,7 @@ _HOMES = {
     "invert_permutations": "sparsity.permutation",
     "Calibration": "sparsity.calibration",
     "register_pruner": "oneshot.prune",
+    "each_mask_used": "sparsity.usage",
     "update_weights_": "oneshot.weight_update",
     "learn_masks": "training.mask_learning",
     "LearningSettings": "config",
@@ -42,16 +44,18 @@ if TYPE_CHECKING:
     from maskllm4v.oneshot.prune import register_pruner as register_pruner
     from maskllm4v.oneshot.weight_update import update_weights_ as update_weights_
     from maskllm4v.sparsity.calibration import Calibration as Calibration
-    from maskllm4v.sparsity.masks import LearnableMaskedLinear as LearnableMaskedLinear
-    from maskllm4v.sparsity.masks import MaskedLinear as MaskedLinear
+    from maskllm4v.sparsity.layers import LearnableMaskedLinear as LearnableMaskedLinear
+    from maskllm4v.sparsity.layers import MaskedLinear as MaskedLinear
+    from maskllm4v.sparsity.layers import dense_weight as dense_weight
+    from maskllm4v.sparsity.parameters import current_masks as current_masks
     from maskllm4v.sparsity.patterns import NMPattern as NMPattern
     from maskllm4v.sparsity.permutation import apply_permutations_ as apply_permutations_
     from maskllm4v.sparsity.permutation import invert_permutations as invert_permutations
     from maskllm4v.sparsity.surgery import apply_masks_ as apply_masks_
-    from maskllm4v.sparsity.surgery import current_masks as current_masks
     from maskllm4v.sparsity.surgery import fold_ as fold_
     from maskllm4v.sparsity.surgery import make_learnable as make_learnable
     from maskllm4v.sparsity.surgery import replace_linear_with_ as replace_linear_with_
+    from maskllm4v.sparsity.usage import each_mask_used as each_mask_used
     from maskllm4v.training.mask_learning import learn_masks as learn_masks
     from maskllm4v.utils.errors import UserError as UserError
 

@@ -15,8 +15,8 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.oneshot.prune import calibrates, prune
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
+    from maskllm4v.sparsity.parameters import dense_weights
     from maskllm4v.sparsity.patterns import NMPattern
-    from maskllm4v.sparsity.surgery import get_linear
     from maskllm4v.tasks.base import open_task
     from maskllm4v.utils.processes import is_main
 
@@ -42,7 +42,7 @@ def main(experiment: Experiment, row: str) -> None:
             seed=seed,
             **layers,
         )
-        weights = {f"{name}.weight": get_linear(model, name).weight for name in masks if settings.update_weights}
+        weights = dense_weights(model, masks) if settings.update_weights else {}
         if is_main():
             made = MaskCheckpoint(pattern, masks, base, settings.method, weights, prior={}, permutations=permutations)
             save_masks(checkpoint(row, seed), made)

@@ -14,8 +14,9 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.oneshot.weight_update import update_weights_
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
+    from maskllm4v.sparsity.parameters import dense_weights
     from maskllm4v.sparsity.permutation import apply_permutations_
-    from maskllm4v.sparsity.surgery import apply_masks_, get_linear
+    from maskllm4v.sparsity.surgery import apply_masks_
     from maskllm4v.tasks.base import open_task
     from maskllm4v.utils.processes import is_main
 
@@ -38,7 +39,7 @@ def main(experiment: Experiment, row: str) -> None:
                 target=settings.target,
                 damping=settings.damping,
             )
-            weights = {f"{name}.weight": get_linear(model, name).weight for name in found.masks}
+            weights = dense_weights(model, found.masks)
             made = replace(found, method=settings.update, weights=weights)
         if is_main():
             save_masks(checkpoint(row, seed), made)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from maskllm4v.checkpoints.third_party import dense_state
 from maskllm4v.config import LearningSettings
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.sparsity.surgery import learnable_layers, make_learnable
+from maskllm4v.sparsity.masks import Mask
+from maskllm4v.sparsity.parameters import learnable_masks
+from maskllm4v.sparsity.surgery import make_learnable
 from maskllm4v.training.mask_learning import CURVE_COLUMNS, MaskResult, learn_masks
 from maskllm4v.utils.sharding import WHOLE, BatchShard
 
@@ -84,7 +86,7 @@ class Regression:
         return [Calibration(self.train_batches(seed=99, batch_size=batch_size, steps=2), self.forward)]
 
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
-        self.modes.append([module.training for module in model.modules()])
+        self.modes.append([m.training for m in model.modules() if not isinstance(m, Mask)])
         self.last = batch
         outputs: Tensor = model(batch[0])
         return outputs
@@ -150,7 +152,7 @@ def learnable(model: nn.Module | None = None, *, seed: int = 0, init: Any = "pri
 
 
 def logits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: layer.logits.detach().clone() for name, layer in learnable_layers(model).items()}
+    return {name: layer.logits.detach().clone() for name, layer in learnable_masks(model).items()}
 
 
 def column(learned: MaskResult, name: str) -> list[float]:

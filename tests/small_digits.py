@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from maskllm4v.checkpoints.masks import MaskCheckpoint
 from maskllm4v.config import Experiment, parse_experiment
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.tasks.classification.models import PLAIN_VIT
 from maskllm4v.tasks.classification.task import Classification
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from maskllm4v.oneshot.activations.sequential import stream_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.sparsity.calibration import default_forward
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_matrices
 
 both_ways = pytest.mark.parametrize("propagate", ["dense", "pruned"])
 Inputs = dict[str, Tensor]
@@ -65,7 +65,7 @@ def check_stream(
     forward: Callable = default_forward,
 ) -> list[list[str]]:
     """Stream, changing every layer as it comes by, and compare with whole runs; returns the units' names."""
-    layers = prunable_linears(model) if layers is None else layers
+    layers = prunable_matrices(model) if layers is None else layers
     untouched = copy.deepcopy(model)
     units = []
     for unit in stream_statistics(model, layers, batches, statistic, propagate=propagate, forward=forward):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from maskllm4v.oneshot.activations.sequential import stream_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.sparsity.calibration import default_forward
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_matrices
 from maskllm4v.utils.errors import DataError
 
 # What the caller can count on
@@ -35,7 +35,7 @@ from maskllm4v.utils.errors import DataError
 )
 def test_batches(tiny_vit: nn.Module, as_batch: Callable[[Tensor], Any]) -> None:
     batches = images()
-    layers = prunable_linears(tiny_vit)
+    layers = prunable_matrices(tiny_vit)
     expected = whole_model_inputs(tiny_vit, layers, batches, lambda model, x: model(x))
     stream = stream_statistics(tiny_vit, layers, [as_batch(x) for x in batches], InputNorm, propagate="dense")
     for unit in stream:
@@ -46,7 +46,7 @@ def test_batches(tiny_vit: nn.Module, as_batch: Callable[[Tensor], Any]) -> None
 @both_ways
 def test_generator_of_batches(tiny_vit: nn.Module, propagate: str) -> None:
     stream = stream_statistics(
-        tiny_vit, prunable_linears(tiny_vit), (x for x in images()), InputNorm, propagate=propagate
+        tiny_vit, prunable_matrices(tiny_vit), (x for x in images()), InputNorm, propagate=propagate
     )
     assert [unit.popitem()[1].rows for unit in stream] == [6 * 16, 6 * 16, 6]
 
@@ -74,7 +74,7 @@ def test_inference_mode(kind: str, propagate: str, everything: bool) -> None:
 @pytest.mark.parametrize("batches", [[], iter(())], ids=["list", "iterator"])
 def test_no_batches(tiny_vit: nn.Module, propagate: str, batches: Iterable[Any]) -> None:
     with pytest.raises(DataError, match="no batches"):
-        next(stream_statistics(tiny_vit, prunable_linears(tiny_vit), batches, InputNorm, propagate=propagate))
+        next(stream_statistics(tiny_vit, prunable_matrices(tiny_vit), batches, InputNorm, propagate=propagate))
 
 
 class WithSpare(Block):
@@ -100,7 +100,7 @@ def test_layer_that_is_never_reached(model: Callable[[], nn.Module], name: str, 
         return model["body"](batch) if isinstance(model, nn.ModuleDict) else model(batch)
 
     stream = stream_statistics(
-        model, prunable_linears(model), [torch.randn(2, 8)], InputNorm, propagate=propagate, forward=forward
+        model, prunable_matrices(model), [torch.randn(2, 8)], InputNorm, propagate=propagate, forward=forward
     )
     with pytest.raises(DataError, match=f"{name}.*never reached"):
         list(stream)
@@ -122,7 +122,7 @@ def test_training_flags_and_hooks_are_restored(tiny_vit: nn.Module, propagate: s
     tiny_vit.blocks[1].eval()
     tiny_vit.blocks[0].mlp.train()
     before = flags(tiny_vit)
-    stream = stream_statistics(tiny_vit, prunable_linears(tiny_vit), images(), InputNorm, propagate=propagate)
+    stream = stream_statistics(tiny_vit, prunable_matrices(tiny_vit), images(), InputNorm, propagate=propagate)
     next(stream)
     assert not any(flags(tiny_vit))
     if ending == "end":
@@ -141,7 +141,7 @@ def test_statistics_are_taken_in_evaluation_mode(tiny_vit: nn.Module, propagate:
     for block in tiny_vit.blocks:
         block.attn.proj_drop.p = block.mlp.drop1.p = 0.5
     tiny_vit.train()
-    layers, batches = prunable_linears(tiny_vit), images()
+    layers, batches = prunable_matrices(tiny_vit), images()
     expected = whole_model_inputs(copy.deepcopy(tiny_vit).eval(), layers, batches, default_forward)
     for unit in stream_statistics(tiny_vit, layers, batches, InputNorm, propagate=propagate):
         for name, found in unit.items():
@@ -150,7 +150,7 @@ def test_statistics_are_taken_in_evaluation_mode(tiny_vit: nn.Module, propagate:
 
 @both_ways
 def test_caller_keeps_gradients_enabled(tiny_vit: nn.Module, propagate: str) -> None:
-    for unit in stream_statistics(tiny_vit, prunable_linears(tiny_vit), images(), Hessian, propagate=propagate):
+    for unit in stream_statistics(tiny_vit, prunable_matrices(tiny_vit), images(), Hessian, propagate=propagate):
         assert torch.is_grad_enabled()
         assert not any(statistic.sum_of_products.requires_grad for statistic in unit.values())
 
@@ -159,7 +159,7 @@ def test_caller_keeps_gradients_enabled(tiny_vit: nn.Module, propagate: str) -> 
 def test_batches_are_left_alone(tiny_vit: nn.Module, propagate: str) -> None:
     batches = images()
     before = [x.clone() for x in batches]
-    list(stream_statistics(tiny_vit, prunable_linears(tiny_vit), batches, InputNorm, propagate=propagate))
+    list(stream_statistics(tiny_vit, prunable_matrices(tiny_vit), batches, InputNorm, propagate=propagate))
     assert all(torch.equal(x, y) for x, y in zip(batches, before, strict=True))
 
 
@@ -173,7 +173,7 @@ def test_own_statistic(tiny_vit: nn.Module) -> None:
             assert rows.dim() == 2
             self.value = torch.maximum(self.value, rows.abs().amax(0))
 
-    layers, batches = prunable_linears(tiny_vit), images()
+    layers, batches = prunable_matrices(tiny_vit), images()
     expected = whole_model_inputs(tiny_vit, layers, batches, default_forward)
     for unit in stream_statistics(tiny_vit, layers, batches, Largest, propagate="dense"):
         for name, found in unit.items():
@@ -187,9 +187,9 @@ def test_nothing_is_computed_that_nobody_needs(tiny_vit: nn.Module, propagate: s
     def count(name: str) -> Callable[..., None]:
         return lambda *_: done.__setitem__(name, done.get(name, 0) + 1)
 
-    layers = prunable_linears(tiny_vit, exclude=["head"])
+    layers = prunable_matrices(tiny_vit, exclude=["head"])
     for name, layer in layers.items():
-        layer.register_forward_hook(count(name))
+        layer.module.register_forward_hook(count(name))
     for _ in stream_statistics(tiny_vit, layers, images()[:1], InputNorm, propagate=propagate):
         pass
     again = propagate == "pruned"

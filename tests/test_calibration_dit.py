@@ -19,7 +19,7 @@ from maskllm4v.oneshot.activations.blocks import find_sequential_blocks
 from maskllm4v.oneshot.activations.sequential import part_statistics, stream_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.sparsity.calibration import Calibration, names_by_part
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_matrices
 
 DENSE = ["transformer_blocks.*.norm1.emb", "proj_out_1", "proj_out_2"]
 BODY = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"]  # as they are run
@@ -66,7 +66,7 @@ def two_parts() -> list[Calibration]:
 @pytest.mark.parametrize("statistic", [InputNorm, Hessian])
 def test_dit_is_streamed(statistic: type, propagate: str) -> None:
     model = dit()
-    layers = prunable_linears(model, exclude=DENSE)
+    layers = prunable_matrices(model, exclude=DENSE)
     units = check_stream(model, noisy(3, 1, 2), propagate, statistic, layers)
     assert units == [[f"transformer_blocks.{i}.{name}" for name in ["norm1.linear", *BODY]] for i in range(3)]
 
@@ -74,7 +74,7 @@ def test_dit_is_streamed(statistic: type, propagate: str) -> None:
 @pytest.mark.parametrize("alone", ["norm1.linear", "attn1", "ff.net", "ff.net.0", "ff.net.2"])
 def test_blocks_are_a_chain_whichever_of_their_layers_are_of_interest(alone: str) -> None:
     model, (batch,) = dit(), noisy(2)
-    layers = {name: layer for name, layer in prunable_linears(model, exclude=DENSE).items() if alone in name}
+    layers = {name: layer for name, layer in prunable_matrices(model, exclude=DENSE).items() if alone in name}
     with torch.no_grad():
         units, chain = find_sequential_blocks(model, layers, lambda: model(**batch))
     assert chain == list(model.transformer_blocks) == [unit.block for unit in units]
@@ -85,7 +85,7 @@ def test_no_block_needs_a_run_of_the_whole_model(propagate: str) -> None:
     def runs(depth: int) -> int:
         model, found = dit(depth), []
         model.transformer_blocks[0].attn1.to_q.register_forward_hook(lambda *_: found.append(1))
-        layers = prunable_linears(model, exclude=DENSE)
+        layers = prunable_matrices(model, exclude=DENSE)
         for _ in stream_statistics(model, layers, noisy(2), InputNorm, propagate=propagate):
             pass
         return len(found)
@@ -97,7 +97,7 @@ def test_no_block_needs_a_run_of_the_whole_model(propagate: str) -> None:
 def test_embedders_are_seen_outside_the_blocks_too(propagate: str) -> None:
     """The first block's embedder is called once more after the blocks, for the output's modulation."""
     model, batches = dit(2), noisy(3, 2)
-    layers = prunable_linears(model)
+    layers = prunable_matrices(model)
     if propagate == "dense":
         check_stream(model, batches, propagate, layers=layers)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_embedders_are_seen_outside_the_blocks_too(propagate: str) -> None:
 @pytest.mark.parametrize("statistic", [InputNorm, Hessian])
 def test_two_parts(statistic: type, propagate: str) -> None:
     model, parts = dit(), two_parts()
-    layers, untouched = prunable_linears(model, exclude=DENSE), copy.deepcopy(model)
+    layers, untouched = prunable_matrices(model, exclude=DENSE), copy.deepcopy(model)
     rows = set()
     for unit in part_statistics(model, layers, parts, statistic, propagate=propagate):
         seen_by = untouched if propagate == "dense" else model

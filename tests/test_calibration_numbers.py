@@ -15,7 +15,7 @@ from maskllm4v import permute_channels_, prune, update_weights_
 from maskllm4v.oneshot.activations.paired import layer_statistics
 from maskllm4v.oneshot.activations.statistics import CrossCovariance, Hessian, InputNorm
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_matrices
 from maskllm4v.utils.errors import ConfigError, DataError
 
 METHODS: dict[str, Callable[[nn.Module, Any], object]] = {
@@ -89,7 +89,7 @@ def test_the_twins_inputs_have_to_be_finite(tiny_vit: nn.Module, of: str) -> Non
     dense = copy.deepcopy(tiny_vit)
     broken = dense if of == "dense" else tiny_vit
     broken.blocks[1].norm2.register_forward_hook(lambda *args: args[2] * float("nan"))
-    stream = layer_statistics(tiny_vit, prunable_linears(tiny_vit), [Calibration(images())], dense=dense)
+    stream = layer_statistics(tiny_vit, prunable_matrices(tiny_vit), [Calibration(images())], dense=dense)
     with pytest.raises(DataError, match=r"^layer 'blocks\.1\.mlp\.fc1': .*not finite"):
         list(stream)
 
@@ -147,7 +147,7 @@ def test_experts_without_tokens_are_named(propagate: str, calls_idle: bool) -> N
 def test_experts_that_only_later_batches_reach(propagate: str, statistic: type) -> None:
     model = Mixtures().eval()
     units = check_stream(model, [tokens(0, 0), tokens(0, 2), tokens(1, 0)], propagate, statistic)
-    assert [name for unit in units for name in unit] == list(prunable_linears(model))
+    assert [name for unit in units for name in unit] == list(prunable_matrices(model))
 
 
 @every_method

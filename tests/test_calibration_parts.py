@@ -20,7 +20,7 @@ from maskllm4v.oneshot.activations.sequential import part_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.sparsity.calibration import Calibration, default_forward, names_by_part
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_matrices
 from maskllm4v.utils.errors import ConfigError, DataError
 
 Batch = tuple[Tensor, Tensor]  # tokens [B, T, 8], conditions [B, 8]
@@ -67,7 +67,7 @@ BODIES = [f"blocks.{i}.fc" for i in range(3)]
 
 def model_and_layers() -> tuple[nn.Module, dict[str, nn.Linear]]:
     model = TwoParts().eval()
-    return model, prunable_linears(model, exclude=["embed"])
+    return model, prunable_matrices(model, exclude=["embed"])
 
 
 def two_parts() -> list[Calibration]:

@@ -18,7 +18,7 @@ from maskllm4v.oneshot.activations.blocks import find_sequential_blocks
 from maskllm4v.oneshot.activations.sequential import stream_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.sparsity.calibration import default_forward
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_matrices
 
 # Models that are chains of blocks, and such that are not
 
@@ -58,7 +58,7 @@ def test_chain_amid_other_layers(propagate: str) -> None:
 
 @both_ways
 def test_some_layers_only(tiny_vit: nn.Module, propagate: str) -> None:
-    layers = prunable_linears(tiny_vit, exclude=["head", "*.attn", "blocks.0.mlp.fc2"])
+    layers = prunable_matrices(tiny_vit, exclude=["head", "*.attn", "blocks.0.mlp.fc2"])
     units = check_stream(tiny_vit, images(), propagate, layers=layers)
     assert units == [["blocks.0.mlp.fc1"], ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]]
 
@@ -68,7 +68,7 @@ def runs_of_first_block(model: nn.Module, blocks: Callable[[nn.Module], nn.Modul
     runs = []
     first = next(layer for layer in blocks(model)[0].modules() if isinstance(layer, nn.Linear))
     first.register_forward_hook(lambda *_: runs.append(1))
-    layers = prunable_linears(model, exclude=["head*"])
+    layers = prunable_matrices(model, exclude=["head*"])
     size = (2, 1, 8, 8) if isinstance(model, VisionTransformer) else (2, 3, 64, 64)
     for _ in stream_statistics(model, layers, [torch.randn(size)], InputNorm, propagate=propagate):
         pass
@@ -124,7 +124,7 @@ NO_CHAINS = {  # some only because the proof asks for the very same objects
 def test_chains_are_found_where_nothing_speaks_against_them(kind: str) -> None:
     model = AWKWARD[kind]().eval()
     with torch.no_grad():
-        units, chain = find_sequential_blocks(model, prunable_linears(model), lambda: model(torch.randn(2, 8)))
+        units, chain = find_sequential_blocks(model, prunable_matrices(model), lambda: model(torch.randn(2, 8)))
     blocks = [block for name, block in model.named_modules() if re.fullmatch(r"(blocks\.)?\d", name)]
     if kind == "skips along":
         assert chain in ([], blocks)
@@ -139,7 +139,7 @@ def test_chains_are_found_where_nothing_speaks_against_them(kind: str) -> None:
 
 def test_parts_of_feed_forwards_are_streamed_alone_too() -> None:
     model = AWKWARD["feed-forwards"]().eval()
-    layers = prunable_linears(model, exclude=["embed", "blocks.*.net.2"])
+    layers = prunable_matrices(model, exclude=["embed", "blocks.*.net.2"])
     assert len(layers) == 3
     units, chain = find_sequential_blocks(model, layers, lambda: model(torch.randn(2, 8)))
     assert chain == list(model.blocks) == [unit.block for unit in units]
@@ -150,7 +150,7 @@ def test_parts_of_feed_forwards_are_streamed_alone_too() -> None:
 @pytest.mark.parametrize("kind", ["plain", "second argument", "between blocks"])
 def test_block_without_layers_of_interest_still_counts(kind: str, excluded: str, propagate: str) -> None:
     model = AWKWARD[kind]().eval()
-    layers = prunable_linears(model, exclude=[excluded, "embed"])
+    layers = prunable_matrices(model, exclude=[excluded, "embed"])
     assert len(layers) == 2
     check_stream(model, [torch.randn(n, 8) for n in (3, 2)], propagate, layers=layers)
 
@@ -160,7 +160,7 @@ def test_block_without_layers_of_interest_still_counts(kind: str, excluded: str,
 def test_layers_may_be_replaced_on_the_way(kind: str, propagate: str) -> None:
     model = AWKWARD[kind]().eval()
     untouched, batches = copy.deepcopy(model), [torch.randn(n, 8) for n in (3, 2)]
-    for unit in stream_statistics(model, prunable_linears(model), batches, InputNorm, propagate=propagate):
+    for unit in stream_statistics(model, prunable_matrices(model), batches, InputNorm, propagate=propagate):
         seen_by = untouched if propagate == "dense" else model
         expected = whole_model_inputs(seen_by, unit, batches, default_forward)
         for name, found in unit.items():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from maskllm4v import apply_masks_, apply_permutations_, invert_permutations, permute_channels_
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.permutation import find_channels
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.utils.errors import ConfigError
 
 Permutations = dict[str, Tensor]

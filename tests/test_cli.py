@@ -152,6 +152,9 @@ def test_prune_and_validate_are_the_stages(row: str, here: Path, pipeline: tuple
     done = well("prune", *MODEL, *DENSE, *flags, "--save-model", "out/masks.safetensors")
     expected, found = of_stage(pipeline, row), load_masks(here / "out" / "masks.safetensors")
     assert len(found.masks) == 24
+    assert "\nmasks on 24 of 26 matrices, " in f"\n{done.err}"
+    assert "\ndense, excluded: 'head' (" in done.err
+    assert "\ndense, convolution: 'patch_embed.proj' (" in done.err
     assert same(found.masks, expected.masks)
     assert same(found.weights, expected.weights)
     assert bool(found.weights) == (row == "updated")
@@ -233,6 +236,7 @@ def test_interrupted_training_goes_on(
     assert (here / "out" / "learned.csv").read_bytes() == curve.read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:masks cover only")  # of one block
 def test_training_without_a_prior(here: Path) -> None:
     flags = ("--exclude", "head", "blocks.[1-5]", "--pattern", "1:4", "--hard", "--model-ema", "--curve", "c.csv")
     well("train", *TRAIN, *DENSE, *flags, "--output", "a.safetensors")

@@ -23,7 +23,7 @@ from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, save_dense, 
 from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.runs.paths import checkpoint, data_folder
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.tasks.diffusion.classic import to_classic
 from maskllm4v.tasks.diffusion.task import Diffusion
 from maskllm4v.utils.images import read_picture

@@ -19,7 +19,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from small_diffusion import ARGS, awake, dit
 
 from maskllm4v.checkpoints.masks import load_state, save_dense
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.tasks.diffusion.classic import to_classic
 from maskllm4v.tasks.diffusion.dit import blocks, build_dit, condition, read_config, read_weights
 from maskllm4v.tasks.diffusion.settings import DiTSettings

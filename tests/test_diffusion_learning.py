@@ -17,7 +17,8 @@ from small_diffusion import dit, experiment, open_small
 from maskllm4v.config import LearningSettings
 from maskllm4v.data import prepare
 from maskllm4v.sparsity.masks import NoiseKey
-from maskllm4v.sparsity.surgery import fold_, learnable_layers, make_learnable, set_noise_key
+from maskllm4v.sparsity.parameters import learnable_masks
+from maskllm4v.sparsity.surgery import fold_, make_learnable, set_noise_key
 from maskllm4v.tasks.diffusion.task import Diffusion
 from maskllm4v.training.mask_learning import CURVE_COLUMNS, MaskResult, learn_masks
 
@@ -49,7 +50,7 @@ def test_score_is_of_the_arg_max_masks(task: Diffusion) -> None:
     wanted = task.score(fold_(copy.deepcopy(model)), "holdout")
     (batch,) = task.train_batches(seed=0, batch_size=4, steps=1)
     for step in (0, 1):
-        for layer in learnable_layers(model).values():
+        for layer in learnable_masks(model).values():
             layer.train()
         set_noise_key(model, NoiseKey(0, step, 0, 0))
         with torch.no_grad():

@@ -27,7 +27,7 @@ from small_diffusion import (
 from maskllm4v import prune
 from maskllm4v.data import prepare
 from maskllm4v.sparsity.calibration import names_by_part
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.tasks.base import open_task, train_mode
 from maskllm4v.tasks.diffusion.noising import NoisyBatch
 from maskllm4v.tasks.diffusion.task import Diffusion

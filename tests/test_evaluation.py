@@ -19,7 +19,7 @@ from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, load_masks, 
 from maskllm4v.data import prepare
 from maskllm4v.evaluation.evaluate import measure
 from maskllm4v.evaluation.layer_errors import COLUMNS, layer_diagnostics
-from maskllm4v.sparsity.masks import MaskedLinear
+from maskllm4v.sparsity.layers import MaskedLinear, dense_weight
 from maskllm4v.tasks.classification.models import PLAIN_VIT, build_model
 from maskllm4v.tasks.classification.settings import TimmSettings
 from maskllm4v.tasks.classification.task import Classification
@@ -195,8 +195,8 @@ def test_install_gives_masked_layers(task: Classification) -> None:
         layer = model.get_submodule(name)
         assert isinstance(layer, MaskedLinear)
         assert torch.equal(layer.current_mask(), mask)
-    assert torch.equal(model.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"])
-    assert torch.equal(model.blocks[1].mlp.fc1.weight, kept)
+    assert torch.equal(dense_weight(model.blocks[0].mlp.fc1), weights["blocks.0.mlp.fc1.weight"])
+    assert torch.equal(dense_weight(model.blocks[1].mlp.fc1), kept)
     assert type(model.head) is nn.Linear
 
 

@@ -7,11 +7,12 @@ import torch
 from mask_oracle import table
 from torch import Tensor, nn
 
-from maskllm4v import LearnableMaskedLinear, current_masks, make_learnable
+from maskllm4v import LearnableMaskedLinear, current_masks, dense_weight, make_learnable
 from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.parameterization import GATES, CandidateGate, MaskParameterization, PositionGate, gate_of
+from maskllm4v.sparsity.parameters import learnable_masks
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import learnable_layers, set_noise_key
+from maskllm4v.sparsity.surgery import set_noise_key
 from maskllm4v.utils.errors import ConfigError, PatternError
 
 PATTERNS = [(2, 4), (4, 8), (2, 8), (3, 5), (1, 4), (16, 17)]
@@ -122,7 +123,7 @@ def test_strong_prior_is_the_first_mask(pattern: str) -> None:
     masks = {"0": NMPattern(pattern).topn_mask(torch.randn(32, 256))}
     make_learnable(model, masks, pattern=pattern, gate="positions", prior_strength=50.0)
     assert torch.equal(current_masks(model)["0"], masks["0"])
-    logits = learnable_layers(model)["0"].logits.detach()
+    logits = learnable_masks(model)["0"].logits.detach()
     assert float(logits.mean()) == pytest.approx(0.0, abs=0.02)
 
 
@@ -130,7 +131,7 @@ def test_strong_prior_is_the_first_mask(pattern: str) -> None:
 def test_magnitude_start_is_the_magnitude_mask(pattern: str) -> None:
     model = nn.Sequential(nn.Linear(512, 256))
     make_learnable(model, None, pattern=pattern, init="magnitude", gate="positions")
-    assert torch.equal(current_masks(model)["0"], NMPattern(pattern).topn_mask(model[0].weight.detach().abs()))
+    assert torch.equal(current_masks(model)["0"], NMPattern(pattern).topn_mask(dense_weight(model[0]).detach().abs()))
 
 
 @pytest.mark.parametrize(

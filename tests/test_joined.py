@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -18,12 +18,18 @@ from torch.utils.checkpoint import checkpoint
 from maskllm4v.sparsity import joined
 from maskllm4v.sparsity.gumbel import masked_weight
 from maskllm4v.sparsity.gumbel.sampling import Sampling
-from maskllm4v.sparsity.joined import JoinedDraw, join_layers
-from maskllm4v.sparsity.masks import LearnableMaskedLinear, NoiseKey
-from maskllm4v.sparsity.surgery import learnable_layers, make_learnable, set_noise_key
+from maskllm4v.sparsity.joined import JoinedDraw, join_draws
+from maskllm4v.sparsity.layers import LearnableMaskedLinear, dense_weight
+from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.parameters import learnable_masks, masked_parameters
+from maskllm4v.sparsity.surgery import make_learnable, set_noise_key
 from maskllm4v.training.mask_learning import learn_masks
 
 WIDTHS = (32, 64, 32, 96)  # groups in multiples of 64: see joined
+
+
+def join_layers(layers: Iterable[nn.Module]) -> list[JoinedDraw]:
+    return join_draws([one for layer in layers for one in masked_parameters(layer).values()])
 
 
 def net(pattern: str = "2:4", widths: Sequence[int] = WIDTHS, **how: Any) -> nn.Sequential:
@@ -31,7 +37,7 @@ def net(pattern: str = "2:4", widths: Sequence[int] = WIDTHS, **how: Any) -> nn.
     model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise((*widths, 32))))
     make_learnable(model, None, pattern=pattern, seed=5, **how)
     set_noise_key(model, NoiseKey(5, 7, 1, 2))
-    for layer in learnable_layers(model).values():
+    for layer in learnable_masks(model).values():
         layer.tau, layer.scaling = 0.7, 10.0
     return model.train()
 
@@ -40,11 +46,11 @@ def gradients(model: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Te
     """Outputs, and the gradients by all logits of a loss that has Σ(masked weight)² in it."""
     model.zero_grad()
     outputs = run(model, x)
-    layers = learnable_layers(model).values()
+    layers = learnable_masks(model).values()
     draws = {layer.joined for layer in layers if layer.joined is not None}
     energies = [layer.kept_energy for layer in layers if layer.joined is None] + [draw.energy for draw in draws]
     (outputs.square().mean() - 0.3 * torch.stack(energies).sum()).backward()
-    return outputs.detach(), {name: layer.logits.grad.clone() for name, layer in learnable_layers(model).items()}
+    return outputs.detach(), {name: layer.logits.grad.clone() for name, layer in learnable_masks(model).items()}
 
 
 def equal(found: Any, wanted: Any) -> None:
@@ -58,8 +64,8 @@ def equal(found: Any, wanted: Any) -> None:
 def test_joined_layers_are_what_they_are_alone(pattern: str, gate: str, hard: bool) -> None:
     model, x = net(pattern, gate=gate, hard=hard), torch.randn(5, WIDTHS[0])
     alone = gradients(model, x)
-    (draw,) = join_layers(learnable_layers(model).values())
-    assert len(draw.layers) == 4
+    (draw,) = join_layers(model)
+    assert len(draw.masks) == 4
     equal(gradients(model, x), alone)
 
 
@@ -100,12 +106,12 @@ def test_under_autocast_weights_are_written_as_products_read_them(dtype: torch.d
 def test_weights_that_are_trained_get_their_gradients() -> None:
     model, x = net(), torch.randn(5, WIDTHS[0])
     for layer in model:
-        layer.weight.requires_grad_()
+        dense_weight(layer).requires_grad_()
     gradients(model, x)
-    alone = [layer.weight.grad.clone() for layer in model]
+    alone = [dense_weight(layer).grad.clone() for layer in model]
     join_layers(model)
     gradients(model, x)
-    assert all(torch.equal(layer.weight.grad, grad) for layer, grad in zip(model, alone, strict=True))
+    assert all(torch.equal(dense_weight(layer).grad, grad) for layer, grad in zip(model, alone, strict=True))
 
 
 def test_a_layer_that_runs_twice_has_one_mask() -> None:
@@ -195,7 +201,7 @@ def test_parted_layers_hold_no_graph() -> None:
 
 
 def sizes(draws: list[JoinedDraw]) -> list[list[int]]:
-    return [[layer.logits.shape[1] for layer in draw.layers] for draw in draws]
+    return [[layer.logits.shape[1] for layer in draw.masks] for draw in draws]
 
 
 def test_calls_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +218,8 @@ def test_only_what_is_alike_is_joined() -> None:
     for backend in ("chunked", "chunked", "compiled", "compiled"):
         layers.append(LearnableMaskedLinear(16, 4))
         layers[-1].backend = backend
-    found = {frozenset(layers.index(layer) for layer in draw.layers) for draw in join_layers(layers)}
+    masks = [layer.weight_mask for layer in layers]
+    found = {frozenset(masks.index(mask) for mask in draw.masks) for draw in join_layers(layers)}
     assert found == {frozenset({i, i + 5}) for i in range(5)} | {frozenset({10, 11}), frozenset({12, 13})}
 
 
@@ -227,10 +234,10 @@ def test_learning_joined_is_learning_alone(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(joined, "masked_weight", lambda *args, **how: calls.append(how["sizes"]) or real(*args, **how))
     together = learn()
     assert calls
-    monkeypatch.setattr("maskllm4v.training.mask_learning.join_layers", lambda layers: [])
+    monkeypatch.setattr("maskllm4v.training.mask_learning.join_draws", lambda weights: [])
     alone = learn()
     assert all(torch.equal(tensor, logits(alone)[name]) for name, tensor in logits(together).items())
-    assert all(layer.joined is None for layer in learnable_layers(together).values())
+    assert all(layer.joined is None for layer in learnable_masks(together).values())
 
 
 @pytest.mark.parametrize("changes", [{"compile": True}, {"grad_checkpointing": True}])

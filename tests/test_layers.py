@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v import LearnableMaskedLinear, MaskedLinear
+from maskllm4v import LearnableMaskedLinear, MaskedLinear, dense_weight
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import CheckpointError, PatternError
 
@@ -18,7 +18,7 @@ either_class = pytest.mark.parametrize("layer_class", [MaskedLinear, LearnableMa
 
 
 def random_mask(layer: nn.Linear, n: int = 2, m: int = 4) -> Tensor:
-    return NMPattern(n, m).topn_mask(torch.randn_like(layer.weight))
+    return NMPattern(n, m).topn_mask(torch.randn_like(dense_weight(layer)))
 
 
 @pytest.fixture
@@ -55,9 +55,9 @@ def test_dense_state_dict_leaves_a_mask_in_place(masked: MaskedLinear) -> None:
 def test_strict_load_reports_missing_mask() -> None:
     model = nn.Sequential(nn.Linear(8, 8), MaskedLinear(8, 6))
     state = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6)).state_dict()
-    with pytest.raises(RuntimeError, match=r'Missing key.*"1\.mask"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"1\.weight_mask\.mask"'):
         model.load_state_dict(state)
-    assert model.load_state_dict(state, strict=False).missing_keys == ["1.mask"]
+    assert model.load_state_dict(state, strict=False).missing_keys == ["1.weight_mask.mask"]
 
 
 def test_state_dict_round_trip(masked: MaskedLinear) -> None:
@@ -130,14 +130,15 @@ def test_masked_forward(bias: bool) -> None:
     layer = MaskedLinear(8, 6, bias, N=1, M=8)
     layer.set_mask(random_mask(layer, 1, 8))
     x = torch.randn(2, 3, 8)
-    weight = torch.where(layer.current_mask(), layer.weight, torch.zeros(()))
+    weight = torch.where(layer.current_mask(), dense_weight(layer), torch.zeros(()))
     assert torch.equal(layer(x), F.linear(x, weight, layer.bias))
 
 
 def test_masked_weights_get_no_gradient(masked: MaskedLinear) -> None:
     masked(torch.randn(3, 8)).square().sum().backward()
-    assert not masked.weight.grad[~masked.current_mask()].any()
-    assert masked.weight.grad[masked.current_mask()].all()
+    grad = dense_weight(masked).grad
+    assert not grad[~masked.current_mask()].any()
+    assert grad[masked.current_mask()].all()
 
 
 # Both kinds
@@ -163,7 +164,7 @@ def test_from_linear_shares_parameters(layer_class: type, bias: bool, training: 
     state = torch.get_rng_state()
     layer = layer_class.from_linear(linear, N=1, M=4)
     assert torch.equal(torch.get_rng_state(), state)
-    assert layer.weight is linear.weight
+    assert dense_weight(layer) is linear.weight
     assert layer.bias is linear.bias
     assert layer.pattern == NMPattern("1:4")
     assert layer.training is training
@@ -195,14 +196,14 @@ def test_fold_equals_forward(layer_class: type[nn.Linear], bias: bool, training:
 @either_class
 def test_fold_leaves_the_dense_weight(layer_class: type[nn.Linear]) -> None:
     layer = make(layer_class)
-    before = layer.weight.detach().clone()
+    before = dense_weight(layer).detach().clone()
     layer.fold().weight.data.zero_()
-    assert torch.equal(layer.weight, before)
+    assert torch.equal(dense_weight(layer), before)
 
 
 @pytest.mark.parametrize("trainable", [True, False])
 def test_fold_keeps_requires_grad(masked: MaskedLinear, trainable: bool) -> None:
-    masked.weight.requires_grad_(trainable)
+    dense_weight(masked).requires_grad_(trainable)
     assert masked.fold().weight.requires_grad is trainable
 
 

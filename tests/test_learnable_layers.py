@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskllm4v import LearnableMaskedLinear, MaskedLinear
+from maskllm4v import LearnableMaskedLinear, MaskedLinear, dense_weight
 from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.surgery import set_noise_key
@@ -50,9 +50,9 @@ def test_no_gate_std_no_noise_in_logits() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_only_logits_are_trained(bias: bool) -> None:
     layer = LearnableMaskedLinear(8, 6, bias)
-    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["logits"]
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["weight_mask.logits"]
     layer(torch.randn(3, 8)).sum().backward()
-    assert layer.weight.grad is None
+    assert dense_weight(layer).grad is None
     assert layer.logits.grad.any()
 
 
@@ -69,7 +69,7 @@ def test_groups_are_row_major(row: int, group: int, candidate: int, kept: tuple[
     expected[row, group * 4 : group * 4 + 4] = torch.tensor([j in kept for j in range(4)])
     assert torch.equal(layer.current_mask(), expected)
     masked, _ = layer.masked_weight()
-    assert torch.equal(masked, layer.weight * expected)
+    assert torch.equal(masked, dense_weight(layer) * expected)
 
 
 def test_eval_uses_the_most_probable_mask() -> None:
@@ -77,7 +77,7 @@ def test_eval_uses_the_most_probable_mask() -> None:
     kept = [[(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)][k] for k in layer.logits.argmax(0).tolist()]
     mask = torch.tensor([[j in group for j in range(4)] for group in kept]).reshape(6, 8)
     x = torch.randn(3, 8)
-    assert torch.equal(layer(x), F.linear(x, layer.weight * mask, layer.bias))
+    assert torch.equal(layer(x), F.linear(x, dense_weight(layer) * mask, layer.bias))
     assert torch.equal(layer(x), layer(x))
 
 
@@ -144,7 +144,7 @@ def test_masked_weight_of_given_noise(hard: bool, tau: float, scaling: float) ->
     uniform = uniforms(philox_key(9), 0, 6, 6).double()
     masked, energy = layer.masked_weight(uniform)
     kept = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
-    expected = torch.zeros_like(layer.weight)
+    expected = torch.zeros_like(dense_weight(layer))
     for row in range(3):
         for group in range(2):
             g = row * 2 + group
@@ -156,7 +156,7 @@ def test_masked_weight_of_given_noise(hard: bool, tau: float, scaling: float) ->
             p = [float(value == max(p)) for value in p] if hard else [value / sum(p) for value in p]
             for k in range(6):
                 for j in kept[k]:
-                    expected[row, group * 4 + j] += p[k] * layer.weight[row, group * 4 + j]
+                    expected[row, group * 4 + j] += p[k] * dense_weight(layer)[row, group * 4 + j]
     assert masked.shape == (3, 8)
     assert float((masked - expected).detach().abs().max()) <= 1e-12
     assert energy.shape == ()
@@ -209,12 +209,12 @@ class TestTemperatureAndScaling:
 
 def test_logits_round_trip_by_state_dict() -> None:
     layer, other = LearnableMaskedLinear(8, 6, name="a"), LearnableMaskedLinear(8, 6, name="b")
-    assert sorted(layer.state_dict()) == ["bias", "logits", "weight"]
+    assert sorted(layer.state_dict()) == ["bias", "weight", "weight_mask.logits"]
     other.load_state_dict(layer.state_dict())
     x = torch.randn(3, 8)
     assert torch.equal(other.eval()(x), layer.eval()(x))
 
 
 def test_missing_logits_are_reported() -> None:
-    with pytest.raises(RuntimeError, match=r'Missing key.*"logits"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"weight_mask\.logits"'):
         LearnableMaskedLinear(8, 6).load_state_dict(nn.Linear(8, 6).state_dict())

@@ -13,7 +13,8 @@ from regression import Regression, column, learnable, logits, same_curves, setti
 from torch import Tensor, nn
 
 from maskllm4v.config import DenseSettings
-from maskllm4v.sparsity.surgery import fold_, learnable_layers, make_learnable
+from maskllm4v.sparsity.parameters import learnable_masks
+from maskllm4v.sparsity.surgery import fold_, make_learnable
 from maskllm4v.training.finetuning import train_dense
 from maskllm4v.training.mask_learning import MaskResult, learn_masks
 from maskllm4v.utils.errors import ConfigError, TrainingError
@@ -202,7 +203,7 @@ def test_compiled_models_learn_the_same(changes: dict[str, Any], monkeypatch: py
     plain, wanted = trained(**changes)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = learnable()
-    for layer in learnable_layers(model).values():
+    for layer in learnable_masks(model).values():
         layer.backend = "chunked"  # as plain models take it: another rounds otherwise
     found = learn_masks(model, Regression(), settings(compile=True, **changes))
     same_curves(found, wanted)
@@ -281,6 +282,6 @@ def test_model_is_handed_back_as_it_was(changes: dict[str, Any], monkeypatch: py
         curves.append(learn_masks(model, Regression(), settings(**changes), seed=1).curve)
         assert set(vars(model)) == before
         assert model(torch.randn(2, 16)).dtype is torch.float32
-        for name, layer in learnable_layers(model).items():
+        for name, layer in learnable_masks(model).items():
             layer.logits.data.copy_(start[name])
     assert curves[0] == curves[1]

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from maskllm4v import (
     apply_masks_,
     current_masks,
+    dense_weight,
     make_learnable,
     prune,
 )
 from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.parameters import learnable_masks
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import as_dense, learnable_layers, set_noise_key
+from maskllm4v.sparsity.surgery import as_dense, set_noise_key
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.rng import generator
 
@@ -28,7 +30,8 @@ IMAGES = (4, 1, 8, 8)
 
 
 def magnitude_masks(model: nn.Module, names: list[str], pattern: str = "2:4") -> dict[str, Tensor]:
-    return {name: NMPattern(pattern).topn_mask(model.get_submodule(name).weight.detach().abs()) for name in names}
+    weights = {name: dense_weight(model.get_submodule(name)).detach() for name in names}
+    return {name: NMPattern(pattern).topn_mask(weight.abs()) for name, weight in weights.items()}
 
 
 # Learnable masks
@@ -38,9 +41,12 @@ def test_make_learnable_trains_logits_only(tiny_vit: nn.Module) -> None:
     before = {name: p.detach().clone() for name, p in tiny_vit.named_parameters()}
     model = make_learnable(tiny_vit, magnitude_masks(tiny_vit, BODY), pattern="2:4")
     assert model is tiny_vit
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{name}.logits" for name in BODY}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"{name}.weight_mask.logits" for name in BODY
+    }
+    after = dict(model.named_parameters())
     for name, parameter in before.items():
-        assert torch.equal(model.get_parameter(name), parameter)
+        assert torch.equal(after[name], parameter)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "2:8"])
@@ -52,8 +58,8 @@ def test_prior_shifts_the_logits(tiny_vit: nn.Module, pattern: str, strength: fl
     model = make_learnable(tiny_vit, masks, prior_strength=strength, **how)
     n, m = (int(part) for part in pattern.split(":"))
     candidates = NMPattern(pattern).candidates(dtype=torch.float64)
-    for name, layer in learnable_layers(model).items():
-        noise = learnable_layers(without)[name].logits.detach().double()
+    for name, layer in learnable_masks(model).items():
+        noise = learnable_masks(without)[name].logits.detach().double()
         overlap = (candidates[:, None, :] * masks[name].reshape(1, -1, m)).sum(-1)  # ⟨P, S_k⟩
         expected = noise + strength * noise.std() * (overlap - n * n / m)
         torch.testing.assert_close(layer.logits.detach().double(), expected, rtol=0, atol=1e-6)
@@ -61,8 +67,8 @@ def test_prior_shifts_the_logits(tiny_vit: nn.Module, pattern: str, strength: fl
 
 def test_logits_start_from_seed_and_name(tiny_vit: nn.Module) -> None:
     model = make_learnable(tiny_vit, None, pattern="2:4", gate_std=0.3, seed=9, exclude=["head"])
-    assert list(learnable_layers(model)) == BODY
-    for name, layer in learnable_layers(model).items():
+    assert list(learnable_masks(model)) == BODY
+    for name, layer in learnable_masks(model).items():
         noise = torch.from_numpy(generator(9, "logits", name).standard_normal(layer.logits.shape, dtype="float32"))
         assert torch.equal(layer.logits.detach(), noise * 0.3)
         assert layer.draw.seed == 9
@@ -71,7 +77,7 @@ def test_logits_start_from_seed_and_name(tiny_vit: nn.Module) -> None:
 
 def test_hard_reaches_every_layer(tiny_vit: nn.Module) -> None:
     make_learnable(tiny_vit, None, pattern="1:4", hard=True)
-    assert all(layer.hard and layer.pattern.n == 1 for layer in learnable_layers(tiny_vit).values())
+    assert all(layer.hard and layer.pattern.n == 1 for layer in learnable_masks(tiny_vit).values())
 
 
 def test_share_of_masks_off_their_prior() -> None:
@@ -98,7 +104,7 @@ def test_magnitude_start_survives_rounding(group: list[float]) -> None:
     model = nn.Sequential(nn.Linear(4, 1))
     model[0].weight.data = torch.tensor([group])
     make_learnable(model, None, pattern="2:4", init="magnitude")
-    assert learnable_layers(model)["0"].logits.isfinite().all()
+    assert learnable_masks(model)["0"].logits.isfinite().all()
     assert torch.equal(current_masks(model)["0"], magnitude_masks(model, ["0"])["0"])
 
 
@@ -111,14 +117,14 @@ def test_magnitude_logits_are_half_the_kept_energy(pattern: str) -> None:
     groups = weight.reshape(-1, parts.m)
     kept = torch.stack([(groups * candidate).square().sum(1) for candidate in parts.candidates()])
     expected = 0.5 * kept / groups.square().sum(1)
-    torch.testing.assert_close(learnable_layers(model)["0"].logits.detach().double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(learnable_masks(model)["0"].logits.detach().double(), expected, rtol=0, atol=1e-6)
 
 
 def test_magnitude_start_of_zero_groups() -> None:
     model = nn.Sequential(nn.Linear(8, 3))
     model[0].weight.data[1, 4:] = 0  # group 3
     make_learnable(model, None, pattern="2:4", init="magnitude")
-    logits = learnable_layers(model)["0"].logits.detach()
+    logits = learnable_masks(model)["0"].logits.detach()
     assert torch.equal(logits[:, 3], logits[:1, 3].expand(6))
     assert current_masks(model)["0"][1, 4:].tolist() == [True, True, False, False]
 
@@ -126,8 +132,8 @@ def test_magnitude_start_of_zero_groups() -> None:
 def test_magnitude_start_draws_nothing(tiny_vit: nn.Module) -> None:
     first = make_learnable(copy.deepcopy(tiny_vit), None, pattern="2:4", init="magnitude", seed=1)
     second = make_learnable(tiny_vit, None, pattern="2:4", init="magnitude", seed=2)
-    for name, layer in learnable_layers(first).items():
-        assert torch.equal(layer.logits, learnable_layers(second)[name].logits)
+    for name, layer in learnable_masks(first).items():
+        assert torch.equal(layer.logits, learnable_masks(second)[name].logits)
 
 
 def test_unknown_init(tiny_vit: nn.Module) -> None:
@@ -140,9 +146,9 @@ def test_fixed_masks_become_learnable(tiny_vit: nn.Module) -> None:
     masks = magnitude_masks(tiny_vit, BODY)
     apply_masks_(tiny_vit, masks, "2:4")
     make_learnable(tiny_vit, masks, pattern="2:4", gate_std=1e-3, prior_strength=50.0)
-    for name, layer in learnable_layers(tiny_vit).items():
-        assert torch.equal(layer.weight, weights[name])
-        assert torch.equal(layer.current_mask(), masks[name])
+    for name, mask in learnable_masks(tiny_vit).items():
+        assert torch.equal(dense_weight(tiny_vit.get_submodule(name)), weights[name])
+        assert torch.equal(mask.current_mask(), masks[name])
 
 
 # Dense for a while
@@ -186,7 +192,7 @@ def test_as_dense_may_be_nested(learnable_vit: nn.Module) -> None:
 def test_dense_forward_takes_no_draw(learnable_vit: nn.Module) -> None:
     with as_dense(learnable_vit):
         learnable_vit(torch.randn(IMAGES))
-    assert all(layer.draw == NoiseKey() for layer in learnable_layers(learnable_vit).values())
+    assert all(layer.draw == NoiseKey() for layer in learnable_masks(learnable_vit).values())
 
 
 # Learning
@@ -196,12 +202,12 @@ def test_set_noise_key_reaches_every_layer(learnable_vit: nn.Module) -> None:
     set_noise_key(learnable_vit, NoiseKey(step=7))
     x = torch.randn(IMAGES)
     assert torch.equal(learnable_vit(x), learnable_vit(x))
-    assert all(layer.draw == NoiseKey(step=7) for layer in learnable_layers(learnable_vit).values())
+    assert all(layer.draw == NoiseKey(step=7) for layer in learnable_masks(learnable_vit).values())
 
 
 def test_layers_of_one_shape_get_different_noise(learnable_vit: nn.Module) -> None:
     first, second = (learnable_vit.blocks[i].mlp.fc1 for i in range(2))
-    second.weight.data.copy_(first.weight)
+    dense_weight(second).data.copy_(dense_weight(first))
     second.logits.data.copy_(first.logits)
     assert not torch.equal(first.masked_weight()[0], second.masked_weight()[0])
 
@@ -227,8 +233,9 @@ def test_optimising_logits_reduces_the_loss(tiny_vit: nn.Module, hard: bool) -> 
         F.mse_loss(model(x), target).backward()
         optimizer.step()
     assert loss_at_inference() < 0.8 * before
+    after = dict(model.named_parameters())
     for name, parameter in frozen.items():
-        assert torch.equal(model.get_parameter(name), parameter)
+        assert torch.equal(after[name], parameter)
 
 
 # Precision
@@ -243,7 +250,7 @@ def test_small_steps_move_logits_whatever_the_weights_are(dtype: torch.dtype, in
     layers = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 8)).to(dtype)
     prior = prune(copy.deepcopy(layers), "magnitude")
     model = make_learnable(layers, prior, pattern="2:4", init=init, gate_std=1.0, hard=hard, gate=gate).train()
-    logits = [layer.logits for layer in learnable_layers(model).values()]
+    logits = [mask.logits for mask in learnable_masks(model).values()]
     assert {one.dtype for one in logits} == {torch.promote_types(dtype, torch.float32)}
     before = [one.detach().clone() for one in logits]
     with torch.no_grad():

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskllm4v.sparsity.gumbel import masked_weight
-from maskllm4v.sparsity.masks import LearnableMaskedLinear, NoiseKey
+from maskllm4v.sparsity.layers import LearnableMaskedLinear
+from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.surgery import set_noise_key
 
 every_half = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskllm4v.sparsity.gumbel import masked_weight
-from maskllm4v.sparsity.masks import LearnableMaskedLinear, NoiseKey
+from maskllm4v.sparsity.layers import LearnableMaskedLinear, dense_weight
+from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.sparsity.surgery import set_noise_key
 
 TINY = 64  # bytes: τ, s and the key of a draw are 32
@@ -125,7 +126,7 @@ def test_inputs_must_not_change_before_backward(name: str) -> None:
     layer = LearnableMaskedLinear(16, 6)
     loss = loss_of(layer, torch.randn(3, 16))
     with torch.no_grad():
-        getattr(layer, name).mul_(1.5)
+        {"logits": layer.logits, "weight": dense_weight(layer)}[name].mul_(1.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mask_oracle import Case
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from maskllm4v.sparsity import gumbel
-from maskllm4v.sparsity.masks import LearnableMaskedLinear, NoiseKey
-from maskllm4v.sparsity.surgery import as_dense, learnable_layers, set_noise_key
+from maskllm4v.sparsity.layers import LearnableMaskedLinear, dense_weight
+from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.parameters import learnable_masks, masked_parameters
+from maskllm4v.sparsity.surgery import as_dense, make_learnable, set_noise_key
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks
 
@@ -40,7 +43,7 @@ def step(model: nn.Sequential, forward: Module, x: Tensor, amp: bool = False) ->
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         output = forward(x)
-    energy = torch.stack([layer.kept_energy for layer in learnable_layers(model).values()]).sum()
+    energy = torch.stack([layer.kept_energy for layer in learnable_masks(model).values()]).sum()
     (output.float().square().sum() - 0.37 * energy).backward()
     return [output.detach(), energy.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 
@@ -89,9 +92,9 @@ def test_compiled_model_computes_the_same() -> None:
 def test_traced_model_computes_the_same(how: dict[str, Any], changes: dict[str, Any]) -> None:
     model, x = small_model(scaling=10.0, **how), torch.randn(4, 5, 16)
     set_noise_key(model, NoiseKey(step=3))
-    for layer in learnable_layers(model).values():
-        layer.backend = changes.get("backend", "auto")
-        layer.weight.requires_grad_("trainable" in changes)
+    for one in masked_parameters(model).values():
+        one.learnable.backend = changes.get("backend", "auto")
+        one.weight.requires_grad_("trainable" in changes)
     expected = step(model, model, x, "amp" in changes)
     found = step(model, torch.compile(model, fullgraph=True, backend=Counting()), x, "amp" in changes)
     agree(found, expected, rtol=1e-2 if "amp" in changes else 1e-5)  # outputs of 8 bits may round to a neighbour
@@ -146,7 +149,7 @@ def test_annealing_compiles_nothing_again(auto_advance: bool) -> None:
     counts = []
     for number, tau in enumerate([4.0, 3.0, 2.0, 1.5, 1.25, 1.0, 1.0, 0.5]):
         for one in (model, eager):
-            for layer in learnable_layers(one).values():
+            for layer in learnable_masks(one).values():
                 layer.tau, layer.scaling = tau, 10.0 + number
             if not auto_advance:
                 set_noise_key(one, NoiseKey(step=number, micro_step=number % 2))
@@ -159,11 +162,35 @@ def test_annealing_compiles_nothing_again(auto_advance: bool) -> None:
     assert counts[0][0] == 1 or auto_advance
 
 
+class Reader(nn.Module):
+    """Reads the weight of one layer itself, and twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.attention = nn.Linear(16, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(torch.tanh(F.linear(x, self.read.weight)), self.read.weight, self.read.bias)
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_weights_that_are_read_compile_whole_and_once() -> None:
+    torch.manual_seed(0)
+    model, x, counting = make_learnable(Reader(), None, pattern="2:4").train(), torch.randn(3, 5, 16), Counting()
+    compiled = torch.compile(model, fullgraph=True, backend=counting)
+    for number, tau in enumerate([4.0, 3.0, 2.0, 1.5]):
+        for mask in learnable_masks(model).values():
+            mask.tau, mask.scaling = tau, 10.0 + number
+        set_noise_key(model, NoiseKey(step=number))
+        agree(step(model, compiled, x), step(model, model, x), rtol=1e-4)
+    assert counting.graphs == 1
+
+
 def test_teacher_is_the_dense_model() -> None:
     model, x, counting = small_model(hard=True), torch.randn(4, 16), Counting()
     compiled = torch.compile(model, fullgraph=True, backend=counting)
     a, b = model[0], model[2]
-    dense = nn.functional.linear(model[1](nn.functional.linear(x, a.weight, a.bias)), b.weight, b.bias)
+    dense = F.linear(model[1](F.linear(x, dense_weight(a), a.bias)), dense_weight(b), b.bias)
     counts = []
     for number in range(4):
         set_noise_key(model, NoiseKey(step=number))

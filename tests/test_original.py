@@ -29,7 +29,7 @@ from maskllm4v.checkpoints.format import tensors_digest
 from maskllm4v.checkpoints.masks import MaskCheckpoint, save_dense, save_masks
 from maskllm4v.checkpoints.third_party import dense_state, load_any
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.utils.errors import CheckpointError
 
 

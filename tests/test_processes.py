@@ -15,7 +15,6 @@ import torch
 import yaml
 from images import draw_folder
 from import_graph import ROOT
-from regression import Regression, settings
 from small_project import (
     LONG,
     STEPS,
@@ -35,7 +34,6 @@ from small_project import (
     together,
     until,
 )
-from torch import Tensor, nn
 
 from maskllm4v.checkpoints.masks import load_dense, load_masks
 from maskllm4v.config import Experiment, FinetunedSettings, load_experiment
@@ -43,7 +41,9 @@ from maskllm4v.data.batches import PlainBatches
 from maskllm4v.oneshot.activations.sequential import part_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
 from maskllm4v.runs.paths import checkpoint, data_folder
-from maskllm4v.sparsity.surgery import learnable_layers, make_learnable, prunable_linears
+from maskllm4v.sparsity.parameters import learnable_masks
+from maskllm4v.sparsity.surgery import make_learnable
+from maskllm4v.sparsity.survey import prunable_matrices
 from maskllm4v.tasks.base import Task, open_task
 from maskllm4v.training.finetuning import finetune
 from maskllm4v.training.mask_learning import CURVE_COLUMNS, learn_masks
@@ -157,7 +157,7 @@ def rank() -> int:
 
 def _statistics(name: str) -> None:
     experiment, task, model = opened()
-    layers, found = prunable_linears(model, exclude=experiment.model.exclude), {}
+    layers, found = prunable_matrices(model, exclude=experiment.model.exclude), {}
     for statistic in (InputNorm, Hessian):
         units = part_statistics(model, layers, task.calibration(20, 0), statistic, propagate="dense")
         for layer, one in ((layer, one) for unit in units for layer, one in unit.items()):
@@ -197,7 +197,7 @@ def _learn(name: str) -> None:
     prior = load_masks(checkpoint("tiny-magnitude", 0), pattern="2:4")
     make_learnable(model, prior.masks, pattern="2:4", seed=0)
     learn_masks(model, task, experiment.learned["tiny-averaged"], seed=0)
-    torch.save([layer.logits for layer in learnable_layers(model).values()], f"{name}-{rank()}.pt")
+    torch.save([layer.logits for layer in learnable_masks(model).values()], f"{name}-{rank()}.pt")
 
 
 def test_logits_are_the_same_in_both_processes(two: Path) -> None:
@@ -242,24 +242,6 @@ def test_gradients_are_those_of_one_process(accumulate: int, one: Path, two: Pat
     for a, b, c in zip(expected, first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
         assert torch.equal(b, c)
-
-
-class HalfUsed(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(nn.Linear(16, 4), nn.Linear(16, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self[0](x)
-
-
-def _learn_half() -> None:
-    learn_masks(make_learnable(HalfUsed(), None, pattern="2:4"), Regression(), settings())
-
-
-def test_logits_without_gradient_are_an_error(tmp_path: Path) -> None:
-    """Not a process that waits for gradients which never come."""
-    assert together(tmp_path, _learn_half, processes=2) == [70, 70]
-    assert "parameters that were not used in producing loss" in said(tmp_path)
 
 
 # Evaluation

@@ -11,7 +11,7 @@ import torch
 from small_layers import agreement, images, names_in
 from torch import Tensor, nn
 
-from maskllm4v import MaskedLinear, current_masks, fold_, prune, register_pruner
+from maskllm4v import MaskedLinear, current_masks, dense_weight, fold_, prune, register_pruner
 from maskllm4v.oneshot import prune as pruners
 from maskllm4v.oneshot.activations.statistics import InputNorm
 from maskllm4v.oneshot.prune import Pruned
@@ -30,16 +30,17 @@ def check_pruned(
     for name, mask in masks.items():
         layer = model.get_submodule(name)
         assert mask.dtype is torch.bool
-        assert mask.shape == layer.weight.shape
+        weight = dense_weight(layer)
+        assert mask.shape == weight.shape
         assert NMPattern(pattern).is_valid(mask)
         assert torch.equal(current_masks(model)[name], mask)
         assert layer.pattern == NMPattern(pattern)
         original = zeroed.get_submodule(name)
         if updated:
-            assert not layer.weight[~mask].any()
-            original.weight.data.copy_(layer.weight)
+            assert not weight[~mask].any()
+            original.weight.data.copy_(weight)
         else:
-            assert torch.equal(layer.weight, original.weight)
+            assert torch.equal(weight, original.weight)
             original.weight.data.mul_(mask)
         if layer.bias is not None:
             assert torch.equal(layer.bias, original.bias)
@@ -216,7 +217,7 @@ class TestRegistry:
         assert calls == expected
         for name, mask in masks.items():
             assert torch.equal(
-                tiny_vit.get_submodule(name).weight.data, 2 * dense.get_submodule(name).weight.data * mask
+                dense_weight(tiny_vit.get_submodule(name)), 2 * dense.get_submodule(name).weight.data * mask
             )
 
     @pytest.mark.parametrize("propagate", ["dense", "pruned"])

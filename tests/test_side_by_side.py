@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from maskllm4v.oneshot.activations.paired import layer_statistics
 from maskllm4v.oneshot.activations.statistics import CrossCovariance
 from maskllm4v.sparsity.calibration import Calibration, default_forward, names_by_part
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_matrices
 from maskllm4v.utils.errors import ConfigError, DataError
 
 both = pytest.mark.parametrize("paired", [False, True], ids=["alone", "paired"])
@@ -40,7 +41,7 @@ def check_layers(
     change: Callable[[nn.Module, str], None] = lambda model, name: shrink(model.get_submodule(name)),
 ) -> list[list[str]]:
     """Walk, changing each layer as it comes by, and compare with whole runs; returns the order."""
-    layers = prunable_linears(model) if layers is None else layers
+    layers = prunable_matrices(model) if layers is None else layers
     dense, order = copy.deepcopy(model), []
     untouched = copy.deepcopy(dense)
     for unit in layer_statistics(model, layers, parts, dense=dense if paired else None):
@@ -77,7 +78,7 @@ def test_any_model(kind: str, paired: bool) -> None:
 
 @both
 def test_no_chain(tiny_swin: nn.Module, paired: bool) -> None:
-    layers = {n: m for n, m in prunable_linears(tiny_swin).items() if n.startswith(("layers.0", "layers.2", "head"))}
+    layers = {n: m for n, m in prunable_matrices(tiny_swin).items() if n.startswith(("layers.0", "layers.2", "head"))}
     check_layers(tiny_swin, [Calibration([torch.randn(1, 3, 64, 64)])], paired=paired, layers=layers)
 
 
@@ -153,7 +154,7 @@ class Routed(nn.Module):
 
 def test_other_tokens_in_the_dense_network() -> None:
     model = Routed().eval()
-    layers = prunable_linears(model)
+    layers = prunable_matrices(model)
     stream = layer_statistics(model, layers, [Calibration([torch.randn(64, 8)])], dense=copy.deepcopy(model))
     assert list(next(stream)) == ["gate"]
     shrink(model.gate)
@@ -170,14 +171,14 @@ def test_no_batches(tiny_vit: nn.Module, batches: Iterable[Any], independent: bo
     part = Calibration(batches, independent=independent)
     dense = copy.deepcopy(tiny_vit) if paired else None
     with pytest.raises(DataError, match="no batches"):
-        next(layer_statistics(tiny_vit, prunable_linears(tiny_vit), [part], dense=dense))
+        next(layer_statistics(tiny_vit, prunable_matrices(tiny_vit), [part], dense=dense))
 
 
 @both
 def test_layer_that_is_never_reached(paired: bool) -> None:
     model = nn.ModuleDict({"body": nn.Linear(8, 8), "spare": nn.Linear(8, 8)}).train()
     part = Calibration([torch.randn(2, 8)], lambda model, batch: model["body"](batch))
-    stream = layer_statistics(model, prunable_linears(model), [part], dense=copy.deepcopy(model) if paired else None)
+    stream = layer_statistics(model, prunable_matrices(model), [part], dense=copy.deepcopy(model) if paired else None)
     with pytest.raises(DataError, match=r"'spare'.*never reached"):
         list(stream)
     assert all(module.training for module in model.modules())
@@ -186,14 +187,14 @@ def test_layer_that_is_never_reached(paired: bool) -> None:
 def test_part_without_a_layer_of_a_name() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ConfigError, match="no part names layer '0'"):
-        next(layer_statistics(model, prunable_linears(model), [Calibration([], layers=("1",))]))
+        next(layer_statistics(model, prunable_matrices(model), [Calibration([], layers=("1",))]))
 
 
 def test_modes_and_hooks_are_restored_in_both(tiny_vit: nn.Module) -> None:
     dense = copy.deepcopy(tiny_vit).train()
     tiny_vit.blocks[0].train()
     before = [[m.training for m in model.modules()] for model in (tiny_vit, dense)]
-    stream = layer_statistics(tiny_vit, prunable_linears(tiny_vit), [Calibration(images())], dense=dense)
+    stream = layer_statistics(tiny_vit, prunable_matrices(tiny_vit), [Calibration(images())], dense=dense)
     next(stream)
     assert not any(m.training for model in (tiny_vit, dense) for m in model.modules())
     stream.close()
@@ -205,9 +206,10 @@ def test_no_more_of_a_block_is_run_than_a_layer_needs(tiny_vit: nn.Module) -> No
     done: dict[str, int] = {}
     dense = copy.deepcopy(tiny_vit)
     for model, who in ((tiny_vit, "model"), (dense, "dense")):
-        for name, layer in prunable_linears(model).items():
-            layer.register_forward_hook(lambda *_, key=f"{who} {name}": done.__setitem__(key, done.get(key, 0) + 1))
-    layers = prunable_linears(tiny_vit, exclude=["head"])
+        for name, layer in prunable_matrices(model).items():
+            count = partial(lambda key, *_: done.__setitem__(key, done.get(key, 0) + 1), f"{who} {name}")
+            layer.module.register_forward_hook(count)
+    layers = prunable_matrices(tiny_vit, exclude=["head"])
     for _ in layer_statistics(tiny_vit, layers, [Calibration(images()[:1], default_forward)], dense=dense):
         pass
     # Before the first block's second, third and fourth layer, and to go on to the next block; the model once more, to

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskllm4v.oneshot.activations.sequential import stream_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_matrices
 
 
 def test_hessian_mean() -> None:
@@ -142,7 +142,7 @@ class Own(Hessian):
 @both_ways
 @pytest.mark.parametrize("statistic", [Hessian, Own])
 def test_statistics_under_autocast_are_float32(tiny_vit: nn.Module, statistic: type, propagate: str) -> None:
-    layers, seen = prunable_linears(tiny_vit, exclude=["head"]), []
+    layers, seen = prunable_matrices(tiny_vit, exclude=["head"]), []
     tiny_vit.blocks[0].mlp.fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     with torch.autocast("cpu", torch.bfloat16):
         first = next(stream_statistics(tiny_vit, layers, images(), statistic, propagate=propagate))

@@ -16,12 +16,14 @@ from maskllm4v import (
     UserError,
     apply_masks_,
     current_masks,
+    dense_weight,
     fold_,
     make_learnable,
     replace_linear_with_,
 )
+from maskllm4v.sparsity.parameters import learnable_masks, masked_parameters
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import learnable_layers, masked_layers, prunable_linears
+from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.utils.errors import ConfigError, PatternError
 
 BLOCK = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -123,13 +125,15 @@ def test_unknown_on_misfit() -> None:
         prunable_linears(nn.Sequential(nn.Linear(4, 4)), on_misfit="warn")
 
 
-def test_multihead_attention_is_warned_about_and_left() -> None:
+def test_multihead_attention_is_masked_whole() -> None:
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, batch_first=True), "fc": nn.Linear(8, 8)})
-    with pytest.warns(UserWarning, match=r"'attn\.out_proj'.*left dense"):
-        replace_linear_with_(model, LearnableMaskedLinear)
-    assert list(masked_layers(model)) == ["fc"]
+    dense = copy.deepcopy(model)
+    replace_linear_with_(model, LearnableMaskedLinear)
+    assert list(masked_parameters(model)) == ["attn.in_proj_weight", "attn.out_proj", "fc"]
     x = torch.randn(2, 3, 8)
-    assert model["attn"](x, x, x)[0].shape == (2, 3, 8)
+    folded = fold_(copy.deepcopy(model.eval()))
+    assert torch.equal(model["attn"](x, x, x)[0], folded["attn"](x, x, x)[0])
+    assert not torch.allclose(model["attn"](x, x, x)[0], dense["attn"](x, x, x)[0])
 
 
 def test_excluded_attention_is_not_warned_about() -> None:
@@ -145,10 +149,10 @@ def test_quick_start(tiny_vit: nn.Module) -> None:
     weights = {name: model.get_submodule(name).weight for name in BODY}
     result = replace_linear_with_(model, LearnableMaskedLinear, exclude=[model.head], N=2, M=4, hard=False)
     assert result is model
-    assert list(learnable_layers(model)) == BODY
+    assert list(learnable_masks(model)) == BODY
     assert type(model.head) is nn.Linear
-    for name, layer in learnable_layers(model).items():
-        assert layer.weight is weights[name]
+    for name, layer in learnable_masks(model).items():
+        assert dense_weight(model.get_submodule(name)) is weights[name]
         assert layer.pattern == NMPattern("2:4")
         assert layer.name == name
         assert not layer.hard
@@ -158,7 +162,7 @@ def test_quick_start(tiny_vit: nn.Module) -> None:
 def test_arguments_reach_nested_layers(tiny_vit: nn.Module) -> None:
     how = {"hard": True, "tau": 3.0, "scaling": 7.0, "gate_std": 0.0, "seed": 5}
     replace_linear_with_(tiny_vit, LearnableMaskedLinear, exclude=[tiny_vit.head], N=1, M=4, **how)
-    layers = learnable_layers(tiny_vit)
+    layers = learnable_masks(tiny_vit)
     assert list(layers) == BODY
     for layer in layers.values():
         assert layer.pattern == NMPattern("1:4")
@@ -169,8 +173,8 @@ def test_arguments_reach_nested_layers(tiny_vit: nn.Module) -> None:
 
 def test_replaces_with_fixed_masks(tiny_vit: nn.Module) -> None:
     replace_linear_with_(tiny_vit, MaskedLinear, N=1, M=2)
-    assert list(masked_layers(tiny_vit)) == [*BODY, "head"]
-    assert all(type(layer) is MaskedLinear for layer in masked_layers(tiny_vit).values())
+    assert list(masked_parameters(tiny_vit)) == [*BODY, "head"]
+    assert all(type(one.module) is MaskedLinear for one in masked_parameters(tiny_vit).values())
     with pytest.raises(PatternError, match="no mask"):
         tiny_vit(torch.randn(IMAGES))
 
@@ -267,7 +271,7 @@ def test_fold_gives_plain_layers_with_the_same_outputs(tiny_vit: nn.Module, laye
     masks, x = current_masks(tiny_vit), torch.randn(IMAGES)
     expected = tiny_vit.eval()(x)
     assert fold_(tiny_vit) is tiny_vit
-    assert not masked_layers(tiny_vit)
+    assert not masked_parameters(tiny_vit)
     assert list(prunable_linears(tiny_vit)) == [*BODY, "head"]
     for name, mask in masks.items():
         layer = tiny_vit.get_submodule(name)

@@ -145,8 +145,8 @@ def test_frozen_weights_cost_no_gradient(amp: bool, tiny_vit: nn.Module) -> None
 
 
 def test_draws_are_made_from_numbers_on_the_host() -> None:
-    layer = learnable()[0]
-    layer.draw, layer.tau, layer.scaling = NoiseKey(step=4), 2.0, 3.0
-    assert {t.device.type for t in (layer._key, layer._tau, layer._scaling)} == {"cpu"}
-    moved = layer.to("meta")
+    mask = learnable()[0].weight_mask
+    mask.draw, mask.tau, mask.scaling = NoiseKey(step=4), 2.0, 3.0
+    assert {t.device.type for t in (mask._key, mask._tau, mask._scaling)} == {"cpu"}
+    moved = mask.to("meta")
     assert {t.device.type for t in (moved._key, moved._tau, moved._scaling)} == {"cpu"}

@@ -13,9 +13,11 @@ from regression import NAMES, Noisy, Normalised, Regression, column, learnable, 
 from torch import Tensor, nn
 
 from maskllm4v.config import LearningSettings
+from maskllm4v.sparsity.layers import dense_weight
 from maskllm4v.sparsity.parameterization import GATES
+from maskllm4v.sparsity.parameters import current_masks
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import current_masks, learnable_layers, make_learnable
+from maskllm4v.sparsity.surgery import make_learnable
 from maskllm4v.training.mask_learning import CURVE_COLUMNS, MaskResult, learn_masks
 from maskllm4v.training.resume import Resume
 from maskllm4v.utils.errors import TrainingError
@@ -119,7 +121,7 @@ def test_regulariser_keeps_more_energy() -> None:
 def test_strong_regulariser_keeps_nearly_all_energy_that_two_of_four_can_keep() -> None:
     model, learned = trained(steps=200, regularisation=100.0, lr=0.1, tau=(1.0, 1.0), scaling=(2.0, 2.0))
     for name in NAMES:
-        energy = learnable_layers(model)[name].weight.square()
+        energy = dense_weight(model.get_submodule(name)).square()
         most = energy.reshape(-1, 4).topk(2, 1).values.sum()
         kept = {key: (energy * mask[name]).sum() / most for key, mask in (("l", learned.masks), ("p", priors()))}
         assert kept["l"] > 0.9
@@ -134,12 +136,12 @@ def by_hand(
 ) -> tuple[dict[str, Tensor], list[tuple[float, ...]]]:
     """MaskLLM in float64, from its formulas and Loshchilov & Hutter's AdamW; also the columns of its curve."""
     task, model = Regression(dtype=torch.float64), learnable(seed=seed, gate=gate).double()
-    layers = learnable_layers(model)
+    layers = {name: model.get_submodule(name) for name in NAMES}
     current = {name: layers[name].logits.detach().clone() for name in NAMES}
     first = {name: torch.zeros_like(value) for name, value in current.items()}
     second = {name: torch.zeros_like(value) for name, value in current.items()}
     found = []
-    dense_energy = sum(layers[name].weight.square().sum().item() for name in NAMES)
+    dense_energy = sum(dense_weight(layers[name]).square().sum().item() for name in NAMES)
     for step, batch in enumerate(task.train_batches(seed=seed, batch_size=run.batch_size, steps=steps)):
         share = step / max(steps - 1, 1)
         lr = run.min_lr + (run.lr - run.min_lr) * (1 + math.cos(math.pi * share)) / 2
@@ -151,7 +153,7 @@ def by_hand(
             weights = {}
             for name, leaf in leaves.items():
                 mask = soft_mask(leaf, (name, seed, step, micro), tau=tau, scaling=scaling)
-                weights[name] = layers[name].weight * mask.reshape(layers[name].weight.shape)
+                weights[name] = dense_weight(layers[name]) * mask.reshape(dense_weight(layers[name]).shape)
             outputs = torch.relu(x @ weights["0"].t() + layers["0"].bias) @ weights["2"].t() + layers["2"].bias
             losses.append((outputs - y).square().mean())
             energies.append(torch.stack([weight.square().sum() for weight in weights.values()]).sum())

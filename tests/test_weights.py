@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from maskllm4v.config import DenseSettings, FinetunedSettings
 from maskllm4v.config.sections import ProgressiveSettings
-from maskllm4v.sparsity.surgery import apply_masks_, current_masks, fold_
+from maskllm4v.sparsity.layers import dense_weight
+from maskllm4v.sparsity.parameters import current_masks
+from maskllm4v.sparsity.surgery import apply_masks_, fold_
 from maskllm4v.training.dense import obtain_dense
 from maskllm4v.training.finetuning import CURVE_COLUMNS, finetune, train_dense
 from maskllm4v.utils.errors import CheckpointError
@@ -143,7 +145,7 @@ def test_pruned_weights_have_no_effect_before_and_after(optimizer: str) -> None:
         model = masked()
         with torch.no_grad():
             for name, mask in priors().items():
-                model.get_submodule(name).weight.add_(garbage * ~mask)
+                dense_weight(model.get_submodule(name)).add_(garbage * ~mask)
         curve, _ = finetune(model, Regression(), finetuned(optimizer=optimizer, weight_decay=0.0), seed=0, row="row")
         outputs = model(x)
         assert torch.equal(fold_(copy.deepcopy(model))(x), outputs)

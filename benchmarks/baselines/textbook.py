@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import prunable_linears, replace_
+from maskllm4v.sparsity.surgery import replace_
+from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.tasks.base import Task
 from maskllm4v.training.trainer import TrainTarget
 

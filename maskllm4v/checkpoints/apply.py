@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from maskllm4v.checkpoints.masks import MaskCheckpoint
+from maskllm4v.sparsity.parameters import find_matrix
 from maskllm4v.sparsity.permutation import apply_permutations_
 from maskllm4v.sparsity.surgery import apply_masks_
 from maskllm4v.utils.errors import CheckpointError, ConfigError
@@ -42,10 +43,13 @@ def overlay(model: nn.Module, checkpoint: MaskCheckpoint) -> nn.Module:
 
 def check_fits(model: nn.Module, checkpoint: MaskCheckpoint, origin: str) -> None:
     """Raise :class:`CheckpointError` unless every mask and tensor has its place in the model."""
-    modules, state = dict(model.named_modules()), model.state_dict()
+    state = model.state_dict()
     for name, mask in checkpoint.masks.items():
-        layer = modules.get(name)
-        if not isinstance(layer, nn.Linear) or mask.shape != layer.weight.shape:
+        try:
+            fits = find_matrix(model, name).rows.shape == mask.shape
+        except ConfigError as error:
+            raise CheckpointError(f"{origin}: layer {name!r} does not fit the model: {error}") from error
+        if not fits:
             raise CheckpointError(f"{origin}: layer {name!r} does not fit the model")
     for name, weight in checkpoint.weights.items():
         if name not in state or state[name].shape != weight.shape:

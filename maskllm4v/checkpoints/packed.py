@@ -6,7 +6,9 @@ first, unused last bits zero. 2:4 takes 4 bits a group, two groups a byte: 0.562
 0.53125 in 32. Each row ends on a byte, so that rows can be read apart.
 
 A packed file is a sealed safetensors one with ``<layer>.weight.values`` and ``<layer>.weight.positions`` of each masked
-layer, and all other tensors of the state dict as they are. :mod:`maskllm4v.export.files` writes it.
+layer, and all other tensors of the state dict as they are. A parameter that is not called ``weight`` goes by its own
+name; of one that is not ``[out, in]`` the header's ``stored`` says layout and shape, and its rows stand one below the
+other. :mod:`maskllm4v.export.files` writes it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from maskllm4v.checkpoints.format import load_verified
 from maskllm4v.checkpoints.masks import load_state
+from maskllm4v.sparsity.layout import Layout, from_rows, to_rows
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import CheckpointError, PatternError
 
@@ -95,7 +98,7 @@ class PackedFile:
 
     Attributes:
         tensors: a whole state dict, zeros put back.
-        masks: boolean ``[out, in]`` by layer name.
+        masks: boolean ``[..., out, in]`` by name.
         pattern: theirs.
         about: the file's metadata.
     """
@@ -114,16 +117,26 @@ def load_packed_file(path: Path) -> PackedFile:
     """
     tensors, about = load_verified(path, "packed")
     pattern = NMPattern(about["pattern"])
-    masks = {}
+    masks, stored = {}, about.get("stored", {})
     for layer in about["layers"]:
         try:
-            values, positions = tensors.pop(layer + VALUES), tensors.pop(layer + POSITIONS)
-            tensors[f"{layer}.weight"], masks[layer] = unpack_weight(values, positions, pattern, layer)
+            key = f"{layer}.weight" if layer + VALUES in tensors else layer
+            values, positions = tensors.pop(key + ".values"), tensors.pop(key + ".positions")
+            tensors[key], masks[layer] = unpack_weight(values, positions, pattern, layer)
+            if layer in stored:
+                tensors[key], masks[layer] = _restored(tensors[key], masks[layer], **stored[layer])
         except KeyError as error:
             raise CheckpointError(f"{path}: {error.args[0]!r} is missing") from error
         except PatternError as error:
             raise CheckpointError(f"{path}: {error}") from error
     return PackedFile(tensors, masks, pattern, about)
+
+
+def _restored(rows: Tensor, mask: Tensor, *, layout: Layout, shape: list[int]) -> tuple[Tensor, Tensor]:
+    """A parameter as its model holds it, and its mask ``[..., out, in]``, of rows one below the other."""
+    wanted = to_rows(rows.new_empty(shape, device="meta"), layout).shape
+    whole = from_rows(rows.reshape(wanted), layout, torch.Size(shape)).contiguous()
+    return whole, mask.reshape(wanted)
 
 
 def load_packed(model: Model, path: Path | str) -> Model:

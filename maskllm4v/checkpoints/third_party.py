@@ -186,6 +186,7 @@ def _separate(
     path: Path, state: Mapping[str, Tensor], wanted: NMPattern | None, averaged: bool = False
 ) -> LoadedWeights:
     """Dense weights on one side, masks on the other."""
+    state = {name.replace(".weight_mask.mask", ".mask"): tensor for name, tensor in state.items()}  # of our own models
     gated, masked = ([name.removesuffix(kind) for name in state if name.endswith(kind)] for kind in (".gate", ".mask"))
     layers = gated or masked
     if odd := sorted(set(masked) - set(layers)):

@@ -105,7 +105,8 @@ def _folded_file(a: argparse.Namespace, spec: TaskSpec, task: Task) -> tuple[Fol
     from maskllm4v.cli import inputs
     from maskllm4v.export.files import Folded
     from maskllm4v.sparsity.patterns import NMPattern
-    from maskllm4v.sparsity.surgery import fold_, prunable_linears
+    from maskllm4v.sparsity.surgery import fold_
+    from maskllm4v.sparsity.survey import prunable_matrices
 
     found = load_any(a.checkpoint, ema=a.use_ema, pattern=a.pattern)
     said = found.about if isinstance(found, LoadedWeights) else {}
@@ -113,7 +114,7 @@ def _folded_file(a: argparse.Namespace, spec: TaskSpec, task: Task) -> tuple[Fol
     name, args = spec.model.name, spec.model.args
     if isinstance(found, LoadedWeights) and masks is None:
         pattern = NMPattern(a.pattern or said.get("pattern") or "2:4")
-        layers = said.get("layers") or prunable_linears(model, pattern, exclude=spec.model.excluded_layers)
+        layers = said.get("layers") or prunable_matrices(model, pattern, exclude=spec.model.excluded_layers)
         zeros = _masks_of_zeros(model, pattern, layers, a.checkpoint)
         base = said.get("base") or tensors_digest(model.state_dict())
         folded = Folded(model, zeros, pattern, name, said.get("method", "unknown"), base, updated=True)
@@ -133,10 +134,10 @@ def _masks_of_zeros(model: nn.Module, pattern: NMPattern, layers: Iterable[str],
         CheckpointError: a layer breaks the pattern.
     """
     from maskllm4v.checkpoints.packed import mask_of
-    from maskllm4v.sparsity.surgery import get_linear
+    from maskllm4v.sparsity.parameters import find_matrix
 
     try:
-        return {name: mask_of(get_linear(model, name).weight.detach(), pattern, name) for name in layers}
+        return {name: mask_of(find_matrix(model, name).rows.detach(), pattern, name) for name in layers}
     except PatternError as error:
         hint = "if it is pruned, say its --pattern, and --exclude what is dense"
         raise CheckpointError(f"{path}: {error}; {hint}") from error

@@ -19,7 +19,7 @@ from maskllm4v.checkpoints.masks import MaskCheckpoint, load_state, save_dense
 from maskllm4v.checkpoints.third_party import LoadedWeights, dense_state, load_any, unpruned
 from maskllm4v.config import DataSettings, TaskSpec
 from maskllm4v.data import prepare
-from maskllm4v.sparsity.surgery import prunable_linears
+from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.tasks.base import Task, open_task
 from maskllm4v.tasks.classification.models import num_classes
 from maskllm4v.tasks.classification.settings import TimmSettings

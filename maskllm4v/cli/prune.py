@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.cli import inputs
     from maskllm4v.oneshot.permute import permute_channels_
     from maskllm4v.oneshot.prune import calibrates, prune
+    from maskllm4v.sparsity.parameters import dense_weights
     from maskllm4v.sparsity.patterns import NMPattern
-    from maskllm4v.sparsity.surgery import get_linear
     from maskllm4v.utils.distributed import leave
     from maskllm4v.utils.processes import is_main
 
@@ -95,9 +95,10 @@ def run(arguments: argparse.Namespace) -> None:
         propagate=how.propagate,
         forward=task.forward,
         seed=a.seed,
+        tell=inputs.say,
         **layers,
     )
-    weights = {f"{name}.weight": get_linear(model, name).weight for name in masks if how.update_weights}
+    weights = dense_weights(model, masks) if how.update_weights else {}
     base = inputs.keep_beside(a.save_model, dense, spec)
     if is_main():
         found = MaskCheckpoint(pattern, masks, base, how.method, weights, prior={}, permutations=permutations)

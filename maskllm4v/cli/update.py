@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.checkpoints.masks import save_masks
     from maskllm4v.cli import inputs
     from maskllm4v.oneshot.weight_update import update_weights_
-    from maskllm4v.sparsity.surgery import get_linear
+    from maskllm4v.sparsity.parameters import dense_weights
     from maskllm4v.utils.distributed import leave
     from maskllm4v.utils.processes import is_main
 
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         target=how.target,
         damping=how.damping,
     )
-    weights = {f"{name}.weight": get_linear(model, name).weight for name in masks.masks}
+    weights = dense_weights(model, masks.masks)
     inputs.keep_beside(a.save_model, dense, spec)
     if is_main():
         save_masks(a.save_model, replace(masks, method=how.update, weights=weights))

@@ -14,7 +14,8 @@ from maskllm4v.checkpoints.masks import load_dense, load_masks
 from maskllm4v.config import Experiment
 from maskllm4v.evaluation.layer_errors import layer_diagnostics
 from maskllm4v.sparsity.parameterization import gate_of
-from maskllm4v.sparsity.surgery import fold_, get_linear
+from maskllm4v.sparsity.parameters import find_matrix
+from maskllm4v.sparsity.surgery import fold_
 from maskllm4v.tasks.base import Task
 
 
@@ -71,5 +72,7 @@ def measure(
         logits = groups * gate_of(found.gate, found.pattern).logits
     counts = {"dense": total, "kept": total - pruned, "logits": logits}
     summary, pictures = task.summary(model, metrics, logits), task.pictures(sparse) if first else {}
-    weight = get_linear(model, layers[0][0]).weight.detach().float().cpu().numpy() if first and layers else None
+    weight = None
+    if first and layers:
+        weight = find_matrix(model, layers[0][0]).rows.detach().flatten(0, -2).float().cpu().numpy()
     return Measured(metrics, summary, layers, counts, base, found.digest, pictures, weight)

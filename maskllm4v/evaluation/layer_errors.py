@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from maskllm4v.checkpoints.masks import MaskCheckpoint
 from maskllm4v.sparsity.calibration import Calibration, hooks_run, names_by_part
-from maskllm4v.sparsity.surgery import get_linear
+from maskllm4v.sparsity.layout import to_rows
+from maskllm4v.sparsity.parameters import Matrix, find_matrix, matrices
+from maskllm4v.sparsity.products import Product, ProductMode
 from maskllm4v.utils.distributed import sum_
 
 COLUMNS = (
@@ -36,39 +38,47 @@ def layer_diagnostics(
         ConfigError: a layer that no part names.
         DataError: no parts.
     """
-    in_order = {name: checkpoint.masks[name] for name, _ in dense.named_modules() if name in checkpoint.masks}
+    found = {name: find_matrix(dense, name) for name in checkpoint.masks}
+    place = {id(matrix.weight): i for i, matrix in enumerate(matrices(dense))}
+    in_order = sorted(found, key=lambda name: place[id(found[name].weight)])
     errors = {name: torch.zeros(2, dtype=torch.float64) for name in checkpoint.masks}  # Σ error², Σ output²
     for part, names in zip(calibration, names_by_part(checkpoint.masks, calibration), strict=True):
         if not names:
             continue
-        handles = []
-        for name in names:
-            layer, mask = get_linear(dense, name), checkpoint.masks[name]
-            weight = checkpoint.weights.get(f"{name}.weight", layer.weight).to(layer.weight) * mask.to(
-                layer.weight.device
-            )
-            handles.append(layer.register_forward_hook(_measure(weight, layer, errors[name])))
-        try:
-            with hooks_run():
-                for batch in part.batches:
-                    part.forward(dense, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        own = {name: found[name] for name in names}
+        measured = {name: _Measure(matrix, checkpoint, errors[name]) for name, matrix in own.items()}
+
+        def add(product: Product, output: Tensor, of: Mapping[str, _Measure] = measured) -> None:
+            of[product.name].add(product, output)
+
+        with hooks_run(), ProductMode(own, after=add):
+            for batch in part.batches:
+                part.forward(dense, batch)
     sum_(*errors.values())
+    kept = {name: _kept_energy(found[name].rows, checkpoint.masks[name]) for name in in_order}
     return [
-        (name, _agreement(checkpoint, name), f"{_kept_energy(dense, name, mask):.6g}", f"{_relative(errors[name]):.6g}")
-        for name, mask in in_order.items()
+        (name, _agreement(checkpoint, name), f"{kept[name]:.6g}", f"{_relative(errors[name]):.6g}") for name in in_order
     ]
 
 
-def _measure(weight: Tensor, layer: nn.Linear, into: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        difference = F.linear(args[0], weight - layer.weight)
-        bias = layer.bias if layer.bias is not None else 0.0
-        into.add_(torch.stack([difference.double().square().sum(), (output - bias).double().square().sum()]).cpu())
+class _Measure:
+    """Sums the squared error of a matrix's outputs under its mask, and their own squares."""
 
-    return hook
+    def __init__(self, matrix: Matrix, checkpoint: MaskCheckpoint, into: Tensor) -> None:
+        weight, mask = matrix.weight, checkpoint.masks[matrix.name].to(matrix.weight.device)
+        new = to_rows(checkpoint.weights.get(matrix.key, weight).to(weight), matrix.layout) * mask
+        self._new = new.flatten(0, -2).chunk(matrix.blocks)
+        self._rows = matrix.rows.flatten(0, -2).chunk(matrix.blocks)
+        self._into = into
+
+    def add(self, product: Product, output: Tensor) -> None:
+        inputs, rows = product.inputs, self._rows[product.block]
+        difference = F.linear(inputs, self._new[product.block] - rows)
+        if product.blocks == 1:
+            own = output - (product.bias if product.bias is not None else 0.0)
+        else:  # the output is that of several blocks
+            own = F.linear(inputs, rows)
+        self._into.add_(torch.stack([difference.double().square().sum(), own.double().square().sum()]).cpu())
 
 
 def _relative(sums: Tensor) -> float:
@@ -76,8 +86,8 @@ def _relative(sums: Tensor) -> float:
     return float((error / output) ** 0.5) if output else 0.0
 
 
-def _kept_energy(dense: nn.Module, name: str, mask: Tensor) -> float:
-    energy = get_linear(dense, name).weight.double().square()
+def _kept_energy(rows: Tensor, mask: Tensor) -> float:
+    energy = rows.double().square()
     total = float(energy.sum())
     return float((energy * mask.to(energy.device)).sum()) / total if total else 1.0
 

@@ -43,7 +43,9 @@ def describe_masks(weight: np.ndarray, masks: Mapping[int, Path], layers: Sequen
     found = {seed: load_masks(path) for seed, path in masks.items()}
     (seed, first), layer = next(iter(found.items())), layers[0]
     assert first.pattern is not None  # there are masks
-    corner = tile(torch.from_numpy(weight), first.masks[layer], first.prior.get(layer), first.pattern)
+    prior = first.prior.get(layer)
+    masks_of = (first.masks[layer].flatten(0, -2), None if prior is None else prior.flatten(0, -2))
+    corner = tile(torch.from_numpy(weight), *masks_of, first.pattern)
     about = {"layer": layer, "seed": seed, "pattern": str(first.pattern)}
     return MasksSeen(columns(first.pattern), mask_statistics(found, layers), {**about, **corner})
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from maskllm4v.checkpoints.format import save_verified
 from maskllm4v.checkpoints.masks import MaskCheckpoint, save_masks
-from maskllm4v.checkpoints.packed import POSITIONS, VALUES, pack_weight
+from maskllm4v.checkpoints.packed import pack_weight
+from maskllm4v.sparsity.layout import to_rows
+from maskllm4v.sparsity.parameters import find_matrix
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import get_linear
 from maskllm4v.utils.errors import CheckpointError, PatternError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,7 +59,10 @@ class Folded:
 
     def about(self, kind: str) -> dict[str, Any]:
         """What a file says of itself; ``permuted``: layers whose inputs are in another order than the dense model's."""
+        matrices = {name: find_matrix(self.model, name) for name in sorted(self.masks)}
+        stored = {name: matrix.stored for name, matrix in matrices.items() if matrix.stored is not None}
         return {
+            **({"stored": stored} if stored else {}),
             **({"permuted": sorted(self.permutations)} if self.permutations else {}),
             "kind": kind,
             "model": self.name,
@@ -144,15 +148,17 @@ def write_packed(path: Path, folded: Folded, dtype: str | None = None) -> None:
     """
     pattern, tensors = folded.need_masks("packed"), folded.state(dtype)
     for layer, mask in folded.masks.items():
-        weight = tensors.pop(f"{layer}.weight")
-        tensors[layer + VALUES], tensors[layer + POSITIONS] = pack_weight(weight, mask.cpu(), pattern, layer)
+        matrix = find_matrix(folded.model, layer)
+        rows = to_rows(tensors.pop(matrix.key), matrix.layout).flatten(0, -2)
+        packed = pack_weight(rows, mask.cpu().flatten(0, -2), pattern, layer)
+        tensors[f"{matrix.key}.values"], tensors[f"{matrix.key}.positions"] = packed
     save_verified(path, tensors, {**folded.about("packed"), "dtype": dtype})
 
 
 def write_folded(path: Path, folded: Folded, dtype: str | None = None) -> None:
     """Write the state dict with its zeros; arguments and errors as in :func:`write_packed`."""
     for layer, mask in folded.masks.items():
-        if bool((get_linear(folded.model, layer).weight.detach().cpu()[~mask.cpu()] != 0).any()):
+        if bool((find_matrix(folded.model, layer).rows.detach().cpu()[~mask.cpu()] != 0).any()):
             raise PatternError(f"layer {layer!r}: the weight is not zero where its mask is; fold the model first")
     save_verified(path, folded.state(dtype), {**folded.about("dense"), "dtype": dtype})
 

@@ -7,7 +7,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from maskllm4v import __version__
 from maskllm4v.checkpoints.format import tensors_digest
 from maskllm4v.export.graph import about_graph, describe, graph_weights, library, line, matrices, read_graph
+from maskllm4v.sparsity.layers import Masked
+from maskllm4v.sparsity.parameters import Matrix, find_matrix
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.tasks.base import ExportableModel
 from maskllm4v.utils.errors import CheckpointError, ConfigError, UserError
@@ -68,8 +70,8 @@ def export_onnx(
     with torch.no_grad():
         runtime = _Runtime(copy.deepcopy(exportable.module), half).eval()
         layers = _layers(runtime.module, masks)
-        for layer, linear in layers.items():
-            _settle(linear, masks[layer].cpu(), pattern, layer)
+        for layer, matrix in layers.items():
+            _settle(matrix, masks[layer].cpu(), pattern, layer)
         runtime = runtime.to(torch.float16 if half else torch.float32)
         for name, tensor in runtime.module.state_dict().items():
             if half and bool(tensor.isinf().any()):
@@ -99,12 +101,14 @@ class _Runtime(nn.Module):
         return output.float()
 
 
-def _layers(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
+def _layers(module: nn.Module, names: Iterable[str]) -> dict[str, Matrix]:
     """The layers by their names in the model, which a task may have put into a wrapper: the outermost that has all."""
     missing = ""
     for inner in module.modules():
-        found = dict(inner.named_modules(remove_duplicate=False))
-        layers = {name: layer for name in names if isinstance(layer := found.get(name), nn.Linear)}
+        layers = {}
+        for name in names:
+            with suppress(ConfigError):
+                layers[name] = find_matrix(inner, name)
         absent = [name for name in names if name not in layers]
         if not absent:
             return layers
@@ -112,19 +116,20 @@ def _layers(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
     raise ConfigError(f"the model has no linear layer {missing!r}")
 
 
-def _settle(linear: nn.Linear, mask: Tensor, pattern: NMPattern | None, layer: str) -> None:
+def _settle(matrix: Matrix, mask: Tensor, pattern: NMPattern | None, layer: str) -> None:
     """Check that a layer is folded; make its zeros positive, as runtimes may look for them by their bits."""
     if pattern is None:
         raise ConfigError("masks without a pattern")
-    if type(linear) is not nn.Linear:
-        raise ConfigError(f"layer {layer!r} is a {type(linear).__name__}, no plain nn.Linear; fold the model first")
-    if mask.shape != linear.weight.shape:
-        raise CheckpointError(f"layer {layer!r}: mask {tuple(mask.shape)} for a weight {tuple(linear.weight.shape)}")
+    if isinstance(matrix.module, Masked):
+        raise ConfigError(f"layer {layer!r} is a {type(matrix.module).__name__}, not a plain one; fold the model first")
+    rows = matrix.rows
+    if mask.shape != rows.shape:
+        raise CheckpointError(f"layer {layer!r}: mask {tuple(mask.shape)} for a weight {tuple(rows.shape)}")
     pattern.validate(mask, layer)
     pruned = ~mask.bool()
-    if bool((linear.weight[pruned] != 0).any()):
+    if bool((rows[pruned] != 0).any()):
         raise CheckpointError(f"layer {layer!r}: the weight is not zero where its mask is; fold the model first")
-    linear.weight[pruned] = 0.0
+    rows[pruned] = 0.0
 
 
 def _export(runtime: _Runtime, exportable: ExportableModel) -> Any:
@@ -201,12 +206,12 @@ def _strip(message: Any) -> None:
                 _strip(part)
 
 
-def _weights(model: Any, layers: Mapping[str, nn.Linear]) -> dict[str, str]:
+def _weights(model: Any, layers: Mapping[str, Matrix]) -> dict[str, str]:
     """Which initializer is each layer's weight: bit for bit, with its rows along the axis that is summed over."""
     names: dict[str, str] = {}
     for found in matrices(model.graph):
         names.setdefault(tensors_digest({"": found.weight}), found.name)
-    digests = {layer: tensors_digest({"": linear.weight}) for layer, linear in layers.items()}
+    digests = {layer: tensors_digest({"": matrix.rows.contiguous()}) for layer, matrix in layers.items()}
     for layer, digest in digests.items():
         if digest not in names:
             raise CheckpointError(f"layer {layer!r}: no node of the graph multiplies by its weight")

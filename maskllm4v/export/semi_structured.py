@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from maskllm4v.export.sparse_fit import BACKENDS, layer_incompatibility, on_gpu, pick_backend
 from maskllm4v.export.sparse_speed import algorithms, graphed_ms, random_tokens, tokens_by_layer
-from maskllm4v.sparsity.surgery import Exclude, prunable_linears, replace_
+from maskllm4v.sparsity.surgery import replace_
+from maskllm4v.sparsity.survey import Exclude, prunable_linears
 from maskllm4v.utils.errors import ConfigError
 
 CHECKED = 1024  # tokens, at most, of the check against the dense product

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.sparsity.masks import LearnableMaskedLinear, MaskedLinear
+from maskllm4v.sparsity.layers import Masked
 from maskllm4v.utils.errors import ConfigError
 
 BACKENDS = {  # in order of preference
@@ -57,8 +57,10 @@ def on_gpu(weight: Tensor) -> bool:
 
 def layer_incompatibility(layer: nn.Linear, backend: str | None, why: str = "") -> str:
     """Why a layer's weight cannot be semi-structured, or nothing; ``why`` there is no backend."""
-    if isinstance(layer, MaskedLinear | LearnableMaskedLinear):
+    if isinstance(layer, Masked):
         return "its mask is not folded yet: call fold_ first"
+    if type(layer) is not nn.Linear:
+        return f"it is a {type(layer).__name__}, which may be read instead of called"
     weight = layer.weight.detach()
     if reason := weight_incompatibility(weight):
         return reason

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from maskllm4v.checkpoints.format import is_safetensors, kind_of, load_verified
 from maskllm4v.checkpoints.masks import load_masks, load_plain_state
 from maskllm4v.checkpoints.packed import load_packed_file
 from maskllm4v.checkpoints.third_party import DEFAULT, LoadedWeights, load_any, read_torch
+from maskllm4v.sparsity.layout import to_rows
+from maskllm4v.sparsity.parameters import state_key
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 
@@ -210,22 +212,30 @@ def _safetensors(path: Path, pattern: NMPattern | None) -> Contents:
             masks = load_masks(path)
             if masks.pattern is None:  # of a dense model that was trained on
                 return Contents(_weights(masks.weights))
-            return Contents([Weight(*item, mask=True, required=True) for item in masks.masks.items()], masks.pattern)
+            found = [Weight(n, m.flatten(0, -2), mask=True, required=True) for n, m in masks.masks.items()]
+            return Contents(found, masks.pattern)
         if kind == "packed":
             packed = load_packed_file(path)
-            return _named(path, packed.tensors, list(packed.masks), packed.pattern)
+            return _named(path, packed.tensors, packed.about, packed.pattern)
         if kind == "dense":
             tensors, about = load_verified(path, "dense")
             named = NMPattern(about["pattern"]) if about.get("pattern") else None
-            return _named(path, tensors, about.get("layers") or [], named)
+            return _named(path, tensors, about, named)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: its header does not say what such a file has to") from error
     return _state(path, load_plain_state(path), pattern)
 
 
-def _named(path: Path, state: Mapping[str, Tensor], layers: Sequence[str], pattern: NMPattern | None) -> Contents:
+def _named(path: Path, state: Mapping[str, Tensor], about: Mapping[str, Any], pattern: NMPattern | None) -> Contents:
     """A file that names its sparse layers, if there are any."""
     weights = {weight.layer: weight for weight in _weights(state)}
+    layers: Sequence[str] = about.get("layers") or []
+    stored: Mapping[str, Any] = about.get("stored", {})
+    for layer in layers:
+        key = state_key(layer, state)
+        if key in state and (key == layer or layer in stored):  # not ``[out, in]``, or not called weight
+            rows = to_rows(state[key], stored.get(layer, {}).get("layout", "rows"))
+            weights[layer] = Weight(layer, rows.flatten(0, -2))
     if missing := [layer for layer in layers if layer not in weights]:
         raise CheckpointError(f"{path} is damaged: it names layer {missing[0]!r}, but has no weight of it")
     required = {layer: replace(weights[layer], required=True) for layer in layers}
@@ -246,11 +256,12 @@ def _state(path: Path, state: Mapping[str, Tensor], pattern: NMPattern | None) -
             masks[layer], weight = state[f"{layer}.mask"], state[f"{layer}.weight"]
             if masks[layer].shape != weight.shape:
                 raise CheckpointError(f"{path}: layer {layer!r} has a mask of another shape than its weight")
-    checked = [
-        Weight(weight.layer, masks[weight.layer], mask=True, required=True) if weight.layer in masks else weight
-        for weight in _weights(state)
-    ]
-    return Contents(checked, pattern_told, told=bool(masks))
+        for name in state:  # of a masked model of ours: beside any parameter, as rows
+            if name.endswith("_mask.mask"):
+                masks[name.removesuffix("_mask.mask").removesuffix(".weight")] = state[name].flatten(0, -2)
+    weights = {weight.layer: weight for weight in _weights(state)}
+    checked = weights | {layer: Weight(layer, mask, mask=True, required=True) for layer, mask in masks.items()}
+    return Contents(list(checked.values()), pattern_told, told=bool(masks))
 
 
 def _beside(state: Mapping[str, Tensor], kind: str) -> list[str]:

@@ -24,7 +24,8 @@ from maskllm4v.oneshot.activations.statistics import InputNorm
 from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.permutation import find_channels
-from maskllm4v.sparsity.surgery import Exclude, OnMisfit, prunable_linears
+from maskllm4v.sparsity.rollback import all_or_nothing
+from maskllm4v.sparsity.survey import Exclude, OnMisfit, survey
 from maskllm4v.utils.errors import ConfigError, PatternError
 from maskllm4v.utils.progress import bar
 
@@ -72,7 +73,7 @@ def permute_channels_(
         PatternError: the pattern does not fit a layer, or scores are not finite.
     """
     pattern = NMPattern(pattern)
-    layers = prunable_linears(model, pattern, exclude=exclude, on_misfit=on_misfit)
+    layers = survey(model, pattern, exclude=exclude, on_misfit=on_misfit).prunable
     check_materialised(layers)
     channels = find_channels(model, layers)
     if not channels:
@@ -84,14 +85,17 @@ def permute_channels_(
             norms |= unit
     found: dict[str, Tensor] = {}
     for name in bar(channels, "permutation"):
-        scores = layers[name].weight.detach().double().abs()
+        scores = layers[name].rows.detach().double().abs()
         if calibration is not None:
             scores *= norms[name].sum_of_squares.double().sqrt()
         order = best_order(scores, pattern, parts=channels[name].parts, sweeps=sweeps, layer=name)
         if not order.equal(torch.arange(len(order))):
             found[name] = order
-    for name, order in found.items():
-        channels[name].permute_(order)
+    with all_or_nothing(model) as rollback:
+        for name, order in found.items():
+            for tensor, _, _ in channels[name].places:
+                rollback.keep(tensor)
+            channels[name].permute_(order)
     return found
 
 

@@ -6,14 +6,16 @@ pattern. Add your own with :func:`register_pruner`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from maskllm4v.oneshot.activations.sequential import Propagate, part_statistics
-from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm, Statistic
+from maskllm4v.oneshot.activations.statistics import Hessian, InputNorm, Statistic, Sums
 from maskllm4v.oneshot.methods.magnitude import prune_magnitude
 from maskllm4v.oneshot.methods.random import prune_random
 from maskllm4v.oneshot.methods.result import Pruned
@@ -21,13 +23,16 @@ from maskllm4v.oneshot.methods.ria import prune_ria
 from maskllm4v.oneshot.methods.sparsegpt import prune_sparsegpt
 from maskllm4v.oneshot.methods.wanda import prune_wanda
 from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
-from maskllm4v.sparsity.masks import MaskedLinear
+from maskllm4v.sparsity.layers import attach_
+from maskllm4v.sparsity.parameters import Matrix
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import Exclude, OnMisfit, prunable_linears, replace_
+from maskllm4v.sparsity.rollback import all_or_nothing
+from maskllm4v.sparsity.surgery import fixed, settle_
+from maskllm4v.sparsity.survey import Coverage, Exclude, OnMisfit, survey
 from maskllm4v.utils.errors import ConfigError
-from maskllm4v.utils.progress import bar
+from maskllm4v.utils.progress import bar, note
 
-__all__ = ["PruningMethod", "Pruned", "available", "calibrates", "prune", "register_pruner"]
+__all__ = ["PrunedMasks", "PruningMethod", "Pruned", "available", "calibrates", "prune", "register_pruner"]
 
 
 class LayerPruner(Protocol):
@@ -122,6 +127,16 @@ def register_pruner(
     return register
 
 
+class PrunedMasks(dict[str, Tensor]):
+    """Boolean masks ``[..., out, in]`` by name.
+
+    Attributes:
+        coverage: which weights they cover, and why others stay dense.
+    """
+
+    coverage: Coverage
+
+
 def prune(
     model: nn.Module,
     method: str,
@@ -134,15 +149,16 @@ def prune(
     forward: Forward | None = None,
     on_misfit: OnMisfit = "error",
     seed: int = 0,
-) -> dict[str, Tensor]:
-    """Prune the linear layers of a model in one shot, in place.
+    tell: Callable[[str], object] = note,
+) -> PrunedMasks:
+    """Prune the matrices of a model in one shot, in place.
 
     By magnitude, Wanda (arXiv 2306.11695), RIA (Zhang et al., ICLR 2024), SparseGPT (arXiv 2301.00774), at random, or
     by a registered method.
 
     Args:
-        model: any module; its linear layers become :class:`MaskedLinear`, with their dense weights, or
-            updated ones if asked for.
+        model: any module; its matrices get masks, and keep their dense weights, or get updated ones if asked for.
+            Linear layers become :class:`MaskedLinear`.
         method: one of :func:`available`.
         pattern: e.g. ``"2:4"``.
         calibration: for methods that look at inputs: an input tensor, an iterable of batches, or a sequence of
@@ -155,9 +171,14 @@ def prune(
             have their own.
         on_misfit: ``"error"`` or ``"skip"`` for layers that the pattern does not fit.
         seed: for methods that draw.
+        tell: called with the report of what is sparse, what stays dense, and why; by default a terminal shows it.
 
     Returns:
-        Boolean masks ``[out, in]`` by module name.
+        Boolean masks ``[..., out, in]`` by name: a module's, or a parameter's that is not called ``weight``; the same
+        report is their ``coverage``. After an error, or Ctrl-C, the model is as it was.
+
+    Warns:
+        Less than half of the weights that multiply activations, and are not excluded, gets masks.
 
     Raises:
         ConfigError: unknown method, no calibration data for one that needs it or for a layer, no update on
@@ -170,36 +191,76 @@ def prune(
         raise ConfigError(f"update_weights is true, but {method!r} cannot update weights")
     if propagate not in (None, "dense", "pruned"):
         raise ConfigError(f"propagate is {propagate!r}; allowed: 'dense', 'pruned'")
-    layers = prunable_linears(model, pattern, exclude=exclude, on_misfit=on_misfit)
+    found = survey(model, pattern, exclude=exclude, on_misfit=on_misfit)
+    layers = found.prunable
     if not layers:
-        raise ConfigError("nothing to prune: the model has no linear layer that is not excluded")
+        raise ConfigError("nothing to prune: the model has no linear layer, nor another matrix, that is not excluded")
     check_materialised(layers)
-    training = {name: linear.training for name, linear in layers.items()}
-    masks: dict[str, Tensor] = {}
+    parts = [] if chosen.statistic is None else _parts(method, calibration, forward)
+    masks = PrunedMasks()
+    masks.coverage = found.coverage
+    with all_or_nothing(model) as rollback:
 
-    def prune_layer(name: str, statistic: Any) -> None:
-        linear = layers[name]
-        result = chosen.prune_layer(
-            linear.weight.detach(), statistic, pattern, update_weights=update_weights, layer=name, seed=seed
+        def prune_layer(name: str, statistic: Any) -> None:
+            matrix = layers[name]
+
+            def prune_rows(rows: Tensor, seen: Any) -> Pruned:
+                return chosen.prune_layer(rows, seen, pattern, update_weights=update_weights, layer=name, seed=seed)
+
+            result = _by_blocks(matrix, statistic, prune_rows, pattern)
+            if result.weight is not None:
+                rollback.keep(matrix.weight)
+                matrix.rows.data.copy_(result.weight)
+            mask = fixed(matrix, result.mask, pattern)
+            for module, attribute in matrix.places:
+                attach_(module, attribute, mask)
+            masks[name] = result.mask
+
+        if chosen.statistic is None:
+            for name in layers:
+                prune_layer(name, None)
+        else:
+            how = propagate or chosen.propagate
+            statistics = part_statistics(model, layers, parts, chosen.statistic, propagate=how)
+            for unit in bar(statistics, method):
+                for name in unit:
+                    prune_layer(name, unit[name])
+        settle_(model)
+    tell(str(masks.coverage))
+    masks.coverage.check()
+    return masks
+
+
+def _by_blocks(
+    matrix: Matrix, statistic: Any, prune_rows: Callable[[Tensor, Any], Pruned], pattern: NMPattern
+) -> Pruned:
+    """Prune a matrix, or its blocks one after the other, each with the statistic of its own inputs.
+
+    Experts that no token of the calibration came to are pruned by magnitude, with a warning.
+    """
+    rows = matrix.rows.detach()
+    if statistic is None or matrix.blocks == 1:
+        flat = prune_rows(rows.flatten(0, -2), statistic)
+        return Pruned(flat.mask.view(rows.shape), None if flat.weight is None else flat.weight.view(rows.shape))
+    parts = rows.flatten(0, -2).chunk(matrix.blocks)
+    idle = [i for i, one in enumerate(statistic) if isinstance(one, Sums) and not one.rows]
+    if idle:
+        warnings.warn(
+            f"layer {matrix.name!r}: no token came to {len(idle)} of {len(parts)} experts, pruned by magnitude: "
+            f"{', '.join(map(str, idle))}",
+            stacklevel=3,
         )
-        layer = MaskedLinear.from_linear(linear, N=pattern.n, M=pattern.m)
-        if result.weight is not None:
-            layer.weight.data.copy_(result.weight)
-        layer.set_mask(result.mask, name)
-        replace_(model, [name], lambda *_: layer)
-        masks[name] = result.mask
+    done = [
+        Pruned(pattern.topn_mask(part.abs(), matrix.name)) if i in idle else prune_rows(part, one)
+        for i, (part, one) in enumerate(zip(parts, statistic, strict=True))
+    ]
+    updated = any(one.weight is not None for one in done)
+    weights = [part if one.weight is None else one.weight for part, one in zip(parts, done, strict=True)]
+    mask = torch.cat([one.mask for one in done]).view(rows.shape)
+    return Pruned(mask, torch.cat(weights).view(rows.shape) if updated else None)
 
-    if chosen.statistic is None:
-        for name in layers:
-            prune_layer(name, None)
-        return masks
+
+def _parts(method: str, calibration: Any, forward: Forward | None) -> Sequence[Calibration]:
     if calibration is None:
         raise ConfigError(f"{method!r} needs calibration data; give it with `calibration`")
-    parts = as_parts(calibration, forward)
-    statistics = part_statistics(model, layers, parts, chosen.statistic, propagate=propagate or chosen.propagate)
-    for unit in bar(statistics, method):
-        for name in unit:
-            prune_layer(name, unit[name])
-    for name, mode in training.items():  # the new layers were made while the model was in evaluation mode
-        model.get_submodule(name).training = mode
-    return masks
+    return as_parts(calibration, forward)

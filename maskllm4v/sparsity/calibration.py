@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from maskllm4v.utils.errors import ConfigError, DataError
 from maskllm4v.utils.text import few
+
+if TYPE_CHECKING:
+    from maskllm4v.sparsity.parameters import Matrix
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -25,7 +28,7 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
-def check_materialised(layers: Mapping[str, nn.Linear]) -> None:
+def check_materialised(layers: Mapping[str, Matrix]) -> None:
     """Raise :class:`ConfigError`, naming layers, where weights have no values yet (device ``meta``)."""
     if empty := [name for name, layer in layers.items() if layer.weight.is_meta]:
         raise ConfigError(
@@ -36,7 +39,7 @@ def check_materialised(layers: Mapping[str, nn.Linear]) -> None:
 
 @contextmanager
 def hooks_run() -> Iterator[None]:
-    """Inside, what ``torch.compile`` has compiled runs as plain PyTorch: its code knows no hooks that came later."""
+    """Inside, what ``torch.compile`` has compiled runs as plain PyTorch, whose hooks and products can be watched."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         yield
         return

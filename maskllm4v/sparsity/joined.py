@@ -17,106 +17,112 @@ import torch
 from torch import Tensor
 
 from maskllm4v.sparsity.gumbel import masked_weight
-from maskllm4v.sparsity.masks import LearnableMaskedLinear
+from maskllm4v.sparsity.layout import to_rows
+from maskllm4v.sparsity.masks import LearnableMask
+from maskllm4v.sparsity.parameters import MaskedParameter
+from maskllm4v.sparsity.reading import recomputed
 
 CPU_GROUPS = 32_768  # in a call: more leave the cache, as in gumbel.eager
 CUDA_GROUPS = 2**17  # one layer of ViT-B is more: what a launch costs counts below
 
 
 class JoinedDraw:
-    """Draws the masks of its layers when the first of them is reached, and hands each its masked weight.
+    """Draws its masks when the first of their weights is read, and hands each its masked weight.
 
     Args:
-        layers: of one pattern, gate, backend, dtype and device; soft or hard alike. They draw through this object from
-            now on, until :meth:`part`, and need one τ and one s.
+        weights: parameters and their masks, of one pattern, gate, backend, dtype and device; soft or hard alike. The
+            masks draw through this object from now on, until :meth:`part`, and need one τ and one s.
 
     Attributes:
-        energy: Σ(masked weight)² over all its layers in the last draw; their own ``kept_energy`` is not set.
+        energy: Σ(masked weight)² over all its weights in the last draw; the masks' own ``kept_energy`` is not set.
     """
 
-    def __init__(self, layers: Iterable[LearnableMaskedLinear]) -> None:
-        self.layers = list(layers)
+    def __init__(self, weights: Iterable[MaskedParameter]) -> None:
+        self.weights = list(weights)
+        self.masks = [weight.learnable for weight in self.weights]
         self.energy: Tensor | None = None
-        self._pieces: dict[LearnableMaskedLinear, Tensor] = {}
+        self._pieces: dict[LearnableMask, Tensor] = {}
         self._modes: tuple[object, ...] = ()
-        self._states: dict[LearnableMaskedLinear, tuple[object, ...]] = {}
-        for layer in self.layers:
-            layer.joined, layer.kept_energy = self, None
+        self._states: dict[LearnableMask, tuple[object, ...]] = {}
+        for mask in self.masks:
+            mask.joined, mask.kept_energy = self, None
+            mask.forget()
 
-    def take(self, layer: LearnableMaskedLinear, dtype: torch.dtype) -> Tensor | None:
-        """A layer's masked weight ``[out, in]``, once for each draw; None if the layer is to draw alone.
+    def take(self, mask: LearnableMask, dtype: torch.dtype) -> Tensor | None:
+        """A mask's weight under it, as rows ``[..., out, in]``, once for each draw; None if it is to draw alone.
 
-        So it does, the same mask, if it runs twice in a forward, and where activations are computed again in backward,
+        So it does, the same mask, if it is read again later, and where activations are computed again in backward,
         which has to repeat forward's operations.
         """
-        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # by checkpoint, in forward
-        if hooked or torch._C._current_graph_task_id() != -1:
+        if recomputed():
             return None
         modes = (dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        if modes != self._modes or any(a is not b for a, b in zip(_state(layer), self._states[layer], strict=True)):
-            self._modes, self._states = modes, {other: _state(other) for other in self.layers}
+        if modes != self._modes or any(a is not b for a, b in zip(_state(mask), self._states[mask], strict=True)):
+            self._modes, self._states = modes, {other: _state(other) for other in self.masks}
             self._pieces = self._drawn(dtype)
-        return self._pieces.pop(layer, None)
+        return self._pieces.pop(mask, None)
 
     def part(self) -> None:
-        """Let layers draw alone again; nothing of a graph is held any more."""
-        for layer in self.layers:
-            if layer.joined is self:
-                layer.joined = None
+        """Let masks be drawn alone again; nothing of a graph is held any more."""
+        for mask in self.masks:
+            mask.forget()
+            if mask.joined is self:
+                mask.joined = None
         self.energy, self._pieces, self._modes, self._states = None, {}, (), {}
 
-    def _drawn(self, dtype: torch.dtype) -> dict[LearnableMaskedLinear, Tensor]:
-        first, m = self.layers[0], self.layers[0].pattern.m
-        if len({(float(layer._tau.numpy()), float(layer._scaling.numpy())) for layer in self.layers}) > 1:
+    def _drawn(self, dtype: torch.dtype) -> dict[LearnableMask, Tensor]:
+        first, m = self.masks[0], self.masks[0].pattern.m
+        if len({(float(mask._tau.numpy()), float(mask._scaling.numpy())) for mask in self.masks}) > 1:
             raise ValueError("layers that are drawn together have one tau and one scaling")
-        sizes = [layer.logits.shape[1] for layer in self.layers]
+        sizes = [mask.logits.shape[1] for mask in self.masks]
+        rows = [to_rows(weight.weight, weight.mask.layout) for weight in self.weights]
         masked, self.energy = masked_weight(
-            torch.cat([layer.weight.reshape(-1, m) for layer in self.layers]),
-            torch.cat([layer.logits for layer in self.layers], 1),
+            torch.cat([part.reshape(-1, m) for part in rows]),
+            torch.cat([mask.logits for mask in self.masks], 1),
             first.candidates,
             tau=first._tau,
             scaling=first._scaling,
             hard=first.hard,
-            key=torch.stack([layer._key for layer in self.layers]),
+            key=torch.stack([mask._key for mask in self.masks]),
             sizes=sizes,
             kept=first.gate.kept,
             dtype=dtype,
             backend=first.backend,
         )
-        pieces = masked.split(sizes)
-        return {layer: piece.view_as(layer.weight) for layer, piece in zip(self.layers, pieces, strict=True)}
+        pieces = zip(self.masks, masked.split(sizes), strict=True)
+        return {mask: piece.view(mask.shape) for mask, piece in pieces}
 
 
-def _state(layer: LearnableMaskedLinear) -> tuple[object, ...]:
+def _state(mask: LearnableMask) -> tuple[object, ...]:
     """What a draw depends on besides logits; replaced, never changed in place, when it moves."""
-    return layer._draw, layer._tau, layer._scaling
+    return mask._draw, mask._tau, mask._scaling
 
 
-def join_layers(layers: Iterable[LearnableMaskedLinear]) -> list[JoinedDraw]:
-    """Join layers that can be drawn together, up to :data:`CPU_GROUPS` or :data:`CUDA_GROUPS` groups in a call.
+def join_draws(weights: Iterable[MaskedParameter]) -> list[JoinedDraw]:
+    """Join learnable masks that can be drawn together, up to :data:`CPU_GROUPS` or :data:`CUDA_GROUPS` groups a call.
 
     Larger ones, those without an equal, and those of the backend ``"compiled"``, whose calls are few, stay alone.
     """
-    alike: dict[tuple[object, ...], list[list[LearnableMaskedLinear]]] = {}
-    for layer in layers:
-        groups, most = layer.logits.shape[1], CUDA_GROUPS if layer.weight.is_cuda else CPU_GROUPS
-        if groups > most or layer.backend == "compiled":
+    alike: dict[tuple[object, ...], list[list[MaskedParameter]]] = {}
+    for one in weights:
+        weight, mask = one.weight, one.learnable
+        groups, most = mask.logits.shape[1], CUDA_GROUPS if weight.is_cuda else CPU_GROUPS
+        if groups > most or mask.backend == "compiled":
             continue
-        weight = layer.weight
         kind = (
-            layer.pattern,
-            type(layer.gate),
-            layer.hard,
-            layer.backend,
+            mask.pattern,
+            type(mask.gate),
+            mask.hard,
+            mask.backend,
             weight.dtype,
-            layer.logits.dtype,
+            mask.logits.dtype,
             weight.device,
         )
         calls = alike.setdefault(kind, [])
-        fitting = (call for call in calls if sum(other.logits.shape[1] for other in call) + groups <= most)
+        fitting = (call for call in calls if sum(other.learnable.logits.shape[1] for other in call) + groups <= most)
         call = next(fitting, None)
         if call is None:
-            calls.append([layer])
+            calls.append([one])
         else:
-            call.append(layer)
+            call.append(one)
     return [JoinedDraw(call) for calls in alike.values() for call in calls if len(call) > 1]

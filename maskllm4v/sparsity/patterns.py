@@ -180,7 +180,7 @@ class NMPattern:
     def _index_dtype(self) -> torch.dtype:
         return torch.uint8 if self.bits <= 8 else torch.int16
 
-    def from_index(self, index: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
+    def from_index(self, index: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
         """Boolean mask ``[out, in]`` from candidate indices ``[groups]``."""
         return self.candidates(index.device)[index.long()].reshape(shape)
 
@@ -196,19 +196,18 @@ class NMPattern:
         stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).reshape(-1, 8)
         return (stream << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
-    def unpack(self, packed: Tensor, shape: tuple[int, int] | torch.Size, layer: str = "weight") -> Tensor:
-        """The boolean mask ``[out, in]`` that :meth:`pack` was given.
+    def unpack(self, packed: Tensor, shape: tuple[int, ...] | torch.Size, layer: str = "weight") -> Tensor:
+        """The boolean mask ``[..., out, in]`` that :meth:`pack` was given.
 
         Raises:
             PatternError: too few or too many bytes for the shape, or an index that names no candidate.
         """
-        out_features, in_features = shape
-        self.check_fits(in_features, layer)
-        groups = out_features * in_features // self.m
+        self.check_fits(shape[-1], layer)
+        groups = math.prod(shape) // self.m
         expected = -(-groups * self.bits // 8)
         if packed.dtype is not torch.uint8 or packed.shape != (expected,):
             raise PatternError(
-                f"layer {layer!r}: a packed {self} mask of shape {out_features}x{in_features} takes {expected} bytes, "
+                f"layer {layer!r}: a packed {self} mask of shape {'x'.join(map(str, shape))} takes {expected} bytes, "
                 f"found {tuple(packed.shape)} of {packed.dtype}"
             )
         stream = (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).reshape(-1)
@@ -216,7 +215,7 @@ class NMPattern:
         index = (bits << torch.arange(self.bits, dtype=torch.uint8)).sum(1, dtype=self._index_dtype)
         if groups and int(index.max()) >= self.num_candidates:
             raise PatternError(f"layer {layer!r}: packed mask names candidate {int(index.max())}, {self} has fewer")
-        return self.from_index(index, (out_features, in_features))
+        return self.from_index(index, shape)
 
 
 def _parse(pattern: object, m: object) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.sparsity.surgery import masked_layers
+from maskllm4v.sparsity.parameters import masked_parameters
 from maskllm4v.utils.errors import ConfigError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -102,7 +102,7 @@ def find_channels(model: nn.Module, readers: Iterable[str]) -> dict[str, Channel
     Raises:
         ConfigError: the model has masks already, which would have to move along.
     """
-    if masked := masked_layers(model):
+    if masked := masked_parameters(model):
         raise ConfigError(f"layer {next(iter(masked))!r} has a mask already; channels are permuted before pruning")
     wanted, owners = set(readers), _owners(model)
     found: dict[str, Channels] = {}

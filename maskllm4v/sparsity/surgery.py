@@ -1,68 +1,24 @@
-"""Finding, replacing and folding the linear layers of any model."""
+"""Putting masks on the parameters of any model, changing them, and folding them away."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.sparsity.masks import LearnableMaskedLinear, MaskedLinear, NoiseKey
+from maskllm4v.sparsity.forwards import watch_forwards_
+from maskllm4v.sparsity.layers import LearnableMaskedLinear, MaskedLinear, attach_, detach_
+from maskllm4v.sparsity.masks import FixedMask, LearnableMask, Mask, NoiseKey
+from maskllm4v.sparsity.parameters import Matrix, find_matrix, learnable_masks, masked_parameters
 from maskllm4v.sparsity.patterns import NMPattern
+from maskllm4v.sparsity.rollback import all_or_nothing
+from maskllm4v.sparsity.survey import Exclude, OnMisfit, survey
 from maskllm4v.utils.errors import ConfigError, PatternError
 
-Exclude = Iterable[nn.Module | str]
-OnMisfit = Literal["error", "skip"]
-Masked = MaskedLinear | LearnableMaskedLinear
 Model = TypeVar("Model", bound=nn.Module)
-
-
-def prunable_linears(
-    model: nn.Module,
-    pattern: NMPattern | None = None,
-    *,
-    exclude: Exclude = (),
-    on_misfit: OnMisfit = "error",
-) -> dict[str, nn.Linear]:
-    """The linear layers that may be masked, by module name, in the model's order.
-
-    Args:
-        model: any module.
-        pattern: if given, layers whose input width it does not divide are an error or are skipped.
-        exclude: modules, or name patterns as in shells (``"head"``, ``"blocks.0.*"``); all below an
-            excluded module is excluded too.
-        on_misfit: ``"error"`` or ``"skip"``.
-
-    Raises:
-        PatternError: a layer does not fit and ``on_misfit`` is ``"error"``.
-        ConfigError: an exclusion matches nothing.
-    """
-    if on_misfit not in ("error", "skip"):
-        raise ConfigError(f"on_misfit is {on_misfit!r}; allowed: 'error', 'skip'")
-    excluded = _excluded(model, exclude)
-    found: dict[str, nn.Linear] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or module in excluded:
-            continue
-        if not name:
-            raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
-        if type(module) not in (nn.Linear, MaskedLinear, LearnableMaskedLinear):
-            # E.g. the output projection of nn.MultiheadAttention, whose forward is never called: a mask
-            # put there would be ignored without a word.
-            warnings.warn(
-                f"layer {name!r} is a {type(module).__name__}, not a plain nn.Linear; left dense", stacklevel=2
-            )
-            continue
-        if pattern is not None and not pattern.fits(module.in_features):
-            if on_misfit == "skip":
-                continue
-            pattern.check_fits(module.in_features, name)
-        found[name] = module
-    return found
 
 
 def replace_linear_with_(
@@ -75,10 +31,10 @@ def replace_linear_with_(
     on_misfit: OnMisfit = "error",
     **kwargs: Any,
 ) -> Model:
-    """Replace every linear layer of a model, in place, at any depth.
+    """Put a mask on every matrix of a model, in place, at any depth.
 
-    Parameters are shared with the layers replaced, not copied. Further keyword arguments reach every
-    new layer::
+    Modules and parameters stay the objects that they are; linear layers become instances of ``layer_class``. Further
+    keyword arguments reach every new mask::
 
         maskllm4v.replace_linear_with_(model, maskllm4v.LearnableMaskedLinear, exclude=[model.head],
                                        N=2, M=4, hard=False)
@@ -88,23 +44,49 @@ def replace_linear_with_(
         layer_class: what layers become.
         exclude: modules or name patterns that stay as they are.
         N, M: the pattern.
-        on_misfit: ``"error"`` or ``"skip"`` for layers that the pattern does not fit.
+        on_misfit: ``"error"`` or ``"skip"`` for matrices that the pattern does not fit.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: ``exclude`` matches no layer, or the model is a single linear layer.
-        PatternError: M does not divide a layer's inputs.
+        ConfigError: ``exclude`` matches no layer, the model is a single linear layer, or a weight is no parameter.
+        PatternError: M does not divide a matrix's inputs.
+
+    Warns:
+        Less than half of the weights that multiply activations, and are not excluded, gets masks.
     """
+    pattern, learnable = NMPattern(N, M), issubclass(layer_class, LearnableMaskedLinear)
+    found = survey(model, pattern, exclude=exclude, on_misfit=on_misfit)
+    kind: Callable[..., Mask] = LearnableMask if learnable else FixedMask
 
-    def new(name: str, linear: nn.Linear) -> nn.Linear:
-        names = {"name": name} if issubclass(layer_class, LearnableMaskedLinear) else {}
-        return layer_class.from_linear(linear, N=N, M=M, **names, **kwargs)
+    def new(matrix: Matrix) -> Mask:
+        if learnable:
+            for parameter in matrix.module._parameters.values():
+                if parameter is not None:
+                    parameter.requires_grad_(False)
+        return kind(matrix.weight, pattern, matrix.name, matrix.layout, **kwargs)
 
-    linears = prunable_linears(model, NMPattern(N, M), exclude=exclude, on_misfit=on_misfit)
-    replace_(model, linears, new)
+    put_masks_(model, found.prunable.values(), new)
+    found.coverage.check()
     return model
+
+
+def put_masks_(model: nn.Module, matrices: Iterable[Matrix], new: Callable[[Matrix], Mask]) -> None:
+    """Put ``new(matrix)`` on each matrix, in all places where it stands; all of them or, after an error, none."""
+    with all_or_nothing(model):
+        for matrix in matrices:
+            mask = new(matrix)
+            for module, attribute in matrix.places:
+                attach_(module, attribute, mask)
+        settle_(model)
+
+
+def settle_(model: nn.Module) -> None:
+    """Give masks that were attached the modes of their modules, and tell them of the model's forwards."""
+    for parameter in masked_parameters(model).values():
+        parameter.mask.train(parameter.module.training)
+    watch_forwards_(model)
 
 
 def replace_(model: nn.Module, names: Iterable[str], new: Callable[[str, nn.Linear], nn.Module]) -> None:
@@ -118,80 +100,57 @@ def replace_(model: nn.Module, names: Iterable[str], new: Callable[[str, nn.Line
             setattr(model.get_submodule(parent), leaf, replacements[id(module)])
 
 
-def masked_layers(model: nn.Module) -> dict[str, Masked]:
-    """All masked layers by module name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, MaskedLinear | LearnableMaskedLinear)}
-
-
-def get_linear(model: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of that name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    found = dict(model.named_modules(remove_duplicate=False)).get(name)
-    if not isinstance(found, nn.Linear):
-        raise ConfigError(f"the model has no linear layer {name!r}")
-    if found is model:
-        raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
-    return found
-
-
-def learnable_layers(model: nn.Module) -> dict[str, LearnableMaskedLinear]:
-    """All layers whose mask is being learned, by module name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, LearnableMaskedLinear)}
-
-
-def current_masks(model: nn.Module) -> dict[str, Tensor]:
-    """The boolean masks ``[out, in]`` that a model uses at inference, by module name.
-
-    Raises:
-        PatternError: a layer has no mask yet.
-    """
-    return {name: layer.current_mask() for name, layer in masked_layers(model).items()}
-
-
 def apply_masks_(model: Model, masks: Mapping[str, Tensor], pattern: NMPattern | str) -> Model:
-    """Turn the named linear layers into :class:`MaskedLinear` with the masks given, in place.
+    """Put the masks given on the named matrices, in place; linear layers become :class:`MaskedLinear`.
 
     Args:
         model: dense, or masked already.
-        masks: boolean ``[out, in]`` by module name.
+        masks: boolean ``[..., out, in]`` by name: a module's, or a parameter's that is not called ``weight``.
         pattern: that all of them satisfy, such as ``"2:4"``.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: a mask names no linear layer, or has another shape than the layer's weight.
-        PatternError: a mask breaks the pattern.
+        ConfigError: a mask names no matrix.
+        PatternError: a mask breaks the pattern, or has another shape than the weight.
     """
     pattern = NMPattern(pattern)
-    _check_masks(model, masks, pattern)
-
-    def new(name: str, linear: nn.Linear) -> MaskedLinear:
-        layer = MaskedLinear.from_linear(linear, N=pattern.n, M=pattern.m)
-        layer.set_mask(masks[name], name)
-        return layer
-
-    replace_(model, masks, new)
+    matrices = _check_masks(model, masks, pattern)
+    put_masks_(model, matrices.values(), lambda matrix: fixed(matrix, masks[matrix.name], pattern))
     return model
 
 
+def fixed(matrix: Matrix, mask: Tensor, pattern: NMPattern) -> FixedMask:
+    """A matrix's mask that is not learned."""
+    new = FixedMask(matrix.weight, pattern, matrix.name, matrix.layout)
+    new.set_mask(mask, matrix.weight.device)
+    return new
+
+
 def fold_(model: Model) -> Model:
-    """Replace every masked layer by a plain ``nn.Linear`` whose pruned weights are zero, in place.
+    """Write zeros where masks are, and take the masks off, in place.
+
+    Folded parameters are new ones, tied as before; who holds the old ones has dense weights.
 
     Returns:
         The same model.
 
     Raises:
         ConfigError: the model is a single masked layer.
-        PatternError: a layer has no mask yet.
+        PatternError: a mask is missing yet.
     """
-    layers = masked_layers(model)
-    if "" in layers:
+    masked = masked_parameters(model)
+    if "" in masked:
         raise ConfigError("the model is a single masked layer, which cannot be replaced in place; call its fold()")
-    replace_(model, layers, lambda _, layer: layer.fold())  # type: ignore[operator]
+    with all_or_nothing(model):
+        for parameter in masked.values():
+            weight = parameter.weight
+            folded = nn.Parameter(parameter.mask.fold(weight), requires_grad=weight.requires_grad)
+            for module, attribute in parameter.places:
+                detach_(module, attribute)
+                module._parameters[attribute] = folded
+        settle_(model)
     return model
 
 
@@ -208,7 +167,7 @@ def make_learnable(
     hard: bool = False,
     gate: str = "candidates",
 ) -> Model:
-    """Freeze a model and make the masks of its linear layers learnable, in place.
+    """Freeze a model and make the masks of its matrices learnable, in place.
 
     ``init="prior"``: logits l ~ N(0, σ²), shifted towards the prior mask P by
     α·std(l)·(⟨P, S_k⟩ − N²/M) (MaskLLM, arXiv 2409.17481, Eq. 9).
@@ -218,7 +177,7 @@ def make_learnable(
 
     Args:
         model: dense, or pruned by :func:`maskllm4v.prune`; its weights are taken as they are.
-        prior_masks: boolean masks by module name. ``None``: no prior, every layer not excluded.
+        prior_masks: boolean masks ``[..., out, in]`` by name. ``None``: no prior, every matrix not excluded.
         pattern: e.g. ``"2:4"``.
         prior_strength: α; 0 ignores the prior.
         gate_std: σ.
@@ -230,77 +189,67 @@ def make_learnable(
 
     Raises:
         PatternError: a prior mask is of another shape or pattern.
-        ConfigError: a prior mask names no linear layer of the model, or ``init`` or ``gate`` is unknown.
+        ConfigError: a prior mask names no matrix of the model, or ``init`` or ``gate`` is unknown.
     """
     pattern = NMPattern(pattern)
     if init not in ("prior", "magnitude"):
         raise ConfigError(f"init is {init!r}; allowed: 'prior', 'magnitude'")
-    if prior_masks is not None:
-        _check_masks(model, prior_masks, pattern)
-    names = list(prunable_linears(model, pattern, exclude=exclude) if prior_masks is None else prior_masks)
-    model.requires_grad_(False)
+    if prior_masks is None:
+        found = survey(model, pattern, exclude=exclude)
+        matrices = found.prunable
+    else:
+        matrices = _check_masks(model, prior_masks, pattern)
 
-    def new(name: str, linear: nn.Linear) -> LearnableMaskedLinear:
+    def new(matrix: Matrix) -> LearnableMask:
         std = gate_std if init == "prior" else 0.0
-        layer = LearnableMaskedLinear.from_linear(
-            linear, N=pattern.n, M=pattern.m, gate=gate, hard=hard, gate_std=std, name=name, seed=seed
+        mask = LearnableMask(
+            matrix.weight, pattern, matrix.name, matrix.layout, gate=gate, hard=hard, gate_std=std, seed=seed
         )
         with torch.no_grad():
             if init == "magnitude":
-                layer.logits.copy_(layer.gate.magnitude(linear.weight.detach()))
+                mask.logits.copy_(mask.gate.magnitude(matrix.rows.detach()))
             elif prior_masks is not None:
-                mask = prior_masks[name].to(linear.weight.device)
-                layer.logits.add_(
-                    layer.gate.shift(mask).to(layer.logits), alpha=prior_strength * float(layer.logits.std())
+                prior = prior_masks[matrix.name].to(matrix.weight.device)
+                mask.logits.add_(
+                    mask.gate.shift(prior).to(mask.logits), alpha=prior_strength * float(mask.logits.std())
                 )
-        return layer
+        return mask
 
-    replace_(model, names, new)
+    with all_or_nothing(model):
+        model.requires_grad_(False)
+        put_masks_(model, matrices.values(), new)
+    if prior_masks is None:
+        found.coverage.check()
     return model
 
 
 def set_noise_key(model: nn.Module, draw: NoiseKey) -> None:
     """Say which noise all learnable masks of a model use from now on."""
-    for layer in learnable_layers(model).values():
-        layer.draw, layer.auto_advance = draw, False
+    for mask in learnable_masks(model).values():
+        mask.draw, mask.auto_advance = draw, False
 
 
 @contextmanager
 def as_dense(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes with its dense weights: the teacher of a self-distillation."""
-    before = {layer: layer.dense_mode for layer in learnable_layers(model).values()}
-    for layer in before:
-        layer.dense_mode = True
+    before = {parameter.mask: parameter.mask.dense_mode for parameter in masked_parameters(model).values()}
+    for mask in before:
+        mask.dense_mode = True
     try:
         yield
     finally:
-        for layer, dense_mode in before.items():
-            layer.dense_mode = dense_mode
+        for mask, dense_mode in before.items():
+            mask.dense_mode = dense_mode
 
 
-def _excluded(model: nn.Module, exclude: Exclude) -> set[nn.Module]:
-    """The excluded modules and all below them, by whichever of their names they were meant."""
-    if isinstance(exclude, str | nn.Module):
-        raise ConfigError("exclude is a list of modules or name patterns, not a single one")
-    modules = list(model.named_modules(remove_duplicate=False))
-    found: set[nn.Module] = set()
-    for item in exclude:
-        if isinstance(item, str):
-            hits = [module for name, module in modules if name and fnmatchcase(name, item)]
-        else:
-            hits = [module for _, module in modules if module is item]
-        if not hits:
-            raise ConfigError(f"exclude: {item if isinstance(item, str) else type(item).__name__!r} matches no layer")
-        found.update(below for module in hits for below in module.modules())
-    return found
-
-
-def _check_masks(model: nn.Module, masks: Mapping[str, Tensor], pattern: NMPattern) -> None:
-    """All at once, before anything is changed."""
+def _check_masks(model: nn.Module, masks: Mapping[str, Tensor], pattern: NMPattern) -> dict[str, Matrix]:
+    """The matrices that masks belong to. All are checked at once, before anything is changed."""
     if not masks:
         raise ConfigError("no masks given")
+    found: dict[str, Matrix] = {}
     for name, mask in masks.items():
-        shape = get_linear(model, name).weight.shape
-        if mask.shape != shape:
-            raise PatternError(f"layer {name!r}: mask {tuple(mask.shape)} for a weight {tuple(shape)}")
+        matrix = found[name] = find_matrix(model, name)
+        if mask.shape != matrix.rows.shape:
+            raise PatternError(f"layer {name!r}: mask {tuple(mask.shape)} for a weight {tuple(matrix.rows.shape)}")
         pattern.validate(mask, name)
+    return found

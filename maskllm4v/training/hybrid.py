@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints.masks import MaskCheckpoint
-from maskllm4v.sparsity.surgery import get_linear
+from maskllm4v.sparsity.layout import from_rows, to_rows
+from maskllm4v.sparsity.parameters import find_matrix
 from maskllm4v.utils.errors import CheckpointError
 
 
@@ -27,22 +28,28 @@ def start_from_updated_(model: nn.Module, prior: MaskCheckpoint, *, distillation
         CheckpointError: the checkpoint has updated weights of other tensors, not of all its layers, or of another
             model's.
     """
-    names = {f"{name}.weight" for name in prior.masks}
+    matrices = {name: find_matrix(model, name) for name in prior.masks}
+    names = {matrix.key for matrix in matrices.values()}
     if different := sorted(names ^ prior.weights.keys()):
         raise CheckpointError(f"updated weights have to be those of the masked layers; {different[0]!r} is not in both")
     for name, mask in prior.masks.items():
-        if not get_linear(model, name).weight.shape == mask.shape == prior.weights[f"{name}.weight"].shape:
+        rows, updated = matrices[name].rows, prior.weights[matrices[name].key]
+        if rows.shape != mask.shape or updated.shape != matrices[name].weight.shape:
             raise CheckpointError(f"layer {name!r}: the updated weights do not fit the model")
     dense = copy.deepcopy(model) if distillation else None
     if dense is not None:
         dense.eval()
     for name, mask in prior.masks.items():
-        weight, updated = get_linear(model, name).weight, prior.weights[f"{name}.weight"]
-        weight.copy_(torch.where(mask.to(weight.device), updated.to(weight), weight))
+        rows, layout = matrices[name].rows, matrices[name].layout
+        updated = to_rows(prior.weights[matrices[name].key].to(rows), layout)
+        rows.copy_(torch.where(mask.to(rows.device), updated, rows))
     return dense
 
 
 def kept_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of masked layers by name in the state dict, zero where masks ``[out, in]`` are."""
-    weights = {name: get_linear(model, name).weight.detach() for name in masks}
-    return {f"{name}.weight": weight.masked_fill(~masks[name], 0) for name, weight in weights.items()}
+    found = [find_matrix(model, name) for name in masks]
+    return {
+        matrix.key: matrix.weight.detach().masked_fill(from_rows(~masks[matrix.name], matrix.layout, matrix.shape), 0)
+        for matrix in found
+    }

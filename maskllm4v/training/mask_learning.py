@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.config import LearningSettings
-from maskllm4v.sparsity.joined import join_layers
-from maskllm4v.sparsity.masks import LearnableMaskedLinear, NoiseKey
-from maskllm4v.sparsity.surgery import as_dense, current_masks, learnable_layers
+from maskllm4v.sparsity.joined import join_draws
+from maskllm4v.sparsity.masks import LearnableMask, NoiseKey
+from maskllm4v.sparsity.parameters import MaskedParameter, current_masks, masked_parameters
+from maskllm4v.sparsity.surgery import as_dense
+from maskllm4v.sparsity.usage import has_compiled_parts
 from maskllm4v.tasks.base import Task, train_mode
 from maskllm4v.training.averaging import Average
 from maskllm4v.training.cost import Cost
@@ -64,7 +66,7 @@ def learn_masks(
     on_point: Callable[[int], None] | None = None,
     watch: Callable[[list[tuple[float, ...]]], None] | None = None,
 ) -> MaskResult:
-    """Learn the masks of a model whose layers :func:`maskllm4v.make_learnable` has made learnable (arXiv 2409.17481).
+    """Learn the masks of a model whose masks :func:`maskllm4v.make_learnable` has made learnable (arXiv 2409.17481).
 
     Args:
         model: left in evaluation mode, its logits trained (their average if ``settings.ema`` is on).
@@ -84,7 +86,8 @@ def learn_masks(
         Masks ``[out, in]`` by module name, points of the training curve, and what it cost.
 
     Raises:
-        TrainingError: nothing is learnable, or the loss stopped being finite; names row, seed and step.
+        TrainingError: nothing is learnable, the first step does not use a mask or gives its logits no gradient, or
+            the loss stopped being finite.
         CheckpointError: the state to resume from is damaged.
     """
     learner = MaskLearner(model, task, settings, prior=prior, row=row, on_point=on_point, teacher=teacher)
@@ -94,7 +97,7 @@ def learn_masks(
 
 
 class MaskLearner(TrainTarget):
-    """Trains the logits of all learnable layers of a model; see :func:`learn_masks`."""
+    """Trains the logits of all learnable masks of a model; see :func:`learn_masks`."""
 
     def __init__(
         self,
@@ -107,17 +110,18 @@ class MaskLearner(TrainTarget):
         on_point: Callable[[int], None] | None,
         teacher: nn.Module | None = None,
     ) -> None:
-        self.layers = learnable_layers(model)
-        if not self.layers:
+        weights = {name: p for name, p in masked_parameters(model).items() if isinstance(p.mask, LearnableMask)}
+        if not weights:
             raise TrainingError(f"{row}: the model has no learnable mask; call make_learnable first")
         self.row, self.model, self.task, self.settings = row, model, task, settings
-        self.tensors = [layer.logits for layer in self.layers.values()]
+        self.masks = [weight.learnable for weight in weights.values()]
+        self.tensors = [mask.logits for mask in self.masks]
         # Not in compiled graphs, where calls cost little, nor where activations or gradients should go early.
-        alone = settings.compile or settings.grad_checkpointing or world_size() > 1
-        self.joined = [] if alone else join_layers(self.layers.values())
+        alone = settings.compile or settings.grad_checkpointing or world_size() > 1 or has_compiled_parts(model)
+        self.joined = [] if alone else join_draws(weights.values())
         self.optimizer = optimizer_for(self.tensors, settings, model)
         self.average = Average(self.tensors, settings.ema)
-        self.curve = _Curve(self.layers, prior)
+        self.curve = _Curve(weights, prior)
         self.on_point, self.teacher = on_point, teacher
         self.energy = torch.zeros((), device=self.tensors[0].device)
         self.best_score, self.best_tensors = float("-inf"), list[Tensor]()
@@ -126,25 +130,25 @@ class MaskLearner(TrainTarget):
     def train_mode(self) -> None:
         """The task's training mode, but for layers with running statistics: those belong to the frozen dense model."""
         train_mode(self.task, self.model)
-        for layer in self.layers.values():
-            layer.train()
+        for mask in self.masks:
+            mask.train()
         freeze_statistics(self.model)
 
     def begin_step(self, step: int, done: float, lr: float) -> None:
         self.tau, self.scaling = lerp(*self.settings.tau, done), lerp(*self.settings.scaling, done)
-        for layer in self.layers.values():
-            layer.tau, layer.scaling = self.tau, self.scaling
+        for mask in self.masks:
+            mask.tau, mask.scaling = self.tau, self.scaling
         self.energy = torch.zeros_like(self.energy)
 
     def begin_micro_step(self, draw: NoiseKey) -> None:
-        for layer in self.layers.values():
-            layer.draw, layer.auto_advance = draw, False
+        for mask in self.masks:
+            mask.draw, mask.auto_advance = draw, False
 
     def loss(self, model: nn.Module, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
         outputs = task.forward(model, batch)
-        drawn = (*(layer.kept_energy for layer in self.layers.values()), *(joined.energy for joined in self.joined))
+        drawn = (*(mask.kept_energy for mask in self.masks), *(joined.energy for joined in self.joined))
         energies = [energy for energy in drawn if energy is not None]
-        energy = torch.stack(energies).sum()  # Σ(masked weight)² over all layers
+        energy = torch.stack(energies).sum()  # Σ(masked weight)² over all weights
         share = self.settings.distillation
         loss = (1 - share) * task.loss(outputs, batch) if share < 1 else torch.zeros_like(energy)
         if share > 0:
@@ -198,8 +202,8 @@ class MaskLearner(TrainTarget):
             tensor.copy_(value)
         for joined in self.joined:
             joined.part()
-        for layer in self.layers.values():
-            layer.kept_energy = None  # a graph hangs on it, which nobody needs and deepcopy refuses
+        for mask in self.masks:
+            mask.kept_energy = None  # a graph hangs on it, which nobody needs
 
     def state(self) -> dict[str, Any]:
         best = {"score": self.best_score, "tensors": self.best_tensors}
@@ -221,18 +225,18 @@ def freeze_statistics(model: nn.Module) -> None:
 class _Curve:
     """Points of the training curve, kept on the device until they are asked for."""
 
-    def __init__(self, layers: Mapping[str, LearnableMaskedLinear], prior: Mapping[str, Tensor] | None) -> None:
-        self.layers = layers
-        self.last = {name: layer.gate.index(layer.logits.detach()) for name, layer in layers.items()}
+    def __init__(self, weights: Mapping[str, MaskedParameter], prior: Mapping[str, Tensor] | None) -> None:
+        self.masks = {name: weight.learnable for name, weight in weights.items()}
+        self.last = {name: mask.gate.index(mask.logits.detach()) for name, mask in self.masks.items()}
         if prior is None:
             self.prior = dict(self.last)
         else:
             self.prior = {
-                name: layer.pattern.to_index(prior[name], name).to(layer.logits.device)
-                for name, layer in layers.items()
+                name: mask.pattern.to_index(prior[name], name).to(mask.logits.device)
+                for name, mask in self.masks.items()
             }
-        self.groups = sum(layer.logits.shape[1] for layer in layers.values())
-        self.dense_energy = sum(float(layer.weight.detach().square().sum()) for layer in layers.values())
+        self.groups = sum(mask.logits.shape[1] for mask in self.masks.values())
+        self.dense_energy = sum(float(weight.weight.detach().square().sum()) for weight in weights.values())
         self.scalars: list[tuple[float, ...]] = []
         self.measured: list[Tensor] = []
 
@@ -240,10 +244,10 @@ class _Curve:
     def take(self, scalars: tuple[float, ...], loss: Tensor, norm: Tensor, energy: Tensor) -> None:
         """Add a point; ``scalars`` are step, lr, tau and scaling."""
         top, off, flipped = (torch.zeros_like(loss) for _ in range(3))
-        for name, layer in self.layers.items():
-            scaled = layer.logits * layer.scaling
-            top += layer.gate.max_probability(scaled).sum()
-            index = layer.gate.index(scaled)
+        for name, mask in self.masks.items():
+            scaled = mask.logits * mask.scaling
+            top += mask.gate.max_probability(scaled).sum()
+            index = mask.gate.index(scaled)
             off += (index != self.prior[name]).sum()
             flipped += (index != self.last[name]).sum()
             self.last[name] = index

@@ -20,6 +20,7 @@ from maskllm4v.sparsity.masks import NoiseKey
 from maskllm4v.tasks.base import Task
 from maskllm4v.training.cost import Clock, Cost
 from maskllm4v.training.engine import Engine
+from maskllm4v.training.first_step import FirstStep
 from maskllm4v.training.nonfinite import NonFiniteGuard
 from maskllm4v.training.optim import LearningRate
 from maskllm4v.training.resume import Resume, stopping
@@ -107,7 +108,8 @@ def run(
 
     Raises:
         ConfigError: device or model cannot do what ``amp`` or ``grad_checkpointing`` asks for.
-        TrainingError: the loss stopped being finite; names row, seed and step.
+        TrainingError: the first step does not use a mask, or the loss stopped being finite; names row and layers, or
+            row, seed and step.
         CheckpointError: the state is damaged or belongs to other settings.
         SystemExit, KeyboardInterrupt: on SIGTERM or SIGINT, after the state was saved.
     """
@@ -127,6 +129,7 @@ def run(
     clock = Clock(settings.batch_size, device)
     with (
         closing(_batches(task, phases, start, steps, seed=seed, batch_size=settings.batch_size, **divided)) as batches,
+        closing(FirstStep(learner.row, learner.model, device, compiled=settings.compile)) as first,
         engine.wrapped() as model,
         seeded_steps(device, seed) as seed_step,
         stopping() as stop,
@@ -138,13 +141,17 @@ def run(
             learner.begin_step(step, done, lr)
             total = torch.zeros((), device=device)
             for micro in range(settings.accumulate):
+                last = micro == settings.accumulate - 1
                 batch = next(batches)  # before the seed is set: a loader that starts draws from torch's generator
                 seed_step(step, micro, rank())
                 learner.begin_micro_step(NoiseKey(seed, step, micro, rank()))
-                with engine.micro_step(model, last=micro == settings.accumulate - 1):
+                with engine.micro_step(model, last=last):
                     objective, loss = learner.loss(model, task, batch)
+                    if last:
+                        first.after_forward()
                     engine.backward(objective / settings.accumulate)
                 total += loss.detach() / settings.accumulate
+            first.after_backward()
             norm = engine.clip()
             finite.watch(step, total, torch.zeros_like(total) if scaled else norm)  # the scaler skips such a step
             engine.step()

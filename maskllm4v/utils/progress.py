@@ -1,7 +1,8 @@
-"""Progress bars: there for a person at a terminal, silent everywhere else."""
+"""Progress bars and notes: there for a person at a terminal, silent everywhere else."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -10,6 +11,12 @@ from tqdm import tqdm
 from maskllm4v.utils.processes import is_main
 
 T = TypeVar("T")
+
+
+def note(text: str) -> None:
+    """Lines on standard error if that is a terminal, above the bars."""
+    if is_main() and sys.stderr.isatty():
+        tqdm.write(text, file=sys.stderr)
 
 
 def bar(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.sparsity.gumbel import masked_weight
-from maskllm4v.sparsity.masks import LearnableMaskedLinear
+from maskllm4v.sparsity.layers import LearnableMaskedLinear, dense_weight
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.surgery import make_learnable
 from maskllm4v.utils.rng import philox_key
@@ -51,4 +51,4 @@ def group() -> Group:
     model = make_learnable(nn.Sequential(linear), {"0": prior}, pattern=PATTERN)
     layer = model[0]
     assert isinstance(layer, LearnableMaskedLinear)
-    return Group(layer.weight.detach()[CHOSEN], prior[CHOSEN], layer.logits.detach()[:, CHOSEN])
+    return Group(dense_weight(layer).detach()[CHOSEN], prior[CHOSEN], layer.logits.detach()[:, CHOSEN])

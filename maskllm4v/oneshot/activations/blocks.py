@@ -7,6 +7,7 @@ the same for every block, as in ViT or DiT. Such blocks can be run one after the
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from maskllm4v.sparsity.calibration import hooks_run
+from maskllm4v.sparsity.parameters import Matrix
+from maskllm4v.sparsity.products import Product, ProductMode
 from maskllm4v.utils.errors import DataError
 from maskllm4v.utils.text import few
 
@@ -26,7 +29,7 @@ Grouping = Callable[[str], str]
 class Unit:
     """Layers that are pruned together, and the block to run for their inputs (None: the whole model)."""
 
-    layers: dict[str, nn.Linear]
+    layers: dict[str, Matrix]
     block: nn.Module | None
 
 
@@ -47,7 +50,7 @@ def never_reached(layers: Iterable[str]) -> DataError:
 
 def find_sequential_blocks(
     model: nn.Module,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Matrix],
     run: Callable[[], Any],
     others: Iterable[Callable[[], Any]] = (),
 ) -> tuple[list[Unit], list[nn.Module]]:
@@ -76,7 +79,7 @@ def find_sequential_blocks(
     return units, list(chain.values())
 
 
-def _units(layers: Mapping[str, nn.Linear], chain: Mapping[str, nn.Module], group: Grouping) -> list[Unit]:
+def _units(layers: Mapping[str, Matrix], chain: Mapping[str, nn.Module], group: Grouping) -> list[Unit]:
     """Layers of one block that follow one another make a unit; layers outside the chain keep their place.
 
     What lies in a block of the chain belongs to it however deep, such as the experts of a mixture.
@@ -163,11 +166,11 @@ def _equal(first: Contents, second: Contents) -> bool:
 
 
 def _probe(
-    model: nn.Module, layers: Mapping[str, nn.Linear], run: Callable[[], Any], group: Grouping
+    model: nn.Module, layers: Mapping[str, Matrix], run: Callable[[], Any], group: Grouping
 ) -> tuple[Iterable[str], dict[str, nn.Module]]:
     """Run one batch: the layers in order of their first call, and the chain of blocks that holds most of them."""
     groups = {group(name) for name in layers}
-    linears = {id(layer) for layer in layers.values()}
+    linears = {id(module) for layer in layers.values() for module, _ in layer.places}
     chains = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential):
@@ -175,20 +178,18 @@ def _probe(
             # A container of whole stages would be streamed too coarsely: its children must be the layers' blocks.
             if groups & blocks.keys() and not any(id(block) in linears for block in blocks.values()):
                 chains.append(_Chain(blocks))
-    calls: dict[str, int] = {}
+    calls: dict[str, Counter[int]] = {}  # of each block of a matrix
     handles = []
 
-    def count(name: str) -> Callable[..., None]:
-        return lambda *_: calls.__setitem__(name, calls.get(name, 0) + 1)
+    def count(product: Product) -> None:
+        calls.setdefault(product.name, Counter())[product.block] += 1
 
-    for name, layer in layers.items():
-        handles.append(layer.register_forward_pre_hook(count(name)))
     for chain in chains:
         for block in chain.blocks.values():
             handles.append(block.register_forward_pre_hook(chain.enter, with_kwargs=True))
             handles.append(block.register_forward_hook(chain.leave, with_kwargs=True))
     try:
-        with hooks_run():
+        with hooks_run(), ProductMode(layers, before=count):
             run()
     finally:
         for handle in handles:
@@ -198,28 +199,27 @@ def _probe(
         return sum(group(name) in chain.blocks for name in layers)
 
     whole = [c for c in chains if c.unbroken and not c.ahead and 2 * held(c) > len(layers)]
-    if not whole or max(calls.values(), default=0) > 1:  # a layer shared between blocks needs the whole model
+    most = max((max(blocks.values()) for blocks in calls.values()), default=0)
+    if not whole or most > 1:  # a layer shared between blocks needs the whole model
         return calls, {}
     return calls, dict(max(whole, key=held).blocks)
 
 
 def _with_late(
-    order: Iterable[str], layers: Mapping[str, nn.Linear], others: Iterable[Callable[[], Any]]
+    order: Iterable[str], layers: Mapping[str, Matrix], others: Iterable[Callable[[], Any]]
 ) -> Iterable[str]:
     """The same order with the layers that only other batches reach, each behind the one before it in the model."""
     found = list(order)
     ahead = {name for name in layers if name not in found}
     late = [name for name in layers if name in ahead]
-    handles = [layers[name].register_forward_pre_hook(lambda *_, name=name: ahead.discard(name)) for name in late]
-    try:
-        for run in others:
-            if not ahead:
-                break
-            with hooks_run():
-                run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    for run in others:
+        if not ahead:
+            break
+        with (
+            hooks_run(),
+            ProductMode({name: layers[name] for name in late}, before=lambda product: ahead.discard(product.name)),
+        ):
+            run()
     if ahead:
         raise never_reached(name for name in layers if name in ahead)
     before = dict(zip(list(layers)[1:], layers, strict=False))

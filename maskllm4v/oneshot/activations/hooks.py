@@ -1,10 +1,9 @@
-"""Seeing what layers and blocks of a model are called with while it runs, through hooks that go again."""
+"""Seeing what matrices are multiplied by and blocks are called with while a model runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from maskllm4v.oneshot.activations.blocks import Call, never_reached
 from maskllm4v.oneshot.activations.statistics import Statistic
 from maskllm4v.sparsity.calibration import hooks_run
+from maskllm4v.sparsity.parameters import Matrix
+from maskllm4v.sparsity.products import Product, ProductMode
 from maskllm4v.utils.errors import DataError
 from maskllm4v.utils.processes import world_size
 
@@ -42,75 +43,85 @@ def calls_of(
 
 
 def observe(
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Matrix],
     statistic: type[Statistic],
     run: Callable[[Any], Any],
     batches: Iterable[Any],
     *,
     inputs_only: bool = False,
 ) -> dict[str, Any]:
-    """Run something on all batches and sum a statistic over the inputs of some layers; see :class:`InputCapture`.
+    """Run something on all batches and sum a statistic over the inputs of some matrices; see :class:`InputCapture`.
+
+    Returns:
+        The statistic by name; a list of them of a matrix with several blocks.
 
     Raises:
         DataError: no batch, or a layer is never reached.
     """
-    found = {name: statistic(layer.in_features, layer.weight.device) for name, layer in layers.items()}
-    with InputCapture(layers, lambda name, rows: found[name].update(rows), inputs_only=inputs_only) as watch:
+    found = {name: new_statistics(matrix, statistic) for name, matrix in layers.items()}
+    with InputCapture(layers, lambda name, block, rows: found[name][block].update(rows), inputs_only=inputs_only) as w:
         for batch in batches:
-            watch.run(run, batch)
+            w.run(run, batch)
+    return {name: combined(statistics) for name, statistics in found.items()}
+
+
+def new_statistics(matrix: Matrix, statistic: type[Any]) -> list[Any]:
+    """One for each block of a matrix."""
+    return [statistic(matrix.in_features, matrix.weight.device) for _ in range(matrix.blocks)]
+
+
+def combined(statistics: list[Any]) -> Any:
+    """A matrix's statistic over all processes; a list of them, if it has several blocks."""
     if world_size() > 1:
-        for one in found.values():
+        for one in statistics:
             one.combine()
-    return found
+    return statistics if len(statistics) > 1 else statistics[0]
 
 
 class InputCapture:
-    """Sees the inputs of some layers while something runs, batch after batch.
+    """Sees the inputs of some matrices while something runs, batch after batch.
 
-    With ``inputs_only``, which needs layers that are called once a batch, a run ends as soon as it has reached
+    With ``inputs_only``, which needs matrices that are used once a batch, a run ends as soon as it has reached
     them all: in a ViT's block, a third of the work lies behind the input of its last layer.
 
     Args:
         layers: by name.
-        take: given a layer's name and float32 rows ``[tokens, in]`` each time it is called, outside autocast.
+        take: given a matrix's name, a block of it, and float32 rows ``[tokens, in]`` each time that it is multiplied,
+            outside autocast.
         inputs_only: see above.
 
     Raises:
-        DataError: at the end of the context, if there was no batch or a layer was never reached.
+        DataError: at the end of the context, if there was no batch or a matrix was never reached.
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Linear], take: Callable[[str, Tensor], None], *, inputs_only: bool = False
+        self, layers: Mapping[str, Matrix], take: Callable[[str, int, Tensor], None], *, inputs_only: bool = False
     ) -> None:
         self._layers, self._take, self._inputs_only = layers, take, inputs_only
-        self._ahead: set[str] = set()  # layers that this batch has not reached
+        self._all = {(name, block) for name, matrix in layers.items() for block in range(matrix.blocks)}
+        self._ahead: set[tuple[str, int]] = set()  # what this batch has not reached
         self._never = dict.fromkeys(layers)
         self._empty = True
-        self._handles: list[Any] = []
 
     def run(self, run: Callable[[Any], Any], batch: Any) -> None:
         self._empty = False
-        self._ahead.update(self._layers)
-        with hooks_run(), suppress(_ReachedError):
+        self._ahead.update(self._all)
+        with hooks_run(), suppress(_ReachedError), ProductMode(self._layers, before=self._see):
             run(batch)
 
-    def _see(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        with torch.autocast(args[0].device.type, enabled=False):
-            self._take(name, args[0].detach().float().reshape(-1, args[0].shape[-1]))
-        self._ahead.discard(name)
+    def _see(self, product: Product) -> None:
+        inputs, name = product.inputs, product.name
+        with torch.autocast(inputs.device.type, enabled=False):
+            self._take(name, product.block, inputs.detach().float().reshape(-1, inputs.shape[-1]))
+        self._ahead.discard((name, product.block))
         self._never.pop(name, None)
         if self._inputs_only and not self._ahead:
             raise _ReachedError
 
     def __enter__(self) -> InputCapture:
-        self._handles = [
-            layer.register_forward_pre_hook(partial(self._see, name)) for name, layer in self._layers.items()
-        ]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
         if kind is not None:
             return
         if self._empty:

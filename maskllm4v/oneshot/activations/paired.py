@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.oneshot.activations.blocks import Call, find_sequential_blocks, step
-from maskllm4v.oneshot.activations.hooks import InputCapture, calls_of, evaluating, observe
+from maskllm4v.oneshot.activations.hooks import InputCapture, calls_of, combined, evaluating, new_statistics, observe
 from maskllm4v.oneshot.activations.statistics import CrossCovariance, Hessian, checked
 from maskllm4v.sparsity.calibration import Calibration, names_by_part
-from maskllm4v.sparsity.surgery import get_linear
+from maskllm4v.sparsity.parameters import Matrix, find_matrix
 from maskllm4v.utils.errors import DataError
-from maskllm4v.utils.processes import world_size
 
 
 @torch.no_grad()
 def layer_statistics(
-    model: nn.Module, layers: Mapping[str, nn.Linear], parts: Sequence[Calibration], *, dense: nn.Module | None = None
+    model: nn.Module, layers: Mapping[str, Matrix], parts: Sequence[Calibration], *, dense: nn.Module | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yield a layer's :class:`Hessian` after the other, in the order of execution; of independent parts all at once.
 
@@ -51,7 +50,7 @@ def layer_statistics(
 
 
 def _at_once(
-    model: nn.Module, layers: Mapping[str, nn.Linear], part: Calibration, dense: nn.Module | None
+    model: nn.Module, layers: Mapping[str, Matrix], part: Calibration, dense: nn.Module | None
 ) -> Iterator[dict[str, Any]]:
     run = partial(part.forward, model)
     if dense is None:
@@ -62,7 +61,7 @@ def _at_once(
 
 
 def _stream(
-    model: nn.Module, layers: Mapping[str, nn.Linear], part: Calibration, dense: nn.Module | None
+    model: nn.Module, layers: Mapping[str, Matrix], part: Calibration, dense: nn.Module | None
 ) -> Iterator[dict[str, Any]]:
     batches = list(part.batches)
     if not batches:
@@ -110,25 +109,25 @@ class _Network:
         return partial(step, ahead), self._calls
 
 
-def _twins(layers: Mapping[str, nn.Linear], dense: nn.Module) -> dict[str, nn.Linear]:
-    return {name: get_linear(dense, name) for name in layers}
+def _twins(layers: Mapping[str, Matrix], dense: nn.Module) -> dict[str, Matrix]:
+    return {name: find_matrix(dense, name) for name in layers}
 
 
 def _observe_both(
-    layers: Mapping[str, nn.Linear],
-    twins: Mapping[str, nn.Linear],
+    layers: Mapping[str, Matrix],
+    twins: Mapping[str, Matrix],
     runs: tuple[Callable[[Any], Any], Callable[[Any], Any]],
     calls: Iterable[tuple[Any, Any]],
     *,
     inputs_only: bool = False,
-) -> dict[str, CrossCovariance]:
+) -> dict[str, Any]:
     """Like :func:`~maskllm4v.oneshot.activations.hooks.observe`, of two networks at once; holds one batch's inputs."""
-    found = {name: CrossCovariance(layer.in_features, layer.weight.device) for name, layer in layers.items()}
-    rows: dict[str, list[Tensor]] = {name: [] for name in layers}
-    of_twin: dict[str, list[Tensor]] = {name: [] for name in layers}
+    found = {name: new_statistics(matrix, CrossCovariance) for name, matrix in layers.items()}
+    rows: dict[tuple[str, int], list[Tensor]] = {(n, block): [] for n, of in found.items() for block in range(len(of))}
+    of_twin: dict[tuple[str, int], list[Tensor]] = {key: [] for key in rows}
 
-    def hold(into: dict[str, list[Tensor]], name: str, seen: Tensor) -> None:
-        into[name].append(seen if inputs_only else seen.clone())  # what runs on may change it in place
+    def hold(into: dict[tuple[str, int], list[Tensor]], name: str, block: int, seen: Tensor) -> None:
+        into[name, block].append(seen if inputs_only else seen.clone())  # what runs on may change it in place
 
     with (
         InputCapture(layers, partial(hold, rows), inputs_only=inputs_only) as watch,
@@ -137,16 +136,14 @@ def _observe_both(
         for call, call_of_twin in calls:
             watch.run(runs[0], call)
             watch_twin.run(runs[1], call_of_twin)
-            for name, statistic in found.items():
-                if [len(seen) for seen in rows[name]] != [len(seen) for seen in of_twin[name]]:
+            for (name, block), seen in rows.items():
+                twins_seen = of_twin[name, block]
+                if [len(part) for part in seen] != [len(part) for part in twins_seen]:
                     raise DataError(
                         f"layer {name!r} sees other tokens in the dense network; the target has to be symmetric"
                     )
-                for seen, twin in zip(rows[name], of_twin[name], strict=True):
-                    statistic.update(seen, twin)
-                rows[name].clear()
-                of_twin[name].clear()
-    if world_size() > 1:
-        for statistic in found.values():
-            statistic.combine()
-    return found
+                for part, twin in zip(seen, twins_seen, strict=True):
+                    found[name][block].update(part, twin)
+                seen.clear()
+                twins_seen.clear()
+    return {name: combined(statistics) for name, statistics in found.items()}

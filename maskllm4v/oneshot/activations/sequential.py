@@ -18,6 +18,7 @@ from maskllm4v.oneshot.activations.blocks import Call, find_sequential_blocks, s
 from maskllm4v.oneshot.activations.hooks import calls_of, evaluating, observe
 from maskllm4v.oneshot.activations.statistics import Statistic, checked
 from maskllm4v.sparsity.calibration import Calibration, Forward, default_forward, names_by_part
+from maskllm4v.sparsity.parameters import Matrix
 from maskllm4v.utils.errors import DataError
 
 Propagate = Literal["dense", "pruned"]
@@ -26,7 +27,7 @@ Propagate = Literal["dense", "pruned"]
 @torch.no_grad()
 def part_statistics(
     model: nn.Module,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Matrix],
     parts: Sequence[Calibration],
     statistic: type[Statistic],
     *,
@@ -60,7 +61,7 @@ def part_statistics(
 @torch.no_grad()
 def stream_statistics(
     model: nn.Module,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Matrix],
     batches: Iterable[Any],
     statistic: type[Statistic],
     *,

@@ -44,17 +44,20 @@ class Sums(Protocol):
 def checked(statistics: dict[str, Any]) -> dict[str, Any]:
     """The statistics of some layers, as they are, if something was summed up and all sums are finite.
 
+    Of a layer with several blocks, whose statistics are a list, some may have seen nothing: experts without a token.
+
     Raises:
         DataError: otherwise; names all layers that saw nothing, or the first one whose sums are not finite.
     """
-    sums = {name: statistic for name, statistic in statistics.items() if isinstance(statistic, Sums)}
-    if idle := [name for name, statistic in sums.items() if not statistic.rows]:
+    blocks = {name: one if isinstance(one, list) else [one] for name, one in statistics.items()}
+    sums = {name: found for name, parts in blocks.items() if (found := [p for p in parts if isinstance(p, Sums)])}
+    if idle := [name for name, parts in sums.items() if not any(part.rows for part in parts)]:
         raise DataError(
             f"calibration: {few(idle, 'layer')} saw no input: batches are empty, or no token comes there; "
             "show more batches or leave such layers dense with `exclude`"
         )
-    for name, statistic in sums.items():
-        if not statistic.is_finite():
+    for name, parts in sums.items():
+        if not all(part.is_finite() for part in parts):
             raise DataError(
                 f"layer {name!r}: calibration gave inputs that are not finite, or too large for sums in float32"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -21,9 +21,12 @@ from maskllm4v.oneshot.activations.statistics import Hessian
 from maskllm4v.oneshot.weight_update.least_squares import update_least_squares
 from maskllm4v.oneshot.weight_update.sparsegpt import update_sparsegpt
 from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
-from maskllm4v.sparsity.masks import MaskedLinear, unmasked
+from maskllm4v.sparsity.layers import attach_, detach_
+from maskllm4v.sparsity.layout import from_rows
+from maskllm4v.sparsity.parameters import MaskedParameter, Matrix, find_matrix, masked_parameters
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.surgery import Masked, Model, get_linear, masked_layers, replace_
+from maskllm4v.sparsity.rollback import all_or_nothing
+from maskllm4v.sparsity.surgery import Model, fixed, settle_
 from maskllm4v.utils.errors import ConfigError, DataError
 from maskllm4v.utils.progress import bar
 
@@ -73,13 +76,13 @@ def update_weights_(
     damping: float | None = None,
     forward: Forward | None = None,
 ) -> Model:
-    """Update the weights of a model's masked layers, in place; its masks stay.
+    """Update the weights of a model's masked matrices, in place; its masks stay.
 
     By least squares, or SparseGPT's way (arXiv 2301.00774); formulas stand beside the code of each.
 
     Args:
-        model: with :class:`MaskedLinear` layers, or learnable ones, which become :class:`MaskedLinear` under their
-            present masks. New weights are new parameters: a model that shared the old ones is left alone.
+        model: with masks; those that are learned become fixed, as they are at present. New weights are new parameters:
+            a model that shared the old ones is left alone.
         method: one of :data:`METHODS`.
         calibration: an input tensor, batches, or :class:`~maskllm4v.sparsity.calibration.Calibration` parts.
         dense: the dense model that the masks belong to, which stays as it is. By default the model itself with its
@@ -104,61 +107,73 @@ def update_weights_(
         raise ConfigError(f"damping is {damping}; allowed: 0 or more")
     if target not in (None, *chosen.targets):
         raise ConfigError(f"target is {target!r}; allowed for {method!r}: {', '.join(map(repr, chosen.targets))}")
-    masked = masked_layers(model)
+    masked = masked_parameters(model)
     if not masked:
         raise ConfigError("nothing to update: the model has no masked layer")
+    if "" in masked:
+        raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
     check_materialised(masked)
-    if dense is not None and (dense is model or masked_layers(dense)):
+    if dense is not None and (dense is model or masked_parameters(dense)):
         raise ConfigError("dense has masks; it is the model before it was pruned, or none: the model without its masks")
     parts = as_parts(calibration, forward)
-    plain = {name: _plain(name, layer, dense) for name, layer in masked.items()}
-    replace_(model, masked, lambda name, _: plain[name])
-    done: dict[str, MaskedLinear] = {}
-    try:
+    sources = masked if dense is None else {name: _twin(parameter, dense) for name, parameter in masked.items()}
+    trained = {name: parameter.weight.requires_grad for name, parameter in masked.items()}
+    with all_or_nothing(model):
+        for name, parameter in masked.items():
+            weight = sources[name].weight
+            for module, attribute in parameter.places:
+                detach_(module, attribute)
+                module._parameters[attribute] = weight
         asymmetric = (target or chosen.targets[0]) == "asymmetric"
         twin = (dense if dense is not None else copy.deepcopy(model)) if asymmetric else None
-        for unit in bar(_statistics(model, plain, parts, chosen, twin), method):
+        for unit in bar(_statistics(model, masked, parts, chosen, twin), method):
             for name, statistic in unit.items():
-                layer, mask = masked[name], masked[name].current_mask()
-                weight = chosen.update_layer(
-                    plain[name].weight.detach(),
-                    mask,
-                    statistic,
-                    layer.pattern,
-                    damping=chosen.damping if damping is None else damping,
-                    layer=name,
-                )
-                if not torch.isfinite(weight).all():
+                parameter, mask = masked[name], masked[name].mask.current_mask()
+                share = chosen.damping if damping is None else damping
+
+                def update(rows: Tensor, of_rows: Tensor, seen: Any, layer: str = name, share: float = share) -> Tensor:
+                    pattern = masked[layer].mask.pattern
+                    return chosen.update_layer(rows, of_rows, seen, pattern, damping=share, layer=layer)
+
+                rows = _by_blocks(parameter, mask, statistic, update)
+                if not torch.isfinite(rows).all():
                     raise DataError(f"layer {name!r}: updated weights are not finite")
-                done[name] = _updated(layer, weight, mask, name)
-                replace_(model, [name], lambda name, _: done[name])
-    except BaseException:
-        replace_(model, masked, lambda name, _: masked[name])
-        raise
+                values = from_rows(rows, parameter.layout, parameter.weight.shape).contiguous()
+                new = nn.Parameter(values, requires_grad=trained[name])
+                for module, attribute in parameter.places:
+                    module._parameters[attribute] = new
+                under = fixed(parameter, mask, parameter.mask.pattern)
+                for module, attribute in parameter.places:
+                    attach_(module, attribute, under)
+        settle_(model)
     return model
 
 
+def _by_blocks(matrix: Matrix, mask: Tensor, statistic: Any, update_layer: Callable[..., Tensor]) -> Tensor:
+    """Update a matrix, or its blocks one after the other, each with the statistic of its own inputs."""
+    rows = matrix.rows.detach()
+    if matrix.blocks == 1:
+        return update_layer(rows, mask, statistic)
+    parts = zip(
+        rows.flatten(0, -2).chunk(matrix.blocks), mask.flatten(0, -2).chunk(matrix.blocks), statistic, strict=True
+    )
+    # What an expert without tokens computes in the calibration is nothing: nothing can be said of its weights.
+    done = [update_layer(w, m, one) if one.rows else w.masked_fill(~m, 0) for w, m, one in parts]
+    return torch.cat(done).view(rows.shape)
+
+
 def _statistics(
-    model: nn.Module, layers: dict[str, nn.Linear], parts: Any, method: UpdateMethod, dense: nn.Module | None
+    model: nn.Module, layers: Mapping[str, Matrix], parts: Any, method: UpdateMethod, dense: nn.Module | None
 ) -> Iterator[dict[str, Any]]:
     if method.layerwise:
         return layer_statistics(model, layers, parts, dense=dense)
     return part_statistics(model, layers, parts, Hessian, propagate="pruned")
 
 
-def _plain(name: str, layer: nn.Linear, dense: nn.Module | None) -> nn.Linear:
-    """A layer without its mask, and with the weight of the dense model if there is one."""
-    plain = unmasked(layer)
-    if dense is not None:
-        weight = get_linear(dense, name).weight
-        if weight.shape != layer.weight.shape:
-            raise ConfigError(f"layer {name!r}: {tuple(layer.weight.shape)}, but {tuple(weight.shape)} in dense")
-        plain.weight = weight
-    return plain
-
-
-def _updated(layer: Masked, weight: Tensor, mask: Tensor, name: str) -> MaskedLinear:
-    updated = MaskedLinear.from_linear(layer, N=layer.pattern.n, M=layer.pattern.m)
-    updated.weight = nn.Parameter(weight.contiguous(), requires_grad=layer.weight.requires_grad)
-    updated.set_mask(mask, name)
-    return updated
+def _twin(parameter: MaskedParameter, dense: nn.Module) -> Matrix:
+    """The same matrix in the dense model."""
+    twin = find_matrix(dense, parameter.name)
+    shape, wanted = tuple(twin.weight.shape), tuple(parameter.weight.shape)
+    if shape != wanted:
+        raise ConfigError(f"layer {parameter.name!r}: {wanted}, but {shape} in dense")
+    return twin
