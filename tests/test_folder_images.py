@@ -274,7 +274,7 @@ def test_odd_picture_is_named_while_hashing(source: Path, spoil: Callable[[Path]
     spoil(path)
     with pytest.raises(DataError) as caught:
         prepare(folder_settings(source, hash_files=True), source.parent / "m")
-    assert str(caught.value).startswith(f"{path} is no image that can be read: ")
+    assert str(caught.value).startswith(f"{path} cannot be read as an image: ")
     assert "\n" not in str(caught.value)
 
 

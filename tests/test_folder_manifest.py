@@ -119,7 +119,7 @@ def test_only_hashing_finds_files_that_are_no_images(content: bytes, source: Pat
     for name in ("cat/3.png", "dog/0.png"):
         (source / "train" / name).write_bytes(content)
     assert len(prepare(folder_settings(source), tmp_path / "m").splits["train"]) == 11
-    with pytest.raises(DataError, match=r"cat/3\.png is no image that can be read: .*dog/0\.png is no image"):
+    with pytest.raises(DataError, match=r"cat/3\.png cannot be read as an image: .*dog/0\.png cannot be read"):
         prepare(folder_settings(source, hash_files=True), tmp_path / "hashed")
 
 

@@ -1,4 +1,4 @@
-"""Update the weights that masks keep, to make up for the pruned ones. Writes both, and the dense weights beside them.
+"""Update the kept weights to compensate for the pruned ones. Writes both, and the dense weights beside them.
 
 The masks stay, and no weight is trained: a few images are all that it takes.
 """

@@ -238,7 +238,7 @@ AS_SPARSEGPT: dict[str, Any] = {"target": "symmetric", "damping": 0.01}  # defau
 
 
 class UpdateSettings(Settings):
-    """How the weights that masks keep make up for the pruned ones; nothing is trained."""
+    """How the kept weights are updated to compensate for the pruned ones; nothing is trained."""
 
     update: Literal["none", "least_squares", "sparsegpt"]  # none: dense weights, whatever the other row's are
     # What each layer's outputs are fitted to: the dense network's, or those of the dense weights on the layer's inputs
@@ -268,7 +268,7 @@ class UpdateSettings(Settings):
 
 
 class UpdatedSettings(UpdateSettings):
-    """One row whose masks are another row's, and whose kept weights make up for the pruned ones."""
+    """One row with the masks of another row, whose kept weights are updated to compensate for the pruned ones."""
 
     masks: Slug  # the one-shot or learned row
 

@@ -140,7 +140,7 @@ def _verify(path: Path) -> None:
         with Image.open(path) as image:
             image.verify()
     except Exception as error:  # decoders raise whatever they like
-        raise OSError(f"is no image that can be read: {one_line(error)}") from error
+        raise OSError(f"cannot be read as an image: {one_line(error)}") from error
 
 
 def _few(items: list[str]) -> str:

@@ -35,7 +35,7 @@ from maskllm4v.utils.rng import generator
 from maskllm4v.utils.sharding import WHOLE, BatchShard
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MODULATION = ("transformer_blocks.*.norm1.linear",)  # see one row a sample
+MODULATION = ("transformer_blocks.*.norm1.linear",)  # get one row per sample
 
 
 class Denoiser(nn.Module):
