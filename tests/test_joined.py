@@ -20,7 +20,7 @@ from maskllm4v.sparsity.gumbel import masked_weight
 from maskllm4v.sparsity.gumbel.sampling import Sampling
 from maskllm4v.sparsity.joined import JoinedDraw, join_draws
 from maskllm4v.sparsity.layers import LearnableMaskedLinear, dense_weight
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.sparsity.parameters import learnable_masks, masked_parameters
 from maskllm4v.sparsity.surgery import make_learnable, set_noise_key
 from maskllm4v.training.mask_learning import learn_masks

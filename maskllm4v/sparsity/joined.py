@@ -18,7 +18,7 @@ from torch import Tensor
 
 from maskllm4v.sparsity.gumbel import masked_weight
 from maskllm4v.sparsity.layout import to_rows
-from maskllm4v.sparsity.masks import LearnableMask
+from maskllm4v.sparsity.learnable import LearnableMask
 from maskllm4v.sparsity.parameters import MaskedParameter
 from maskllm4v.sparsity.reading import recomputed
 
