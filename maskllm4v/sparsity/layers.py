@@ -26,7 +26,7 @@ from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import ConfigError
 
 
-def _is_cut_up(tensor: object) -> bool:
+def is_cut_up(tensor: object) -> bool:
     """Whether it is a ``DTensor``, without importing that."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
@@ -42,7 +42,7 @@ def _masked_property(attribute: str) -> property:
         if attribute not in self._parameters:  # not made yet, or deleted
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
         weight = self._parameters[attribute]
-        if weight is None or (type(weight) is not nn.Parameter and _is_cut_up(weight)):
+        if weight is None or (type(weight) is not nn.Parameter and is_cut_up(weight)):
             return weight
         mask: Any = self._modules[mask_name(attribute)]
         read: Tensor = mask.read(weight)
@@ -65,7 +65,7 @@ class Masked(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name not in self.masked_attributes:
             super().register_parameter(name, param)
-        elif _is_cut_up(param):
+        elif is_cut_up(param):
             raise ConfigError(
                 f"a masked {self.dense_class.__name__} cannot be cut up by tensor parallelism, which would ignore the "
                 "mask; fold the model first"

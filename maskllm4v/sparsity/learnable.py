@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -179,9 +178,11 @@ class LearnableMask(Mask):
         self.kept_energy = energy if self.joined is None else None
         return masked
 
+    def sources(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return weight, self.logits
+
     def state(self) -> tuple[object, ...]:
-        logits = self.logits
-        return id(logits), logits.data_ptr(), logits._version, self.hard, self.backend, id(self.joined)
+        return self.hard, self.backend
 
     def read(self, weight: Tensor) -> Tensor:
         if self.training and self.auto_advance and not self.dense_mode and in_backward():
@@ -199,10 +200,6 @@ class LearnableMask(Mask):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.forget()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnableMask:
-        self.forget()
-        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "kept_energy": None, "joined": None}

@@ -42,7 +42,6 @@ class Mask(nn.Module):
         pattern.check_fits(self.shape[-1], name or "weight")
         self.pattern, self.name, self.layout = pattern, name, layout
         self.dense_mode = False
-        self.sharing = False  # inside a forward of the model, see forwards
         self._last = LastRead()
         self.on_read: Callable[[Mask, Tensor], None] | None = None
 
@@ -54,8 +53,12 @@ class Mask(nn.Module):
     def masked(self, weight: Tensor) -> Tensor:
         """The parameter under the mask, in the parameter's own layout; in training mode drawn, if it is learned."""
 
+    @abstractmethod
+    def sources(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The tensors that :meth:`masked` is computed from; the weight comes first."""
+
     def state(self) -> tuple[object, ...]:
-        """What :meth:`masked` depends on besides the weight and the mode, as values that can be compared."""
+        """What :meth:`masked` depends on besides its sources and the mode, as values that can be compared."""
         return ()
 
     def read(self, weight: Tensor) -> Tensor:
@@ -88,14 +91,17 @@ class Mask(nn.Module):
         self.forget()  # versions of tensors do not tell all: fused optimisers and .data leave them as they are
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.forget()  # parameters may come back to where they were, with other values
+        return super()._apply(fn, recurse)
+
     def begin_forward(self) -> None:
         """The model's forward begins: until it ends, all readers get the same tensor."""
-        self.sharing = True
+        self._last.sharing = True
         if self.training:
             self.forget()
 
     def end_forward(self) -> None:
-        self.sharing = False
         self._last.end(self.name)
 
     def fold(self, weight: Tensor) -> Tensor:
@@ -104,12 +110,7 @@ class Mask(nn.Module):
         return weight.detach().masked_fill(pruned, 0)  # a product would leave −0 where the weight is negative
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_last": LastRead(),
-            "sharing": False,
-            "on_read": None,
-        }  # a graph may hang on what was read
+        return {**self.__dict__, "_last": LastRead(), "on_read": None}  # a graph may hang on what was read
 
 
 class FixedMask(Mask):
@@ -142,9 +143,8 @@ class FixedMask(Mask):
     def masked(self, weight: Tensor) -> Tensor:
         return weight * from_rows(self.current_mask(), self.layout, weight.shape)
 
-    def state(self) -> tuple[object, ...]:
-        mask = self.current_mask()
-        return id(mask), mask._version
+    def sources(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return weight, self.current_mask()
 
     def extra_repr(self) -> str:
         return f"pattern={self.pattern}"
