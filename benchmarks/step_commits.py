@@ -19,7 +19,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Timing, ratio
+import torch
+
+from benchmarks.measure import Timing, ratio, threads
 from benchmarks.results import Row, save
 
 VARIANTS = ("dense", "ours", "ours_distilled")
@@ -119,7 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
             subprocess.run(["git", "checkout", "-q", revision], cwd=clone, check=True)
         for model in given.models:
             rows += measure(model, clones, given.repeats)
-    save("step_commits", {"steps": rows}, NOTES, given.out)
+    with threads(1):  # as in the processes that were measured
+        save("step_commits", {"steps": rows}, NOTES, given.out, device=torch.device("cpu"))
 
 
 if __name__ == "__main__":
