@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.measure import Timing, interleaved, peak_bytes, ratio
 from benchmarks.results import Row, save
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.sparsity.parameterization import GATES
 from maskllm4v.sparsity.patterns import MAX_CANDIDATES, NMPattern
 from maskllm4v.sparsity.surgery import make_learnable, set_noise_key

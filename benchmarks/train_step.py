@@ -23,7 +23,7 @@ from benchmarks.measure import Timing, ceilings, interleaved, peak_bytes, ratio,
 from benchmarks.results import Row, save
 from benchmarks.workloads import RandomImages, Workload, workloads
 from maskllm4v.config import LearningSettings
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.sparsity.surgery import make_learnable
 from maskllm4v.sparsity.survey import prunable_linears
 from maskllm4v.training.engine import mixed_precision

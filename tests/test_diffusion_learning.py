@@ -16,7 +16,7 @@ from small_diffusion import dit, experiment, open_small
 
 from maskllm4v.config import LearningSettings
 from maskllm4v.data import prepare
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.sparsity.parameters import learnable_masks
 from maskllm4v.sparsity.surgery import fold_, make_learnable, set_noise_key
 from maskllm4v.tasks.diffusion.task import Diffusion

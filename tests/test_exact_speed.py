@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from import_graph import ROOT
 
-from benchmarks import commits
+from benchmarks import commits, step_commits
 from maskllm4v.config import load_experiment
 from maskllm4v.reporting.benchmarks.performance import performance_markdown
 from maskllm4v.utils.io import read_json, write_json
@@ -65,6 +66,39 @@ def test_both_commits_run_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             source = commits._source(experiment, name)
             kind = "update" if source in experiment.updated else "prior"
             assert places[f"stages.{kind} {source}"] < places[f"stages.{stage} {name}"]
+
+
+def test_steps_of_both_commits_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+
+    class Steps:
+        def __init__(self, folder: Path) -> None:
+            self.folder = folder.name
+
+        def seconds(self, variant: str, count: int) -> float:
+            seen.append((self.folder, variant))
+            return {"dense": 1.0, "ours": 1.5, "ours_distilled": 2.0}[variant] * (2.0 if self.folder == "old" else 1.0)
+
+    monkeypatch.setattr(step_commits, "steps_in", lambda folder, model: nullcontext(Steps(folder)))
+    rows = step_commits.measure("digits", {"before": tmp_path / "old", "after": tmp_path / "new"}, 3)
+    assert rows[1] == {
+        "model": "digits",
+        "variant": "ours",
+        "n": 3,
+        "before_ms": 3000.0,
+        "after_ms": 1500.0,
+        "ratio": 0.5,
+        "to_dense": 1.5,
+    }
+    turns = [set(seen[start : start + 6]) for start in range(0, len(seen), 6)]
+    assert len(turns) == 4
+    assert all(len(turn) == 6 for turn in turns)
+
+
+@pytest.mark.slow
+def test_a_clone_takes_steps_when_asked() -> None:
+    with step_commits.steps_in(ROOT, "digits", ["ours"]) as steps:
+        assert steps.seconds("ours", 1) > 0
 
 
 def test_how_they_are_shown(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from mask_oracle import table
 from torch import Tensor, nn
 
 from maskllm4v import LearnableMaskedLinear, current_masks, dense_weight, make_learnable
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.sparsity.parameterization import GATES, CandidateGate, MaskParameterization, PositionGate, gate_of
 from maskllm4v.sparsity.parameters import learnable_masks
 from maskllm4v.sparsity.patterns import NMPattern

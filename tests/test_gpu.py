@@ -7,7 +7,7 @@ import torch
 
 from maskllm4v.oneshot.prune import available, prune
 from maskllm4v.sparsity.layers import LearnableMaskedLinear
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

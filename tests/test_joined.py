@@ -11,18 +11,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from import_graph import ROOT
 from regression import Regression, learnable, logits, settings
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from maskllm4v.config import load_experiment
 from maskllm4v.sparsity import joined
 from maskllm4v.sparsity.gumbel import masked_weight
 from maskllm4v.sparsity.gumbel.sampling import Sampling
 from maskllm4v.sparsity.joined import JoinedDraw, join_draws
 from maskllm4v.sparsity.layers import LearnableMaskedLinear, dense_weight
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.sparsity.parameters import learnable_masks, masked_parameters
 from maskllm4v.sparsity.surgery import make_learnable, set_noise_key
+from maskllm4v.tasks.classification.task import Classification
 from maskllm4v.training.mask_learning import learn_masks
 
 WIDTHS = (32, 64, 32, 96)  # groups in multiples of 64: see joined
@@ -67,6 +70,29 @@ def test_joined_layers_are_what_they_are_alone(pattern: str, gate: str, hard: bo
     (draw,) = join_layers(model)
     assert len(draw.masks) == 4
     equal(gradients(model, x), alone)
+
+
+@pytest.mark.parametrize("gate", ["candidates", "positions"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8"])
+def test_exact_tables_keep_their_bits(pattern: str, gate: str) -> None:
+    """Two steps of the digits' model."""
+    experiment = load_experiment(ROOT / "experiments" / "digits.yaml")
+    found = []
+    for join in (False, True):
+        model = Classification(experiment.task_spec()).build_model(0)
+        make_learnable(model, None, pattern=pattern, exclude=["head"], gate=gate, seed=1)
+        draws = join_layers([model]) if join else []
+        assert len(draws) == join
+        masks, x = learnable_masks(model.train()), torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+        optimizer = torch.optim.AdamW([mask.logits for mask in masks.values()], lr=0.01, fused=True)
+        for step in range(2):
+            set_noise_key(model, NoiseKey(1, step))
+            for mask in masks.values():
+                mask.tau, mask.scaling = 4.0 - 3 * step, 10.0 + step
+            outputs, grads = gradients(model, x)
+            optimizer.step()
+        found.append((outputs, grads))
+    equal(*found)
 
 
 @pytest.mark.parametrize("gate", ["candidates", "positions"])

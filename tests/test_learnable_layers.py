@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v import LearnableMaskedLinear, MaskedLinear, dense_weight
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.surgery import set_noise_key
 from maskllm4v.utils.rng import philox_key, uniforms

@@ -17,7 +17,7 @@ from maskllm4v import (
     make_learnable,
     prune,
 )
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.sparsity.parameters import learnable_masks
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.surgery import as_dense, set_noise_key

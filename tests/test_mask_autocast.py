@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskllm4v.sparsity.gumbel import masked_weight
 from maskllm4v.sparsity.layers import LearnableMaskedLinear
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.sparsity.surgery import set_noise_key
 
 every_half = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])

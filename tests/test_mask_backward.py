@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maskllm4v.sparsity.gumbel import masked_weight
 from maskllm4v.sparsity.layers import LearnableMaskedLinear, dense_weight
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.sparsity.surgery import set_noise_key
 
 TINY = 64  # bytes: τ, s and the key of a draw are 32

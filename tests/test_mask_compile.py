@@ -15,7 +15,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from maskllm4v.sparsity import gumbel
 from maskllm4v.sparsity.layers import LearnableMaskedLinear, dense_weight
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.sparsity.parameters import learnable_masks, masked_parameters
 from maskllm4v.sparsity.surgery import as_dense, make_learnable, set_noise_key
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from maskllm4v import make_learnable
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.sparsity.parameters import learnable_masks
 from maskllm4v.sparsity.surgery import set_noise_key
 from maskllm4v.utils.errors import ConfigError

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskllm4v import LearnableMaskedLinear, MaskedLinear, dense_weight, make_learnable, prune
-from maskllm4v.sparsity import masks as masks_module
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity import learnable as learnable_module
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.sparsity.parameters import learnable_masks, masked_parameters
 from maskllm4v.sparsity.surgery import as_dense, set_noise_key
 from maskllm4v.utils.errors import ConfigError
@@ -41,8 +41,8 @@ class Reader(nn.Module):
 def draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with each call of the mask operation."""
     found: list[int] = []
-    real = masks_module.masked_weight
-    monkeypatch.setattr(masks_module, "masked_weight", lambda *a, **how: found.append(1) or real(*a, **how))
+    real = learnable_module.masked_weight
+    monkeypatch.setattr(learnable_module, "masked_weight", lambda *a, **how: found.append(1) or real(*a, **how))
     return found
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from maskllm4v.sparsity.gumbel import masked_weight
+from maskllm4v.sparsity.layers import is_cut_up
 from maskllm4v.sparsity.layout import to_rows
-from maskllm4v.sparsity.masks import LearnableMask
+from maskllm4v.sparsity.learnable import LearnableMask
 from maskllm4v.sparsity.parameters import MaskedParameter
 from maskllm4v.sparsity.reading import recomputed
 
@@ -101,13 +102,14 @@ def _state(mask: LearnableMask) -> tuple[object, ...]:
 def join_draws(weights: Iterable[MaskedParameter]) -> list[JoinedDraw]:
     """Join learnable masks that can be drawn together, up to :data:`CPU_GROUPS` or :data:`CUDA_GROUPS` groups a call.
 
-    Larger ones, those without an equal, and those of the backend ``"compiled"``, whose calls are few, stay alone.
+    Larger ones, those without an equal, those of the backend ``"compiled"``, whose calls are few, and those that FSDP
+    has cut up, of which one at a time is whole, stay alone.
     """
     alike: dict[tuple[object, ...], list[list[MaskedParameter]]] = {}
     for one in weights:
         weight, mask = one.weight, one.learnable
         groups, most = mask.logits.shape[1], CUDA_GROUPS if weight.is_cuda else CPU_GROUPS
-        if groups > most or mask.backend == "compiled":
+        if groups > most or mask.backend == "compiled" or is_cut_up(weight):
             continue
         kind = (
             mask.pattern,

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.sparsity.forwards import watch_forwards_
-from maskllm4v.sparsity.masks import FixedMask, LearnableMask, Mask
+from maskllm4v.sparsity.learnable import LearnableMask
+from maskllm4v.sparsity.masks import FixedMask, Mask
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import ConfigError
 
 
-def _is_cut_up(tensor: object) -> bool:
+def is_cut_up(tensor: object) -> bool:
     """Whether it is a ``DTensor``, without importing that."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
@@ -41,7 +42,7 @@ def _masked_property(attribute: str) -> property:
         if attribute not in self._parameters:  # not made yet, or deleted
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
         weight = self._parameters[attribute]
-        if weight is None or (type(weight) is not nn.Parameter and _is_cut_up(weight)):
+        if weight is None or (type(weight) is not nn.Parameter and is_cut_up(weight)):
             return weight
         mask: Any = self._modules[mask_name(attribute)]
         read: Tensor = mask.read(weight)
@@ -64,7 +65,7 @@ class Masked(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name not in self.masked_attributes:
             super().register_parameter(name, param)
-        elif _is_cut_up(param):
+        elif is_cut_up(param):
             raise ConfigError(
                 f"a masked {self.dense_class.__name__} cannot be cut up by tensor parallelism, which would ignore the "
                 "mask; fold the model first"
@@ -239,7 +240,7 @@ def _of_mask(name: str) -> Any:
     def set_(self: nn.Module, value: Any) -> None:
         setattr(self._modules["weight_mask"], name, value)
 
-    return property(get, set_, doc=f"``{name}`` of :class:`~maskllm4v.sparsity.masks.LearnableMask`.")
+    return property(get, set_, doc=f"``{name}`` of :class:`~maskllm4v.sparsity.learnable.LearnableMask`.")
 
 
 class LearnableMaskedLinear(_MaskedLinear):
@@ -247,14 +248,14 @@ class LearnableMaskedLinear(_MaskedLinear):
 
     Inputs are ``[..., in_features]``, outputs ``[..., out_features]``. In training mode each forward samples a soft
     mask; in evaluation mode the arg-max mask is used. Weight and bias are frozen. The mask is ``weight_mask``, a
-    :class:`~maskllm4v.sparsity.masks.LearnableMask`, whose attributes (``logits``, ``tau``, ...) the layer has, too;
-    ``weight`` reads as masked, see :func:`dense_weight`.
+    :class:`~maskllm4v.sparsity.learnable.LearnableMask`, whose attributes (``logits``, ``tau``, ...) the layer has,
+    too; ``weight`` reads as masked, see :func:`dense_weight`.
 
     Args:
         in_features, out_features, bias: as in ``nn.Linear``.
         N, M: the pattern.
         name: the layer's name in its model, part of the noise's key.
-        how: further keyword arguments of :class:`~maskllm4v.sparsity.masks.LearnableMask`: ``gate``, ``hard``,
+        how: further keyword arguments of :class:`~maskllm4v.sparsity.learnable.LearnableMask`: ``gate``, ``hard``,
             ``tau``, ``scaling``, ``gate_std``, ``seed``.
 
     Raises:
@@ -296,6 +297,6 @@ class LearnableMaskedLinear(_MaskedLinear):
     def masked_weight(
         self, uniform: Tensor | None = None, *, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Sample a mask and apply it; see :meth:`maskllm4v.sparsity.masks.LearnableMask.masked_weight`."""
+        """Sample a mask and apply it; see :meth:`maskllm4v.sparsity.learnable.LearnableMask.masked_weight`."""
         found: tuple[Tensor, Tensor] = self.weight_mask.masked_weight(dense_weight(self), uniform, dtype=dtype)
         return found

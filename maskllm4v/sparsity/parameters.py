@@ -16,7 +16,8 @@ from torch.nn.parameter import is_lazy
 
 from maskllm4v.sparsity.layers import Masked, dense_weight, mask_of
 from maskllm4v.sparsity.layout import Layout, to_rows
-from maskllm4v.sparsity.masks import LearnableMask, Mask
+from maskllm4v.sparsity.learnable import LearnableMask
+from maskllm4v.sparsity.masks import Mask
 from maskllm4v.utils.errors import ConfigError
 
 EXPERTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")  # of transformers' stacks, each ``[experts, ...]``

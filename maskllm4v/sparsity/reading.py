@@ -8,6 +8,8 @@ evaluation it is kept as long as its parameter is frozen and nobody changes the 
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,58 +47,89 @@ def traced() -> bool:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """A masked weight that was handed out.
+
+    Attributes:
+        value: the masked weight.
+        version: of the value, by which writes to it are noticed.
+        sources: what it was computed from. Weakly: a place in memory, and an object's ``id``, are soon another's, as
+            with the tensors of one functional call after the other.
+        state: what else it depends on; None: it serves nobody else.
+    """
+
+    value: Tensor
+    version: int
+    sources: tuple[weakref.ref[Tensor], ...]
+    state: tuple[object, ...] | None
+
+    def is_of(self, sources: tuple[Tensor, ...], state: tuple[object, ...] | None) -> bool:
+        if state is None or state != self.state:
+            return False
+        return all(kept() is source for kept, source in zip(self.sources, sources, strict=True))
+
+
 class LastRead:
-    """The masked weight that was handed out last."""
+    """The masked weight that was handed out last.
+
+    Attributes:
+        sharing: inside a forward of the model, see :mod:`maskllm4v.sparsity.forwards`.
+    """
 
     def __init__(self) -> None:
-        self._value: Tensor | None = None
-        self._version = 0
-        self._state: tuple[object, ...] | None = None  # None: it serves nobody else
+        self.sharing = False
+        self._read: _Read | None = None  # replaced as a whole: threads may read at once
 
     def of(self, mask: Mask, weight: Tensor) -> Tensor:
         """The masked weight, computed if the last one does not do."""
         self._check(mask.name)
-        state = _state(mask, weight)
-        if state is not None and state == self._state and self._value is not None:
-            return self._value
+        last, sources = self._read, mask.sources(weight)
+        state = self._state(mask, weight, sources)
+        if last is not None and last.is_of(sources, state):
+            return last.value
         value = mask.masked(weight)
-        self._value, self._state = value, state
-        self._version = 0 if value.is_inference() else value._version
+        version = 0 if value.is_inference() else value._version
+        self._read = _Read(value, version, tuple(map(weakref.ref, sources)), state)
         return value
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in the memory of what was handed out last."""
-        value = self._value
-        return value is not None and value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        last = self._read
+        return last is not None and last.value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
     def forget(self, name: str) -> None:
         self._check(name)
-        self._value = self._state = None
+        self._read = None
 
     def end(self, name: str) -> None:
-        """Forget all that belongs to one forward: what is kept are weights of evaluation, which are frozen."""
-        if self._state is None or self._state[0]:
+        """A forward is over: forget all that belongs to it. What stays are weights of evaluation, which are frozen."""
+        self.sharing = False
+        if self._read is None or self._read.state is None or self._read.state[0]:
             self.forget(name)
 
+    def _state(self, mask: Mask, weight: Tensor, sources: tuple[Tensor, ...]) -> tuple[object, ...] | None:
+        """All that a masked weight depends on but its sources themselves; None if it must not be used again.
+
+        The training mode comes first.
+        """
+        grad = torch.is_grad_enabled()
+        if any(source.is_inference() for source in sources):  # such tensors count no changes
+            return None
+        if mask.training:
+            if not (self.sharing and grad) or recomputed():
+                return None
+        elif weight.requires_grad:
+            return None
+        modes = mask.training, grad, torch.is_inference_mode_enabled(), product_dtype(weight)
+        contents = [(source.data_ptr(), source._version) for source in sources]
+        return *modes, *contents, *mask.state()
+
     def _check(self, name: str) -> None:
-        value = self._value
-        if value is not None and not value.is_inference() and value._version != self._version:
-            self._value = self._state = None
+        last = self._read
+        if last is not None and not last.value.is_inference() and last.value._version != last.version:
+            self._read = None
             raise RuntimeError(
                 f"the weight of {name!r} was written to as it is read: that is its masked copy, so the parameter is "
                 "as before; write to maskllm4v.dense_weight(layer)"
             )
-
-
-def _state(mask: Mask, weight: Tensor) -> tuple[object, ...] | None:
-    """All that a masked weight depends on; None if it must not be used again. The training mode comes first."""
-    grad = torch.is_grad_enabled()
-    if weight.is_inference():  # such tensors count no changes
-        return None
-    if mask.training:
-        if not (mask.sharing and grad) or recomputed():
-            return None
-    elif weight.requires_grad:
-        return None
-    modes = mask.training, grad, torch.is_inference_mode_enabled(), product_dtype(weight)
-    return *modes, id(weight), weight.data_ptr(), weight._version, *mask.state()

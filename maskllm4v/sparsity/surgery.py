@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from maskllm4v.sparsity.forwards import watch_forwards_
 from maskllm4v.sparsity.layers import LearnableMaskedLinear, MaskedLinear, attach_, detach_
-from maskllm4v.sparsity.masks import FixedMask, LearnableMask, Mask, NoiseKey
+from maskllm4v.sparsity.learnable import LearnableMask, NoiseKey
+from maskllm4v.sparsity.masks import FixedMask, Mask
 from maskllm4v.sparsity.parameters import Matrix, find_matrix, learnable_masks, masked_parameters
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.rollback import all_or_nothing

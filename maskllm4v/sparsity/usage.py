@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.sparsity.masks import LearnableMask, Mask
+from maskllm4v.sparsity.learnable import LearnableMask
+from maskllm4v.sparsity.masks import Mask
 from maskllm4v.sparsity.parameters import masked_parameters
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.text import few

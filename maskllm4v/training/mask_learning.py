@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from maskllm4v.config import LearningSettings
 from maskllm4v.sparsity.joined import join_draws
-from maskllm4v.sparsity.masks import LearnableMask, NoiseKey
+from maskllm4v.sparsity.learnable import LearnableMask, NoiseKey
 from maskllm4v.sparsity.parameters import MaskedParameter, current_masks, masked_parameters
 from maskllm4v.sparsity.surgery import as_dense
 from maskllm4v.sparsity.usage import has_compiled_parts

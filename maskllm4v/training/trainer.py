@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.config import TrainingSettings
-from maskllm4v.sparsity.masks import NoiseKey
+from maskllm4v.sparsity.learnable import NoiseKey
 from maskllm4v.tasks.base import Task
 from maskllm4v.training.cost import Clock, Cost
 from maskllm4v.training.engine import Engine
