@@ -126,10 +126,9 @@ def _settle(matrix: Matrix, mask: Tensor, pattern: NMPattern | None, layer: str)
     if mask.shape != rows.shape:
         raise CheckpointError(f"layer {layer!r}: mask {tuple(mask.shape)} for a weight {tuple(rows.shape)}")
     pattern.validate(mask, layer)
-    pruned = ~mask.bool()
-    if bool((rows[pruned] != 0).any()):
+    if bool((rows[~mask.bool()] != 0).any()):
         raise CheckpointError(f"layer {layer!r}: the weight is not zero where its mask is; fold the model first")
-    rows[pruned] = 0.0
+    matrix.write_(rows.masked_fill(~mask.bool(), 0.0))
 
 
 def _export(runtime: _Runtime, exportable: ExportableModel) -> Any:
