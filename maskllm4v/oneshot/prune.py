@@ -187,8 +187,8 @@ def prune(
         Less than half of the weights that multiply activations, and are not excluded, gets masks; or an embedding does.
 
     Raises:
-        ConfigError: unknown method, an update of a matrix that is the table of an embedding, no calibration data for one that needs it or for a layer, no update on
-            offer, or weights without values (device ``meta``).
+        ConfigError: unknown method, no calibration data for one that needs it or for a layer, no update on
+            offer, one of a matrix that is the table of an embedding, or weights without values (device ``meta``).
         DataError: no batch, or none that reaches a layer.
         PatternError: the pattern does not fit a layer.
     """

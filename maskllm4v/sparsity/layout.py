@@ -5,8 +5,8 @@ N:M groups lie along the inputs, over which a product sums. Masks, scores and st
 
 The inputs of a convolution's patch come in the order of channels-last memory: position by position, the channels of
 each side by side. So groups lie along channels wherever M divides these, as sparse kernels of convolutions want them
-(TensorRT: two zeros in four channels, for each output and each position of the kernel); and a patch that is cut out of a
-channels-last image is in that order as it lies, for those who multiply patches as a matrix. With 3 channels, groups
+(TensorRT: two zeros in four channels, for each output and each position of the kernel). A patch that is cut out of a
+channels-last image is in that order as it lies, for those who multiply patches by a matrix. With 3 channels, groups
 cross from one pixel to the next: such a weight is sparse for products of matrices alone.
 """
 

@@ -236,8 +236,8 @@ def check_not_looked_up(matrices: Mapping[str, Matrix]) -> None:
     """Raise :class:`ConfigError`, naming matrices, where an update for what they multiply would change embeddings."""
     if tables := [name for name, matrix in matrices.items() if matrix.not_multiplied_in]:
         raise ConfigError(
-            f"{few(tables, 'layer')}: tied to an embedding, which an update of its weights would change; leave it dense, or "
-            "leave the weights as they are"
+            f"{few(tables, 'layer')}: tied to an embedding, which an update of its weights would change; exclude it, "
+            "or leave the weights as they are"
         )
 
 

@@ -59,7 +59,7 @@ class ProductMode(TorchFunctionMode):
         super().__init__()
         self._before, self._after = before, after
         self._rows = {name: (name, matrix.rows.detach(), matrix.blocks) for name, matrix in matrices.items()}
-        # A model that multiplies patches of its own has them in another order; it is told that the layer is not reached.
+        # A model that cuts its own patches has them in another order: such a layer counts as not reached.
         self._only_convolved = {n for n, m in matrices.items() if m.layout == "patches" and m.in_features > m.shape[1]}
         self._found = {m.weight.untyped_storage().data_ptr(): self._rows[name] for name, m in matrices.items()}
         self._masks = {mask: name for name, matrix in matrices.items() if (mask := mask_of(*matrix.places[0]))}
