@@ -111,7 +111,7 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
                 continue
             done.add(id(parameter))
             key = f"{path}.{attribute}"
-            yield Matrix(key.removesuffix(".weight"), key.lstrip("."), places[id(parameter)], layout)
+            yield Matrix(_name_of(key), key.lstrip("."), places[id(parameter)], layout)
 
 
 def find_matrix(model: nn.Module, name: str) -> Matrix:
@@ -137,19 +137,18 @@ def find_matrix(model: nn.Module, name: str) -> Matrix:
 def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
     """All parameters under a mask, by name, in the model's order."""
     places: dict[Mask, list[tuple[nn.Module, str]]] = {}
-    paths: dict[nn.Module, str] = {}
+    keys: dict[tuple[nn.Module, str], str] = {}  # in the model's order
     for path, module in model.named_modules():
         for attribute in module._parameters if isinstance(module, Masked) else ():
             if (mask := mask_of(module, attribute)) is not None:
                 places.setdefault(mask, []).append((module, attribute))
-                paths[module] = path
+                keys[module, attribute] = f"{path}.{attribute}"
+    firsts = {(in_order := _products_first(found))[0]: (in_order, mask) for mask, found in places.items()}
     masked: dict[str, MaskedParameter] = {}
-    for mask, found in places.items():
-        in_order = _products_first(found)
-        module, attribute = in_order[0]
-        key = f"{paths[module]}.{attribute}"
-        name = key.removesuffix(".weight")
-        masked[name] = MaskedParameter(name, key.lstrip("."), in_order, mask.layout, mask)
+    for place, key in keys.items():
+        if place in firsts:
+            in_order, mask = firsts[place]
+            masked[_name_of(key)] = MaskedParameter(_name_of(key), key.lstrip("."), in_order, mask.layout, mask)
     return masked
 
 
@@ -176,6 +175,11 @@ def dense_weights(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parame
 def state_key(name: str, keys: Iterable[str] | Mapping[str, Any]) -> str:
     """The key of a matrix in a state dict: that of a layer's weight, or of a parameter that has another name."""
     return f"{name}.weight" if f"{name}.weight" in keys else name
+
+
+def _name_of(key: str) -> str:
+    """A matrix's name, which is empty for the weight of a model that is a single layer."""
+    return key.removesuffix(".weight").lstrip(".")
 
 
 def layout_of(module: nn.Module, attribute: str) -> Layout | None:
