@@ -93,7 +93,7 @@ class Together(nn.Module):
 
 
 def encoder() -> nn.Module:
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2, enable_nested_tensor=False)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1, enable_nested_tensor=False)
 
 
 def convolutions() -> nn.Module:
@@ -119,9 +119,9 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "convolutions": (convolutions, IMAGES),
     "tied": (Tied, TOKENS),
 }
-TOGETHER = list(KINDS)[:-2]
+TOGETHER = list(KINDS)[:1] + list(KINDS)[2:-2]
 GRAPHS = {  # model, inputs, and how often a node multiplies by a masked matrix
-    "most": (Together, X, 8 + 2 + 3 + 4 + 4 + 2 + 1 + 1 + 6 + 6 + 2),
+    "most": (Together, X, 4 + 3 + 4 + 4 + 2 + 1 + 1 + 6 + 6 + 2),
     "convolutions": (convolutions, IMAGES, 3),
     "tied": (Tied, TOKENS, 2),
 }

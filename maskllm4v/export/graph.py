@@ -40,6 +40,7 @@ class GraphWeight:
             :func:`maskllm4v.sparsity.layout.to_rows` has it.
         k_axis: the axis of ``array`` that is summed over, 0 or 1: N:M groups lie along it.
         layer: the masked layer whose weight this is, as a file of ours says; None for all others.
+        plain: whether it is stored as a matrix, and not as a stack of them or a convolution's weight.
     """
 
     name: str
@@ -48,6 +49,7 @@ class GraphWeight:
     array: np.ndarray
     k_axis: int
     layer: str | None = None
+    plain: bool = True
 
     @property
     def weight(self) -> Tensor:
@@ -60,8 +62,8 @@ def graph_weights(path: Path) -> list[GraphWeight]:
     """All constant matrices that a ``MatMul`` or ``Gemm`` multiplies by, in the order of the nodes.
 
     A matrix that several nodes share is listed once for each. It may reach a node through ``Transpose``, ``Identity``,
-    ``Cast`` and ``Split``; subgraphs and functions are looked through too. Of convolutions those are listed that a file
-    of ours says are masked.
+    ``Cast`` and ``Split``; subgraphs and functions are looked through too. Of stacks and
+    convolutions those are listed that a file of ours says are masked.
 
     Raises:
         CheckpointError: missing, damaged, no ONNX file, or ours and changed since it was written.
@@ -71,7 +73,7 @@ def graph_weights(path: Path) -> list[GraphWeight]:
     layers = {name: layer for layer, name in reversed(about.get("weights", {}).items())}
     try:
         found = [replace(weight, layer=layers.get(weight.name)) for weight in matrices(model.graph)]
-        return [weight for weight in found if weight.op != "Conv" or weight.layer is not None]
+        return [weight for weight in found if weight.plain or weight.layer is not None]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {line(error)}") from error
 
@@ -157,7 +159,7 @@ class _Constant:
 
 
 def matrices(graph: Any, outer: Mapping[str, _Constant] = {}) -> Iterator[GraphWeight]:
-    """See :func:`graph_weights`; all convolutions that multiply each patch once are listed.
+    """See :func:`graph_weights`; all stacks, and convolutions that multiply each patch once, are listed.
 
     Args:
         graph: a ``GraphProto``.
@@ -186,12 +188,13 @@ def matrices(graph: Any, outer: Mapping[str, _Constant] = {}) -> Iterator[GraphW
                     k_axis = place if turned else 1 - place
                     if constant.cut != k_axis:
                         array = _side_by_side(_array(constant), k_axis)
-                        yield GraphWeight(constant.name, node.name, node.op_type, array, k_axis)
+                        plain = len(constant.tensor.dims) == 2
+                        yield GraphWeight(constant.name, node.name, node.op_type, array, k_axis, plain=plain)
         elif node.op_type == "Conv" and (constant := known.get(node.input[1])) is not None:
             kernel = list(constant.tensor.dims)[2:]
             if _multiplies_patches(given, kernel):
                 rows = np.moveaxis(_array(constant), 1, -1).reshape(constant.tensor.dims[0], -1)
-                yield GraphWeight(constant.name, node.name, "Conv", rows, 1)
+                yield GraphWeight(constant.name, node.name, "Conv", rows, 1, plain=False)
 
 
 def _array(constant: _Constant) -> np.ndarray:
