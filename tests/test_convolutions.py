@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import DENSE, MODEL, make_project, well
 from torch import Tensor, nn
 
 import maskllm4v
@@ -265,3 +266,16 @@ def test_a_weight_that_is_read_in_another_order_is_never_reached() -> None:
 
     with pytest.raises(maskllm4v.UserError, match="proj"):
         prune(Own(), "wanda", calibration=[torch.randn(3, 4, 4, 4)], convolutions=True)
+
+
+def test_the_flag_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = MODEL[:6]
+    said = well("prune", *MODEL, *DENSE, "--convolutions", "--save-model", "m.safetensors").err
+    assert "dense, excluded: 'head'" in said
+    assert "convolution" not in said
+    assert "patch_embed.proj" in load_masks(tmp_path / "m.safetensors").masks
+    well("verify", "m.safetensors", *model)
+    well("export", "--checkpoint", "m.safetensors", *model, "--format", "packed", "-o", "packed.safetensors")
+    assert "patch_embed.proj" in well("verify", "packed.safetensors").out
