@@ -39,6 +39,7 @@ def main(experiment: Experiment, row: str) -> None:
             calibration=calibrated_on.calibration(settings.batch_size, seed),
             update_weights=settings.update_weights,
             propagate=settings.propagate,
+            convolutions=experiment.model.convolutions,
             seed=seed,
             **layers,
         )

@@ -154,7 +154,7 @@ def test_prune_and_validate_are_the_stages(row: str, here: Path, pipeline: tuple
     assert len(found.masks) == 24
     assert "\nmasks on 24 of 26 matrices, " in f"\n{done.err}"
     assert "\ndense, excluded: 'head' (" in done.err
-    assert "\ndense, convolution: 'patch_embed.proj' (" in done.err
+    assert "\ndense, convolution (an option): 'patch_embed.proj' (" in done.err
     assert same(found.masks, expected.masks)
     assert same(found.weights, expected.weights)
     assert bool(found.weights) == (row == "updated")

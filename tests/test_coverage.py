@@ -40,7 +40,7 @@ def test_every_weight_that_may_multiply_is_told_once() -> None:
     found = survey(Zoo(), P24, exclude=["last"], on_misfit="skip")
     assert list(found.prunable) == ["body.0", "body.1"]
     assert {name: (one.weights, one.reason) for name, one in found.dense.items()} == {
-        "head": (384, "shared with Embedding"),
+        "head": (384, "shared with Embedding (an option)"),
         "odd": (24, "6 inputs, no multiple of 4"),
         "last": (32, "excluded"),
         "patches": (768, "convolution"),
@@ -64,7 +64,7 @@ def test_a_report_names_reasons_by_weight() -> None:
         "masks on 2 of 9 matrices, 10.2 % of their 3,768 weights",
         "dense, no kind that can be pruned (LSTM): 'mixer.weight_ih_l0' and 'mixer.weight_hh_l0' (54.4 %)",
         "dense, convolution: 'patches' (20.4 %)",
-        "dense, shared with Embedding: 'head' (10.2 %)",
+        "dense, shared with Embedding (an option): 'head' (10.2 %)",
         "dense, no kind that can be pruned (Zoo): 'projection' (3.4 %)",
         "dense, excluded: 'last' (0.8 %)",
         "dense, 6 inputs, no multiple of 4: 'odd' (0.6 %)",

@@ -118,6 +118,20 @@ def test_types_that_numpy_lacks_come_as_float32(tmp_path: Path) -> None:
     torch.testing.assert_close(found.weight, torch.from_numpy(W.T.copy()), rtol=0, atol=0)
 
 
+def test_a_matrix_in_parts_is_one_matrix(tmp_path: Path) -> None:
+    """Parts of its outputs; parts of its inputs, which a node sums over, are no whole groups."""
+    parts = [node("MatMul", ["x", "a"], ["c"]), node("MatMul", ["x", "b"], ["d"])]
+    join = node("Concat", ["c", "d"], ["y"], axis=1)
+    of_outputs = [node("Split", ["w"], ["a", "b"], axis=1, num_outputs=2), *parts, join]
+    found = graph_weights(write(tmp_path / "m.onnx", of_outputs, w=W))
+    assert [(weight.name, weight.k_axis, weight.array.shape) for weight in found] == [("w", 0, (3, 4))] * 2
+    turned = [TURNED, node("Split", ["t"], ["a", "b"], axis=1, num_outputs=2), *parts, join]
+    found = graph_weights(write(tmp_path / "m.onnx", turned, w=W.T.copy()))
+    assert [(weight.name, weight.k_axis, weight.array.shape) for weight in found] == [("w", 1, (4, 3))] * 2
+    of_inputs = [node("Split", ["w"], ["a", "b"], axis=0, num_outputs=2), *parts, join]
+    assert graph_weights(write(tmp_path / "m.onnx", of_inputs, inner=2, w=W.T.copy())) == []
+
+
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     exportable, masks = deployed.toy()

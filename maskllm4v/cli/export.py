@@ -32,7 +32,17 @@ FORMATS = {
     "onnx": "a graph for other runtimes",
 }
 OF_ROWS = ("params", "seed_of_row")
-OF_FILES = ("model", "pattern", "exclude", "use_ema", "pretrained", "dense_checkpoint", "num_classes", "img_size")
+OF_FILES = (
+    "model",
+    "pattern",
+    "exclude",
+    "convolutions",
+    "use_ema",
+    "pretrained",
+    "dense_checkpoint",
+    "num_classes",
+    "img_size",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--use-ema", action=argparse.BooleanOptionalAction, help="of timm's files take the average, if there is one"
     )
     options.add_exclude(parser, "of files without masks: ")
+    options.add_convolutions(parser, "of files without masks: ")
     options.add_pattern(parser, "what the file says; else 2:4")
     options.add_model(parser, required=False, images=False)
     parser.set_defaults(exclude=None, workers=0, device="cpu")
@@ -71,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         folded, name = folded_row(experiment, task, a.row, a.seed_of_row), a.row
     else:
         excluded = {"exclude": a.exclude} if a.exclude is not None else {}
-        spec = options.settings(options.Flags, a, model=excluded).spec
+        spec = options.settings(options.Flags, a, model={**excluded, "convolutions": a.convolutions}).spec
         task = open_task(spec)
         folded, own = _folded_file(a, spec, task)
         name = re.sub(r"(\.(safetensors|pth|pt|bin|tar))+$", "", a.checkpoint.name)
@@ -114,7 +125,10 @@ def _folded_file(a: argparse.Namespace, spec: TaskSpec, task: Task) -> tuple[Fol
     name, args = spec.model.name, spec.model.args
     if isinstance(found, LoadedWeights) and masks is None:
         pattern = NMPattern(a.pattern or said.get("pattern") or "2:4")
-        layers = said.get("layers") or prunable_matrices(model, pattern, exclude=spec.model.excluded_layers)
+        chosen = spec.model
+        layers = said.get("layers") or prunable_matrices(
+            model, pattern, exclude=chosen.excluded_layers, convolutions=chosen.convolutions
+        )
         zeros = _masks_of_zeros(model, pattern, layers, a.checkpoint)
         base = said.get("base") or tensors_digest(model.state_dict())
         folded = Folded(model, zeros, pattern, name, said.get("method", "unknown"), base, updated=True)

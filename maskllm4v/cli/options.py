@@ -153,6 +153,14 @@ def add_exclude(parser: argparse.ArgumentParser, when: str = "") -> None:
     )
 
 
+def add_convolutions(parser: argparse.ArgumentParser, when: str = "") -> None:
+    parser.add_argument(
+        "--convolutions",
+        action="store_true",
+        help=f"{when}prune 1×1 convolutions, and those with a kernel as wide as their stride (patch embeddings), too",
+    )
+
+
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nsamples", type=int, default=128, metavar="N", help="images that calibrate (default 128)")
     parser.add_argument(

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_calibration(parser)
     options.add_exclude(parser)
+    options.add_convolutions(parser)
     options.add_pattern(parser, "2:4")
     options.add_model(parser)
     options.add_data(parser, "train", "val")
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         PruneFlags,
         a,
         data=options.images(a, a.calibration_split, a.nsamples),
-        model={"exclude": a.exclude},
+        model={"exclude": a.exclude, "convolutions": a.convolutions},
         prior={**prior, "permutation": a.permutation, "batch_size": a.batch_size},
     )
     spec, how = flags.spec, flags.prior
@@ -94,6 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
         update_weights=how.update_weights,
         propagate=how.propagate,
         forward=task.forward,
+        convolutions=spec.model.convolutions,
         seed=a.seed,
         tell=inputs.say,
         **layers,

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--curve", type=Path, metavar="FILE", help="CSV file to write (default: --output, in .csv)")
     options.add_pattern(parser, "the prior's, or 2:4")
     options.add_exclude(parser, "without a prior, or with the original's: ")
+    options.add_convolutions(parser, "without a prior: ")
     _add_given(parser)
     _add_masks(parser.add_argument_group("masks"))
     _add_optimisation(parser.add_argument_group("optimisation"))
@@ -180,7 +181,11 @@ def settings(arguments: argparse.Namespace) -> TrainFlags:
         a,
         data=options.images(a, "train"),
         task=task,
-        model={"args": options.set_only(drop_path_rate=a.drop_path), "exclude": a.exclude},
+        model={
+            "args": options.set_only(drop_path_rate=a.drop_path),
+            "exclude": a.exclude,
+            "convolutions": a.convolutions,
+        },
         learning={**learning, **switches},
         runtime=options.set_only(checkpoint_minutes=a.save_minutes),
     )
@@ -221,6 +226,7 @@ def run(arguments: argparse.Namespace) -> None:
         gate=learning.gate,
         seed=a.seed,
         exclude=() if prior else spec.model.excluded_layers,
+        convolutions=spec.model.convolutions,
     )
     states = inputs.CACHE / "resume" / value_digest([str(a.output.resolve())])[:16]
     prefixed = {f"permutation.{name}": order for name, order in permutations.items()}

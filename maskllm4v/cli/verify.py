@@ -4,13 +4,17 @@ FILE is one of ours, any safetensors, .pt or .pth.tar file, or an ONNX graph. Wh
 of ours names, all masks, and --layers; where nothing says which layers were pruned, every weight of two dimensions of
 which more than a few values are zero.
 
-Exit status: 0 if all that have to hold do; 1 if one does not, or nothing is N:M sparse at all; 2 if the file cannot be
-read, or the command is wrong.
+With --model, the masks of a file are put into that model, too, whose outputs have to be the same as with the masks
+folded into its weights.
+
+Exit status: 0 if all that have to hold do; 1 if one does not, nothing is N:M sparse at all, or outputs differ; 2 if the
+file cannot be read, or the command is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="layers that are left out")
     parser.add_argument("--json", action="store_true", help="print a list of objects, one a layer, and nothing else")
-    parser.set_defaults(error_status=UNREADABLE)
+    options.add_model(parser, required=False, images=False)
+    parser.set_defaults(error_status=UNREADABLE, workers=0, device="cpu")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,13 +48,45 @@ def run(arguments: argparse.Namespace) -> int:
     pattern = None if a.pattern is None else NMPattern(a.pattern)
     checks = verify_file(a.file, pattern, layers=a.layers, exclude=a.exclude)
     passed = passes(checks)
+    differs = "" if a.model is None else _compared(a)
     if a.json:
         import json
 
         print(json.dumps([as_json(check) for check in checks], indent=4))
     else:
         print(*table(checks), summary(a.file, checks, passed), sep="\n")
-    return 0 if passed else VIOLATED
+    if differs:
+        print(f"{a.file}: {differs}", file=sys.stderr)
+    return 0 if passed and not differs else VIOLATED
+
+
+def _compared(a: argparse.Namespace) -> str:
+    """How the outputs of a model under a file's masks differ from those with the masks folded in; empty: not at all.
+
+    Raises:
+        CheckpointError: the file holds no masks, or does not fit the model.
+    """
+    from maskllm4v.checkpoints.third_party import load_any
+    from maskllm4v.cli import inputs
+    from maskllm4v.export.folding import check_folded
+    from maskllm4v.tasks.base import open_task
+    from maskllm4v.utils.errors import CheckpointError, PatternError
+
+    if a.file.suffix == ".onnx":
+        raise CheckpointError(f"{a.file}: --model is for masks; export has compared a graph's outputs with the model's")
+    found = load_any(a.file, pattern=a.pattern)
+    if not found.masks:
+        raise CheckpointError(f"{a.file} holds no masks to put into --model {a.model}")
+    spec = options.settings(options.Flags, a, model={"exclude": a.exclude or ["head"]}).spec
+    task = open_task(spec)
+    model, _ = inputs.masked_model(a, spec, task, found, a.file)
+    example = task.exportable(model, 2)
+    try:
+        check_folded(example.module, tuple(example.inputs.values()), forward=lambda module, batch: module(*batch))
+    except PatternError as error:
+        return str(error)
+    inputs.say(f"{a.model}: the same outputs under the masks as with the masks folded in")
+    return ""
 
 
 def as_json(check: LayerCheck) -> dict[str, Any]:

@@ -109,6 +109,7 @@ class ModelSettings(Settings):
     args: dict[str, Any] = {}
     exclude: list[str] = []  # linear layers that stay dense, by name pattern
     on_misfit: Literal["error", "skip"] = "error"
+    convolutions: bool = Field(default=False, exclude_if=lambda value: not value)  # prune 1×1 and patchifying ones, too
     fused_attention: bool = True  # false: one attention kernel, chosen explicitly
 
     @property

@@ -69,14 +69,14 @@ class _Measure:
         new = to_rows(checkpoint.weights.get(matrix.key, weight).to(weight), matrix.layout) * mask
         self._new = new.flatten(0, -2).chunk(matrix.blocks)
         self._rows = matrix.rows.flatten(0, -2).chunk(matrix.blocks)
-        self._into = into
+        self._into, self._patches = into, matrix.layout == "patches"
 
     def add(self, product: Product, output: Tensor) -> None:
         inputs, rows = product.inputs, self._rows[product.block]
         difference = F.linear(inputs, self._new[product.block] - rows)
-        if product.blocks == 1:
+        if product.blocks == 1 and not self._patches:
             own = output - (product.bias if product.bias is not None else 0.0)
-        else:  # the output is that of several blocks
+        else:  # the output is that of several blocks, or has its channels elsewhere
             own = F.linear(inputs, rows)
         self._into.add_(torch.stack([difference.double().square().sum(), own.double().square().sum()]).cpu())
 

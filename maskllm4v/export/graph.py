@@ -2,7 +2,8 @@
 
 torch's exporter writes a linear layer as ``MatMul(x, W)`` with the transposed weight ``[in, out]``, or as
 ``Gemm(x, W, bias)`` with ``transB`` and the weight as it is where the inputs have two dimensions. N:M groups lie along
-the axis that is summed over, whichever that is.
+the axis that is summed over, whichever that is. Of a matrix whose outputs are parted, as attention's three in one are,
+nodes multiply by some rows each.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ class GraphWeight:
     Attributes:
         name: of the initializer, or of the value that a ``Constant`` gives.
         node: the node's name.
-        op: ``"MatMul"`` or ``"Gemm"``.
-        array: as it is stored, ``[K, N]`` or ``[N, K]``.
+        op: ``"MatMul"``, ``"Gemm"`` or ``"Conv"``.
+        array: as it is stored, ``[K, N]`` or ``[N, K]``, whole; stacks side by side; of a convolution as
+            :func:`maskllm4v.sparsity.layout.to_rows` has it.
         k_axis: the axis of ``array`` that is summed over, 0 or 1: N:M groups lie along it.
         layer: the masked layer whose weight this is, as a file of ours says; None for all others.
+        plain: whether it is stored as a matrix, and not as a stack of them or a convolution's weight.
     """
 
     name: str
@@ -46,6 +49,7 @@ class GraphWeight:
     array: np.ndarray
     k_axis: int
     layer: str | None = None
+    plain: bool = True
 
     @property
     def weight(self) -> Tensor:
@@ -57,8 +61,9 @@ class GraphWeight:
 def graph_weights(path: Path) -> list[GraphWeight]:
     """All constant matrices that a ``MatMul`` or ``Gemm`` multiplies by, in the order of the nodes.
 
-    A matrix that several nodes share is listed once for each. It may reach a node through ``Transpose``, ``Identity``
-    and ``Cast``; subgraphs and functions are looked through too.
+    A matrix that several nodes share is listed once for each. It may reach a node through ``Transpose``, ``Identity``,
+    ``Cast`` and ``Split``; subgraphs and functions are looked through too. Of stacks and
+    convolutions those are listed that a file of ours says are masked.
 
     Raises:
         CheckpointError: missing, damaged, no ONNX file, or ours and changed since it was written.
@@ -67,7 +72,8 @@ def graph_weights(path: Path) -> list[GraphWeight]:
     model, about = read_graph(path)
     layers = {name: layer for layer, name in reversed(about.get("weights", {}).items())}
     try:
-        return [replace(found, layer=layers.get(found.name)) for found in matrices(model.graph)]
+        found = [replace(weight, layer=layers.get(weight.name)) for weight in matrices(model.graph)]
+        return [weight for weight in found if weight.plain or weight.layer is not None]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {line(error)}") from error
 
@@ -135,32 +141,87 @@ def _digests(model: Any) -> dict[str, str]:
     }
 
 
-def matrices(graph: Any, outer: Mapping[str, tuple[str, Any, bool]] = {}) -> Iterator[GraphWeight]:
-    """See :func:`graph_weights`.
+@dataclass(frozen=True)
+class _Constant:
+    """A value of a graph that is made of one constant.
+
+    Attributes:
+        name: of the initializer, or of the value that a ``Constant`` gives.
+        tensor: its ``TensorProto``.
+        turned: whether the last two axes have changed places.
+        cut: the axis, as it is stored, of which the value is a part.
+    """
+
+    name: str
+    tensor: Any
+    turned: bool = False
+    cut: int | None = None
+
+
+def matrices(graph: Any, outer: Mapping[str, _Constant] = {}) -> Iterator[GraphWeight]:
+    """See :func:`graph_weights`; all stacks, and convolutions that multiply each patch once, are listed.
 
     Args:
         graph: a ``GraphProto``.
-        outer: of the values around it that are constant: origin, ``TensorProto``, and whether they are transposed.
+        outer: the values around it that are constant.
     """
-    to_array = import_module("onnx.numpy_helper").to_array
-    known = {**outer, **{tensor.name: (tensor.name, tensor, False) for tensor in graph.initializer}}
+    known = {**outer, **{tensor.name: _Constant(tensor.name, tensor) for tensor in graph.initializer}}
     for node in graph.node:
         given = {attribute.name: attribute for attribute in node.attribute}
         for attribute in node.attribute:
             for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                 yield from matrices(inner, known)
+        first = known.get(node.input[0]) if node.input else None
         if node.op_type == "Constant" and "value" in given:
-            known[node.output[0]] = (node.output[0], given["value"].t, False)
-        elif node.op_type in ("Transpose", "Identity", "Cast") and node.input[0] in known:
-            name, tensor, turned = known[node.input[0]]
-            turns = node.op_type == "Transpose" and ("perm" not in given or list(given["perm"].ints) == [1, 0])
-            known[node.output[0]] = (name, tensor, turned != turns)
+            known[node.output[0]] = _Constant(node.output[0], given["value"].t)
+        elif node.op_type in ("Transpose", "Identity", "Cast") and first is not None:
+            turns = node.op_type == "Transpose" and _turns_rows(given, len(first.tensor.dims))
+            known[node.output[0]] = replace(first, turned=first.turned != turns)
+        elif node.op_type == "Split" and first is not None and first.cut is None and len(first.tensor.dims) == 2:
+            axis = (given["axis"].i if "axis" in given else 0) % 2
+            known |= dict.fromkeys(node.output, replace(first, cut=1 - axis if first.turned else axis))
         elif node.op_type in ("MatMul", "Gemm"):
             for place, flag in enumerate(("transA", "transB")):
-                name, tensor, turned = known.get(node.input[place], ("", None, False))
-                if tensor is not None and len(tensor.dims) == 2:
-                    turned ^= flag in given and bool(given[flag].i)
-                    yield GraphWeight(name, node.name, node.op_type, to_array(tensor), place if turned else 1 - place)
+                constant = known.get(node.input[place])
+                if constant is not None and len(constant.tensor.dims) in (2, 3):
+                    turned = constant.turned != (flag in given and bool(given[flag].i))
+                    k_axis = place if turned else 1 - place
+                    if constant.cut != k_axis:
+                        array = _side_by_side(_array(constant), k_axis)
+                        plain = len(constant.tensor.dims) == 2
+                        yield GraphWeight(constant.name, node.name, node.op_type, array, k_axis, plain=plain)
+        elif node.op_type == "Conv" and (constant := known.get(node.input[1])) is not None:
+            kernel = list(constant.tensor.dims)[2:]
+            if _multiplies_patches(given, kernel):
+                rows = np.moveaxis(_array(constant), 1, -1).reshape(constant.tensor.dims[0], -1)
+                yield GraphWeight(constant.name, node.name, "Conv", rows, 1, plain=False)
+
+
+def _array(constant: _Constant) -> np.ndarray:
+    array: np.ndarray = import_module("onnx.numpy_helper").to_array(constant.tensor)
+    return array
+
+
+def _turns_rows(given: Mapping[str, Any], dims: int) -> bool:
+    """Whether a ``Transpose`` makes rows columns and leaves all else; without an order it turns all axes round."""
+    order = list(given["perm"].ints) if "perm" in given else list(range(dims))[::-1]
+    return order == [*range(dims - 2), dims - 1, dims - 2]
+
+
+def _side_by_side(array: np.ndarray, k_axis: int) -> np.ndarray:
+    """A stack ``[experts, ...]`` as one matrix with more outputs; matrices as they are."""
+    if array.ndim == 2:
+        return array
+    return np.concatenate(list(array), axis=1 - k_axis)
+
+
+def _multiplies_patches(given: Mapping[str, Any], kernel: list[int]) -> bool:
+    """As :func:`maskllm4v.sparsity.parameters.multiplies_patches`, of a ``Conv``."""
+    numbers = {name: list(given[name].ints) for name in ("strides", "pads", "dilations") if name in given}
+    strides, single = numbers.get("strides", [1] * len(kernel)), set(kernel) == {1}
+    parted = single or (strides == kernel and set(numbers.get("dilations", [1])) == {1})
+    groups = given["group"].i if "group" in given else 1
+    return parted and not any(numbers.get("pads", ())) and groups == 1
 
 
 def library(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import math
 import warnings
@@ -15,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v import __version__
-from maskllm4v.checkpoints.format import tensors_digest
-from maskllm4v.export.graph import about_graph, describe, graph_weights, library, line, matrices, read_graph
+from maskllm4v.export.graph import about_graph, describe, graph_weights, library, line, read_graph
+from maskllm4v.export.naming import find_weights, name_after
 from maskllm4v.sparsity.layers import Masked
 from maskllm4v.sparsity.parameters import Matrix, find_matrix
 from maskllm4v.sparsity.patterns import NMPattern
@@ -32,7 +30,6 @@ LIMIT = 2**31 - 2**24  # bytes of tensors; protobuf writes no message of 2 GiB
 # Largest error, relative to the largest output. ViT-tiny, ViT-B/16 and DiT-S/2 had 0.7, 1.1 and 1.6e-6 in fp32; in fp16
 # 1.4, 1.3 and 1.4e-3, as onnxruntime computes more of it in float32 than torch does, on CPUs.
 BOUNDS = {"fp32": 1e-5, "fp16": 1e-2}
-SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def export_onnx(
@@ -77,8 +74,7 @@ def export_onnx(
             if half and bool(tensor.isinf().any()):
                 raise CheckpointError(f"{name!r} holds values that are too large for float16")
         model = _export(runtime, exportable)
-    _clean(model)
-    weights = _weights(model, layers)
+    weights = name_after(model, runtime.module, find_weights(model, layers))
     describe(model, {**about, "pattern": pattern and str(pattern), "precision": precision, "weights": weights})
     with _staged(path) as staged:
         _save(staged, model)
@@ -126,10 +122,9 @@ def _settle(matrix: Matrix, mask: Tensor, pattern: NMPattern | None, layer: str)
     if mask.shape != rows.shape:
         raise CheckpointError(f"layer {layer!r}: mask {tuple(mask.shape)} for a weight {tuple(rows.shape)}")
     pattern.validate(mask, layer)
-    pruned = ~mask.bool()
-    if bool((rows[pruned] != 0).any()):
+    if bool((rows[~mask.bool()] != 0).any()):
         raise CheckpointError(f"layer {layer!r}: the weight is not zero where its mask is; fold the model first")
-    rows[pruned] = 0.0
+    matrix.write_(rows.masked_fill(~mask.bool(), 0.0))
 
 
 def _export(runtime: _Runtime, exportable: ExportableModel) -> Any:
@@ -162,60 +157,6 @@ def _traced(exportable: ExportableModel) -> int:
 def _rows(exportable: ExportableModel, count: int) -> dict[str, Tensor]:
     """So many samples of the example, from its last to its first, and so on."""
     return {name: x[-1 - torch.arange(count) % len(x)] for name, x in exportable.inputs.items()}
-
-
-def _clean(model: Any) -> None:
-    """Name linear layers' nodes and weights after them; drop what says where it was exported, and by what."""
-    graph = model.graph
-    tables = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
-    nodes = {node.name for node in graph.node}
-    values = {name for node in graph.node for name in (*node.input, *node.output)}
-    names: dict[str, str] = {}
-    for node in graph.node:
-        scopes = [ast.literal_eval(entry.value) for entry in node.metadata_props if entry.key == SCOPES]
-        weights = [name for name in node.input if name in tables and node.op_type in ("MatMul", "Gemm")]
-        if weights and scopes and len(scopes[0]) > 1:
-            layer = scopes[0][-2].removeprefix("module.")
-            node.name = _free(layer, nodes)
-            names.setdefault(weights[0], _free(f"{layer}.weight", values))
-    for tensor in graph.initializer:
-        if (name := tensor.name).startswith("module."):
-            names.setdefault(name, _free(name.removeprefix("module."), values))
-        tensor.name = names.get(name, name)
-    for node in graph.node:
-        for place, name in enumerate(node.input):
-            node.input[place] = names.get(name, name)
-    _strip(model)
-    model.producer_version = __version__
-
-
-def _free(name: str, taken: set[str]) -> str:
-    """The name, numbered if it is taken; then it is."""
-    found = next(n for n in (name, *(f"{name}.{i}" for i in range(1, len(taken) + 1))) if n not in taken)
-    taken.add(found)
-    return found
-
-
-def _strip(message: Any) -> None:
-    """Clear all doc strings and metadata, at any depth: stack traces hold paths."""
-    for field in {"doc_string", "metadata_props"}.intersection(message.DESCRIPTOR.fields_by_name):
-        message.ClearField(field)
-    for field, value in message.ListFields():
-        if field.message_type is not None:
-            for part in [value] if hasattr(value, "ListFields") else value:
-                _strip(part)
-
-
-def _weights(model: Any, layers: Mapping[str, Matrix]) -> dict[str, str]:
-    """Which initializer is each layer's weight: bit for bit, with its rows along the axis that is summed over."""
-    names: dict[str, str] = {}
-    for found in matrices(model.graph):
-        names.setdefault(tensors_digest({"": found.weight}), found.name)
-    digests = {layer: tensors_digest({"": matrix.rows.contiguous()}) for layer, matrix in layers.items()}
-    for layer, digest in digests.items():
-        if digest not in names:
-            raise CheckpointError(f"layer {layer!r}: no node of the graph multiplies by its weight")
-    return {layer: names[digest] for layer, digest in digests.items()}
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from maskllm4v.oneshot.methods.sparsegpt import prune_sparsegpt
 from maskllm4v.oneshot.methods.wanda import prune_wanda
 from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
 from maskllm4v.sparsity.layers import attach_
-from maskllm4v.sparsity.parameters import Matrix
+from maskllm4v.sparsity.parameters import Matrix, check_not_looked_up
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.rollback import all_or_nothing
 from maskllm4v.sparsity.surgery import fixed, settle_
@@ -148,6 +148,8 @@ def prune(
     propagate: Propagate | None = None,
     forward: Forward | None = None,
     on_misfit: OnMisfit = "error",
+    convolutions: bool = False,
+    tied: bool = False,
     seed: int = 0,
     tell: Callable[[str], object] = note,
 ) -> PrunedMasks:
@@ -170,6 +172,10 @@ def prune(
         forward: ``forward(model, batch)``; by default :func:`maskllm4v.sparsity.calibration.default_forward`. Parts
             have their own.
         on_misfit: ``"error"`` or ``"skip"`` for layers that the pattern does not fit.
+        convolutions: prune those, too, that multiply each patch of their inputs once: 1×1, or with a kernel as wide as
+            the stride; without padding and groups. Masks are ``[out, in]``, inputs in the order of
+            :mod:`maskllm4v.sparsity.layout`.
+        tied: prune matrices, too, that are the table of an embedding; both read it under one mask.
         seed: for methods that draw.
         tell: called with the report of what is sparse, what stays dense, and why; by default a terminal shows it.
 
@@ -178,11 +184,11 @@ def prune(
         report is their ``coverage``. After an error, or Ctrl-C, the model is as it was.
 
     Warns:
-        Less than half of the weights that multiply activations, and are not excluded, gets masks.
+        Less than half of the weights that multiply activations, and are not excluded, gets masks; or an embedding does.
 
     Raises:
         ConfigError: unknown method, no calibration data for one that needs it or for a layer, no update on
-            offer, or weights without values (device ``meta``).
+            offer, one of a matrix that is the table of an embedding, or weights without values (device ``meta``).
         DataError: no batch, or none that reaches a layer.
         PatternError: the pattern does not fit a layer.
     """
@@ -191,11 +197,13 @@ def prune(
         raise ConfigError(f"update_weights is true, but {method!r} cannot update weights")
     if propagate not in (None, "dense", "pruned"):
         raise ConfigError(f"propagate is {propagate!r}; allowed: 'dense', 'pruned'")
-    found = survey(model, pattern, exclude=exclude, on_misfit=on_misfit)
+    found = survey(model, pattern, exclude=exclude, on_misfit=on_misfit, convolutions=convolutions, tied=tied)
     layers = found.prunable
     if not layers:
         raise ConfigError("nothing to prune: the model has no linear layer, nor another matrix, that is not excluded")
     check_materialised(layers)
+    if update_weights:
+        check_not_looked_up(layers)
     parts = [] if chosen.statistic is None else _parts(method, calibration, forward)
     masks = PrunedMasks()
     masks.coverage = found.coverage
@@ -210,7 +218,7 @@ def prune(
             result = _by_blocks(matrix, statistic, prune_rows, pattern)
             if result.weight is not None:
                 rollback.keep(matrix.weight)
-                matrix.rows.data.copy_(result.weight)
+                matrix.write_(result.weight)
             mask = fixed(matrix, result.mask, pattern)
             for module, attribute in matrix.places:
                 attach_(module, attribute, mask)
@@ -228,6 +236,7 @@ def prune(
         settle_(model)
     tell(str(masks.coverage))
     masks.coverage.check()
+    found.warn_of_embeddings(pattern)
     return masks
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from maskllm4v.sparsity.layers import Masked, dense_weight, mask_of
-from maskllm4v.sparsity.layout import Layout, to_rows
+from maskllm4v.sparsity.layout import Layout, from_rows, to_rows
 from maskllm4v.sparsity.learnable import LearnableMask
 from maskllm4v.sparsity.masks import Mask
 from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.text import few
 
 EXPERTS = ("gate_up_proj", "up_proj", "gate_proj", "down_proj")  # of transformers' stacks, each ``[experts, ...]``
 Places = tuple[tuple[nn.Module, str], ...]
@@ -57,6 +58,11 @@ class Matrix:
         return int(rows.shape[0]) if rows.dim() == 3 else 3 if self.places[0][1] == "in_proj_weight" else 1
 
     @property
+    def not_multiplied_in(self) -> list[nn.Module]:
+        """Modules that hold it and are not known to multiply by it, such as an embedding that it is the table of."""
+        return [module for module, attribute in self.places if layout_of(module, attribute) is None]
+
+    @property
     def shape(self) -> torch.Size:
         """Of the parameter as it is stored."""
         return self.weight.shape
@@ -74,8 +80,13 @@ class Matrix:
 
     @property
     def rows(self) -> Tensor:
-        """``[..., out, in]``, a view of the dense parameter."""
+        """``[..., out, in]`` of the dense parameter; to be read only, see :meth:`write_`."""
         return to_rows(self.weight, self.layout)
+
+    @torch.no_grad()
+    def write_(self, rows: Tensor) -> None:
+        """Give the dense parameter the values of rows ``[..., out, in]``."""
+        self.weight.copy_(from_rows(rows, self.layout, self.weight.shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +112,7 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
                 continue
             done.add(id(parameter))
             key = f"{path}.{attribute}"
-            yield Matrix(key.removesuffix(".weight"), key.lstrip("."), places[id(parameter)], layout)
+            yield Matrix(_name_of(key), key.lstrip("."), places[id(parameter)], layout)
 
 
 def find_matrix(model: nn.Module, name: str) -> Matrix:
@@ -127,18 +138,19 @@ def find_matrix(model: nn.Module, name: str) -> Matrix:
 def masked_parameters(model: nn.Module) -> dict[str, MaskedParameter]:
     """All parameters under a mask, by name, in the model's order."""
     places: dict[Mask, list[tuple[nn.Module, str]]] = {}
-    keys: dict[Mask, str] = {}
+    keys: dict[tuple[nn.Module, str], str] = {}  # in the model's order
     for path, module in model.named_modules():
         for attribute in module._parameters if isinstance(module, Masked) else ():
             if (mask := mask_of(module, attribute)) is not None:
                 places.setdefault(mask, []).append((module, attribute))
-                keys.setdefault(mask, f"{path}.{attribute}")
-    return {
-        (name := keys[mask].removesuffix(".weight")): MaskedParameter(
-            name, keys[mask].lstrip("."), tuple(found), mask.layout, mask
-        )
-        for mask, found in places.items()
-    }
+                keys[module, attribute] = f"{path}.{attribute}"
+    firsts = {(in_order := _products_first(found))[0]: (in_order, mask) for mask, found in places.items()}
+    masked: dict[str, MaskedParameter] = {}
+    for place, key in keys.items():
+        if place in firsts:
+            in_order, mask = firsts[place]
+            masked[_name_of(key)] = MaskedParameter(_name_of(key), key.lstrip("."), in_order, mask.layout, mask)
+    return masked
 
 
 def learnable_masks(model: nn.Module) -> dict[str, LearnableMask]:
@@ -166,6 +178,11 @@ def state_key(name: str, keys: Iterable[str] | Mapping[str, Any]) -> str:
     return f"{name}.weight" if f"{name}.weight" in keys else name
 
 
+def _name_of(key: str) -> str:
+    """A matrix's name, which is empty for the weight of a model that is a single layer."""
+    return key.removesuffix(".weight").lstrip(".")
+
+
 def layout_of(module: nn.Module, attribute: str) -> Layout | None:
     """How a module's parameter holds its rows; None if it is not known to multiply activations."""
     if isinstance(module, nn.Linear):
@@ -175,11 +192,28 @@ def layout_of(module: nn.Module, attribute: str) -> Layout | None:
     parameter = module._parameters.get(attribute)
     if parameter is None or is_lazy(parameter):
         return None
+    if attribute == "weight" and multiplies_patches(module):
+        return "patches"
     if parameter.dim() == 2 and attribute == "weight" and _is_conv1d(module):
         return "columns"
     if parameter.dim() == 3 and attribute in EXPERTS and hasattr(module, "num_experts"):
         return "columns" if getattr(module, "is_transposed", False) else "rows"
     return None
+
+
+def multiplies_patches(module: nn.Module) -> bool:
+    """Whether it is a convolution that multiplies each patch of its inputs once, as PyTorch does it.
+
+    1×1, or with a kernel as wide as the stride; without padding and groups.
+    """
+    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(module, kind):
+            own = type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
+            single = set(module.kernel_size) == {1}
+            parted = single or (module.kernel_size == module.stride and set(module.dilation) == {1})
+            padded = not isinstance(module.padding, str) and any(module.padding)  # "same" pads no 1×1
+            return own and parted and not padded and module.groups == 1
+    return False
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -193,7 +227,23 @@ def places_of(model: nn.Module) -> dict[int, Places]:
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 found.setdefault(id(parameter), []).append((module, attribute))
-    return {key: tuple(places) for key, places in found.items()}
+    return {key: _products_first(places) for key, places in found.items()}
+
+
+def _products_first(places: list[tuple[nn.Module, str]]) -> Places:
+    """Those that multiply by the parameter before those that look it up, such as embeddings."""
+    if len(places) > 1:
+        places = sorted(places, key=lambda place: layout_of(*place) is None)
+    return tuple(places)
+
+
+def check_not_looked_up(matrices: Mapping[str, Matrix]) -> None:
+    """Raise :class:`ConfigError`, naming matrices, where an update for what they multiply would change embeddings."""
+    if tables := [name for name, matrix in matrices.items() if matrix.not_multiplied_in]:
+        raise ConfigError(
+            f"{few(tables, 'layer')}: tied to an embedding, which an update of its weights would change; exclude it, "
+            "or leave the weights as they are"
+        )
 
 
 def check_parameter(module: nn.Module, name: str, attribute: str = "weight") -> None:

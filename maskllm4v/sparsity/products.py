@@ -8,7 +8,7 @@ themselves, ``nn.MultiheadAttention`` has a parameter for three matrices. So pro
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,6 +22,7 @@ from maskllm4v.sparsity.layers import mask_of
 from maskllm4v.sparsity.parameters import Matrix
 
 _LINEAR = {F.linear}
+_CONVOLUTION = {F.conv1d, F.conv2d, F.conv3d}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
 _ADDMM = {torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm}
 _ATTENTION = F.multi_head_attention_forward
@@ -35,7 +36,7 @@ class Product:
         name: of the matrix.
         block, blocks: which of its equal parts is used, and how many such parts it has; several with a part each are
             reported as so many products.
-        inputs: ``[..., in]``.
+        inputs: ``[..., in]``; of a convolution its patches ``[B, ..., in]``.
         bias: what is added, if anything.
     """
 
@@ -58,6 +59,8 @@ class ProductMode(TorchFunctionMode):
         super().__init__()
         self._before, self._after = before, after
         self._rows = {name: (name, matrix.rows.detach(), matrix.blocks) for name, matrix in matrices.items()}
+        # A model that cuts its own patches has them in another order: such a layer counts as not reached.
+        self._only_convolved = {n for n, m in matrices.items() if m.layout == "patches" and m.in_features > m.shape[1]}
         self._found = {m.weight.untyped_storage().data_ptr(): self._rows[name] for name, m in matrices.items()}
         self._masks = {mask: name for name, matrix in matrices.items() if (mask := mask_of(*matrix.places[0]))}
 
@@ -78,8 +81,8 @@ class ProductMode(TorchFunctionMode):
 
     def _products(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Product]:
         bias: Any = None
-        if func in _LINEAR:
-            inputs, weight, bias = _arguments(args, kwargs, "input", "weight", "bias")
+        if func in _LINEAR or func in _CONVOLUTION:
+            inputs, weight, bias = _arguments(args, kwargs, "input", "weight", "bias")[:3]
         elif func in _MATMUL:
             inputs, weight = _arguments(args, kwargs, "input", "other", "mat2")[:2]
             weight = weight.transpose(-1, -2) if isinstance(weight, Tensor) and weight.dim() > 1 else None
@@ -96,6 +99,12 @@ class ProductMode(TorchFunctionMode):
         if found is None:
             return
         name, rows, blocks = found
+        if func in _CONVOLUTION:
+            stride = _arguments(args, kwargs, "input", "weight", "bias", "stride")[3]
+            yield Product(name, 0, 1, patches(inputs, weight.shape[2:], stride), bias)
+            return
+        if name in self._only_convolved:
+            return
         for place, part in enumerate(_blocks(weight, rows, blocks)):
             of_part = inputs[place] if weight.dim() == 3 and inputs.dim() == 3 else inputs
             yield Product(name, part, blocks, of_part, bias)
@@ -104,6 +113,19 @@ class ProductMode(TorchFunctionMode):
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
     """The first arguments by place or name, None where there is none."""
     return [*args, *[None] * len(names)][: len(args)] + [kwargs.get(name) for name in names[len(args) :]]
+
+
+def patches(inputs: Tensor, kernel: Sequence[int], stride: Sequence[int] | int | None) -> Tensor:
+    """What a convolution without padding multiplies: patches ``[B, positions ..., in]`` of ``[(B,) channels, ...]``.
+
+    Inputs come as :func:`maskllm4v.sparsity.layout.to_rows` has them: position by position.
+    """
+    sizes = len(kernel)
+    steps = [stride or 1] * sizes if stride is None or isinstance(stride, int) else [*stride, *stride][:sizes]
+    cut = inputs if inputs.dim() == sizes + 2 else inputs[None]
+    for dim, (size, step) in enumerate(zip(kernel, steps, strict=True), 2):
+        cut = cut.unfold(dim, size, step)
+    return cut.movedim(1, -1).flatten(-sizes - 1)
 
 
 def _blocks(used: Tensor, rows: Tensor, blocks: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -30,6 +31,8 @@ def replace_linear_with_(
     N: int = 2,
     M: int = 4,
     on_misfit: OnMisfit = "error",
+    convolutions: bool = False,
+    tied: bool = False,
     **kwargs: Any,
 ) -> Model:
     """Put a mask on every matrix of a model, in place, at any depth.
@@ -46,6 +49,7 @@ def replace_linear_with_(
         exclude: modules or name patterns that stay as they are.
         N, M: the pattern.
         on_misfit: ``"error"`` or ``"skip"`` for matrices that the pattern does not fit.
+        convolutions, tied: as in :func:`maskllm4v.prune`.
 
     Returns:
         The same model.
@@ -58,18 +62,19 @@ def replace_linear_with_(
         Less than half of the weights that multiply activations, and are not excluded, gets masks.
     """
     pattern, learnable = NMPattern(N, M), issubclass(layer_class, LearnableMaskedLinear)
-    found = survey(model, pattern, exclude=exclude, on_misfit=on_misfit)
+    found = survey(model, pattern, exclude=exclude, on_misfit=on_misfit, convolutions=convolutions, tied=tied)
     kind: Callable[..., Mask] = LearnableMask if learnable else FixedMask
 
     def new(matrix: Matrix) -> Mask:
         if learnable:
-            for parameter in matrix.module._parameters.values():
+            for parameter in itertools.chain.from_iterable(module._parameters.values() for module, _ in matrix.places):
                 if parameter is not None:
                     parameter.requires_grad_(False)
         return kind(matrix.weight, pattern, matrix.name, matrix.layout, **kwargs)
 
     put_masks_(model, found.prunable.values(), new)
     found.coverage.check()
+    found.warn_of_embeddings(pattern)
     return model
 
 
@@ -167,6 +172,8 @@ def make_learnable(
     exclude: Exclude = (),
     hard: bool = False,
     gate: str = "candidates",
+    convolutions: bool = False,
+    tied: bool = False,
 ) -> Model:
     """Freeze a model and make the masks of its matrices learnable, in place.
 
@@ -185,6 +192,7 @@ def make_learnable(
         init: see above.
         seed: seed of the logits and of the Gumbel noise.
         exclude: with ``prior_masks=None``: layers that stay dense.
+        convolutions, tied: with ``prior_masks=None``: as in :func:`maskllm4v.prune`.
         hard: straight-through masks.
         gate: what logits stand for, ``"candidates"`` or ``"positions"`` (:mod:`maskllm4v.sparsity.parameterization`).
 
@@ -196,7 +204,7 @@ def make_learnable(
     if init not in ("prior", "magnitude"):
         raise ConfigError(f"init is {init!r}; allowed: 'prior', 'magnitude'")
     if prior_masks is None:
-        found = survey(model, pattern, exclude=exclude)
+        found = survey(model, pattern, exclude=exclude, convolutions=convolutions, tied=tied)
         matrices = found.prunable
     else:
         matrices = _check_masks(model, prior_masks, pattern)
@@ -221,6 +229,7 @@ def make_learnable(
         put_masks_(model, matrices.values(), new)
     if prior_masks is None:
         found.coverage.check()
+        found.warn_of_embeddings(pattern)
     return model
 
 

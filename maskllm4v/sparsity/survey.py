@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from maskllm4v.sparsity.masks import Mask
-from maskllm4v.sparsity.parameters import Matrix, check_parameter, layout_of, matrices
+from maskllm4v.sparsity.parameters import Matrix, check_parameter, matrices
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.text import few
 
 Exclude = Iterable[nn.Module | str]
 OnMisfit = Literal["error", "skip"]
-EXCLUDED, CONVOLUTION = "excluded", "convolution"
+EXCLUDED, CONVOLUTION, OPTION = "excluded", "convolution", "convolution (an option)"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, Mask)  # looked up, or numbers side by side
 
@@ -104,6 +104,15 @@ class Survey:
     prunable: dict[str, Matrix] = field(default_factory=dict)
     dense: dict[str, Dense] = field(default_factory=dict)
 
+    def warn_of_embeddings(self, pattern: NMPattern) -> None:
+        """Warn where what is pruned is the table of an embedding, too."""
+        if tables := [name for name, matrix in self.prunable.items() if matrix.not_multiplied_in]:
+            lost = _percent(1 - pattern.n / pattern.m)
+            warnings.warn(
+                f"{few(tables, 'layer')}: tied to an embedding, whose table loses {lost} of its values, too",
+                stacklevel=3,
+            )
+
     @property
     def coverage(self) -> Coverage:
         """Once all that can be pruned is; holds nothing of the model."""
@@ -111,7 +120,13 @@ class Survey:
 
 
 def survey(
-    model: nn.Module, pattern: NMPattern | None = None, *, exclude: Exclude = (), on_misfit: OnMisfit = "error"
+    model: nn.Module,
+    pattern: NMPattern | None = None,
+    *,
+    exclude: Exclude = (),
+    on_misfit: OnMisfit = "error",
+    convolutions: bool = False,
+    tied: bool = False,
 ) -> Survey:
     """Look at all parameters of a model that multiply activations, or may do so.
 
@@ -125,6 +140,9 @@ def survey(
         exclude: modules, or name patterns as in shells (``"head"``, ``"blocks.0.*"``); all below an
             excluded module is excluded too.
         on_misfit: ``"error"`` or ``"skip"``.
+        convolutions: whether those that multiply each patch once may be pruned, too
+            (:func:`~maskllm4v.sparsity.parameters.multiplies_patches`).
+        tied: whether a matrix may be pruned that is the table of an embedding, too.
 
     Raises:
         PatternError: a matrix does not fit and ``on_misfit`` is ``"error"``.
@@ -137,13 +155,17 @@ def survey(
     seen = set[int]()
     for matrix in matrices(model):
         seen.add(id(matrix.weight))
-        width, others = matrix.in_features, [type(m).__name__ for m, name in matrix.places if not layout_of(m, name)]
+        width, others = matrix.in_features, matrix.not_multiplied_in
+        optional = all(map(_may_be_masked, others))
         if any(module in excluded for module, _ in matrix.places) or matrix.key in excluded:
             reason = EXCLUDED
+        elif matrix.layout == "patches" and not convolutions:
+            reason = OPTION
         elif matrix.name == "":
             raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
-        elif others:
-            reason = f"shared with {', '.join(others)}"
+        elif others and not (tied and optional):
+            reason = f"shared with {', '.join(type(module).__name__ for module in others)}"
+            reason += " (an option)" if optional else ""
         elif pattern is not None and not pattern.fits(width):
             if on_misfit == "error":
                 pattern.check_fits(width, matrix.name)
@@ -162,6 +184,11 @@ def survey(
                 reason = EXCLUDED if module in excluded or key in excluded else _kind(module)
                 found.dense[key.removesuffix(".weight")] = Dense(parameter.numel(), reason)
     return found
+
+
+def _may_be_masked(module: nn.Module) -> bool:
+    """Whether it is an embedding that does nothing to its table but look rows up."""
+    return isinstance(module, nn.Embedding) and module.max_norm is None and not module.sparse
 
 
 def _may_multiply(module: nn.Module, parameter: nn.Parameter) -> bool:

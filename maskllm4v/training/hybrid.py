@@ -42,7 +42,7 @@ def start_from_updated_(model: nn.Module, prior: MaskCheckpoint, *, distillation
     for name, mask in prior.masks.items():
         rows, layout = matrices[name].rows, matrices[name].layout
         updated = to_rows(prior.weights[matrices[name].key].to(rows), layout)
-        rows.copy_(torch.where(mask.to(rows.device), updated, rows))
+        matrices[name].write_(torch.where(mask.to(rows.device), updated, rows))
     return dense
 
 

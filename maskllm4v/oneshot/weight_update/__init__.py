@@ -23,7 +23,13 @@ from maskllm4v.oneshot.weight_update.sparsegpt import update_sparsegpt
 from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
 from maskllm4v.sparsity.layers import attach_, detach_
 from maskllm4v.sparsity.layout import from_rows
-from maskllm4v.sparsity.parameters import MaskedParameter, Matrix, find_matrix, masked_parameters
+from maskllm4v.sparsity.parameters import (
+    MaskedParameter,
+    Matrix,
+    check_not_looked_up,
+    find_matrix,
+    masked_parameters,
+)
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.rollback import all_or_nothing
 from maskllm4v.sparsity.surgery import Model, fixed, settle_
@@ -96,8 +102,8 @@ def update_weights_(
         The same model. After an error it is as it was.
 
     Raises:
-        ConfigError: an unknown method or target, a negative damping, no masked layer, or a ``dense`` that has masks
-            or another architecture.
+        ConfigError: an unknown method or target, a negative damping, no masked layer, one that is tied to an embedding,
+            or a ``dense`` that has masks or another architecture.
         DataError: no batch, none that reaches a layer, or a layer cannot be solved for; names layer and row.
     """
     if method not in METHODS:
@@ -113,6 +119,7 @@ def update_weights_(
     if "" in masked:
         raise ConfigError("the model is a single linear layer, which cannot be replaced in place; wrap it")
     check_materialised(masked)
+    check_not_looked_up(masked)
     if dense is not None and (dense is model or masked_parameters(dense)):
         raise ConfigError("dense has masks; it is the model before it was pruned, or none: the model without its masks")
     parts = as_parts(calibration, forward)
