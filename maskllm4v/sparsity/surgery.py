@@ -67,9 +67,10 @@ def replace_linear_with_(
                     parameter.requires_grad_(False)
         return kind(matrix.weight, pattern, matrix.name, matrix.layout, **kwargs)
 
-    put_masks_(model, found.prunable.values(), new)
-    found.coverage.check()
-    return model
+    with all_or_nothing(model):
+        put_masks_(model, found.prunable.values(), new)
+        found.coverage.check()
+        return model
 
 
 def put_masks_(model: nn.Module, matrices: Iterable[Matrix], new: Callable[[Matrix], Mask]) -> None:
@@ -117,8 +118,9 @@ def apply_masks_(model: Model, masks: Mapping[str, Tensor], pattern: NMPattern |
     """
     pattern = NMPattern(pattern)
     matrices = _check_masks(model, masks, pattern)
-    put_masks_(model, matrices.values(), lambda matrix: fixed(matrix, masks[matrix.name], pattern))
-    return model
+    with all_or_nothing(model):
+        put_masks_(model, matrices.values(), lambda matrix: fixed(matrix, masks[matrix.name], pattern))
+        return model
 
 
 def fixed(matrix: Matrix, mask: Tensor, pattern: NMPattern) -> FixedMask:
@@ -151,7 +153,7 @@ def fold_(model: Model) -> Model:
                 detach_(module, attribute)
                 module._parameters[attribute] = folded
         settle_(model)
-    return model
+        return model
 
 
 def make_learnable(
@@ -218,9 +220,9 @@ def make_learnable(
     with all_or_nothing(model):
         model.requires_grad_(False)
         put_masks_(model, matrices.values(), new)
-    if prior_masks is None:
-        found.coverage.check()
-    return model
+        if prior_masks is None:
+            found.coverage.check()
+        return model
 
 
 def set_noise_key(model: nn.Module, draw: NoiseKey) -> None:
