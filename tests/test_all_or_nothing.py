@@ -163,6 +163,17 @@ def test_a_step_that_fails(change: str, used: str, calls: int, monkeypatch: pyte
     assert whole(model) == before
 
 
+@pytest.mark.parametrize("change", CALIBRATED)
+def test_a_mode_that_cannot_be_set(change: str) -> None:
+    build, run = CALIBRATED[change]
+    model = build()
+    model.last.train = after(0, model.last.train)
+    before = whole(model)
+    with pytest.raises(PlannedError):
+        run(model, calibration=[X])
+    assert whole(model) == before
+
+
 @pytest.mark.parametrize("run", [prune, permute_channels_])
 def test_who_is_told_may_fail(run: Callable[..., object]) -> None:
     model = dense()
