@@ -264,6 +264,7 @@ QWEN = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "num
 GPT_OSS = {"intermediate_size": 24, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
+@pytest.mark.slow  # it takes long to import
 @pytest.mark.parametrize(
     ("name", "sizes", "expected"),
     [
@@ -413,16 +414,16 @@ def test_a_report_says_what_stays() -> None:
         f"layers.{i}.{name}" for i in range(2) for name in ("self_attn.in_proj_weight", "linear1")
     )
     assert said == [
-        "channels permuted in front of 4 of 8 matrices\n"
-        "in front of no known block's inner channels, which alone can move: 'layers.0.self_attn.in_proj_weight', "
-        "'layers.0.linear1', 'layers.1.self_attn.in_proj_weight' and 1 more"
+        "permuted the input channels of 4 layers (of 8)\n"
+        "those of others cannot move, or are not known to: 'layers.0.self_attn.in_proj_weight', 'layers.0.linear1', "
+        "'layers.1.self_attn.in_proj_weight' and 1 more"
     ]
     model = built("encoder")
     permute_channels_(model, "2:4")
     again = permute_channels_(model, "2:4", tell=said.append)
     assert not again
     assert len(again.best) == 4
-    assert "in the best order already: 'layers.0.linear2'" in said[-1]
+    assert "these stand in the best order already: 'layers.0.linear2'" in said[-1]
 
 
 def test_scores_of_experts_have_to_be_finite() -> None:

@@ -52,11 +52,11 @@ class Permutations(dict[str, Tensor]):
 
     def __str__(self) -> str:
         count = len(self) + len(self.best) + len(self.fixed)
-        lines = [f"channels permuted in front of {len(self):,} of {count:,} matrices"]
+        lines = [f"permuted the input channels of {len(self):,} layers (of {count:,})"]
         if self.best:
-            lines.append(f"in the best order already: {few(self.best)}")
+            lines.append(f"these stand in the best order already: {few(self.best)}")
         if self.fixed:
-            lines.append(f"in front of no known block's inner channels, which alone can move: {few(self.fixed)}")
+            lines.append(f"those of others cannot move, or are not known to: {few(self.fixed)}")
         return "\n".join(lines)
 
 

@@ -133,7 +133,8 @@ class Experts:
     def inputs(self, block: nn.Module, noise: torch.Generator) -> list[Tensor]:
         """As many tokens for each expert, sorted by expert; each one's two experts and their weights, if they ask."""
         experts, width, _ = _rows(block, self.reader).shape
-        if hasattr(config := getattr(block, "config", None), "_experts_implementation"):
+        config: Any = getattr(block, "config", None)
+        if hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"  # faster ones know no float64
         tokens = _random(noise, TOKENS * experts, width)
         if len(_arguments(block)) < 3:
