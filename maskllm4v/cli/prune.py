@@ -83,10 +83,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     layers: Any = {"exclude": spec.model.excluded_layers, "on_misfit": spec.model.on_misfit}
     shown = calibration() if calibrates(how.method) else None
-    permutations = {}
+    permutations: dict[str, Any] = {}
     if how.permutation == "greedy":
-        permutations = permute_channels_(model, pattern, calibration=shown, forward=task.forward, **layers)
-        inputs.say(f"permuted the input channels of {len(permutations)} layers")
+        permutations = permute_channels_(
+            model, pattern, calibration=shown, forward=task.forward, tell=inputs.say, **layers
+        )
     masks = prune(
         model,
         how.method,

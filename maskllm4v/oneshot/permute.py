@@ -8,12 +8,14 @@ matrix of L1 distances, so that one call gives the gains of all swaps. Groups ar
 every pair of groups can be taken at once, as long as no group is touched twice.
 
 Rows of a weight can be permuted freely, as its groups lie along the columns: the order of a layer's inputs is chosen
-for that layer alone.
+for that layer alone, and that of each expert of a stack for that expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -22,15 +24,40 @@ from torch import Tensor, nn
 from maskllm4v.oneshot.activations.sequential import part_statistics
 from maskllm4v.oneshot.activations.statistics import InputNorm
 from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
+from maskllm4v.sparsity.channels import Channels
+from maskllm4v.sparsity.parameters import Matrix
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.permutation import find_channels
 from maskllm4v.sparsity.rollback import all_or_nothing
 from maskllm4v.sparsity.survey import Exclude, OnMisfit, survey
 from maskllm4v.utils.errors import ConfigError, PatternError
-from maskllm4v.utils.progress import bar
+from maskllm4v.utils.progress import bar, note
+from maskllm4v.utils.text import few
 
 SWEEPS = 20  # over all pairs of groups
 WORTH = 1e-6  # of a group's mean score: swaps that gain less are not taken
+
+
+class Permutations(dict[str, Tensor]):
+    """Orders of channels by the name of the matrix that reads them: ``[in]``, or ``[experts, in]`` of a stack.
+
+    Attributes:
+        best: matrices whose channels stand in the best order already.
+        fixed: those to be pruned whose channels cannot be permuted. A warning names those of them that lie in a known
+            kind of block, and says why.
+    """
+
+    best: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        count = len(self) + len(self.best) + len(self.fixed)
+        lines = [f"permuted the input channels of {len(self):,} layers (of {count:,})"]
+        if self.best:
+            lines.append(f"these stand in the best order already: {few(self.best)}")
+        if self.fixed:
+            lines.append(f"those of others cannot move, or are not known to: {few(self.fixed)}")
+        return "\n".join(lines)
 
 
 def permute_channels_(
@@ -42,7 +69,8 @@ def permute_channels_(
     exclude: Exclude = (),
     on_misfit: OnMisfit = "error",
     sweeps: int = SWEEPS,
-) -> dict[str, Tensor]:
+    tell: Callable[[str], object] = note,
+) -> Permutations:
     """Permute a dense model's hidden channels, in place, so that N:M masks keep more; its outputs stay the same.
 
     After Pool and Yu (NeurIPS 2021).
@@ -52,7 +80,8 @@ def permute_channels_(
         permutations = maskllm4v.permute_channels_(model, "2:4", exclude=["head"])
         masks = maskllm4v.prune(model, "magnitude", pattern="2:4", exclude=["head"])
 
-    Hidden units of MLPs move freely, value channels within their head; see :mod:`maskllm4v.sparsity.permutation`.
+    Hidden units of MLPs move freely, those of each expert on their own, value channels within their head; see
+    :mod:`maskllm4v.sparsity.permutation`.
 
     Args:
         model: dense; changed in place.
@@ -61,11 +90,17 @@ def permute_channels_(
         exclude: layers that stay dense, as in :func:`maskllm4v.prune`: no order is chosen for them.
         on_misfit: as there.
         sweeps: bounds the work, see :func:`best_order`.
+        tell: called with the report of what was permuted and what cannot be; by default a terminal shows it.
 
     Returns:
-        Indices ``[in]`` by the name of the layer that reads the channels: channel ``permutation[i]`` of the given model
-        stands in place i now. Layers whose order is the best already are left out.
-        :func:`maskllm4v.invert_permutations` gives what takes them back.
+        Indices ``[in]`` by the name of the matrix that reads the channels, or ``[experts, in]`` of a stack: channel
+        ``permutation[i]`` of the given model stands in place i now. Those whose order is the best already are left out.
+        :func:`maskllm4v.invert_permutations` gives what takes them back. After an error, or Ctrl-C, the model is as it
+        was.
+
+    Warns:
+        Channels of a known kind of block cannot be permuted: they are used elsewhere, or the block's outputs change.
+        No token of the calibration comes to an expert, whose order goes by |w|.
 
     Raises:
         ConfigError: the model has no channels that can be permuted, or has masks already.
@@ -78,25 +113,50 @@ def permute_channels_(
     channels = find_channels(model, layers)
     if not channels:
         raise ConfigError("no layer to prune reads channels that can be permuted: hidden units or values of attention")
-    norms: dict[str, InputNorm] = {}
-    if calibration is not None:
-        readers, parts = {name: layers[name] for name in channels}, as_parts(calibration, forward)
-        for unit in part_statistics(model, readers, parts, InputNorm, propagate="dense"):
-            norms |= unit
-    found: dict[str, Tensor] = {}
-    for name in bar(channels, "permutation"):
-        scores = layers[name].rows.detach().double().abs()
-        if calibration is not None:
-            scores *= norms[name].sum_of_squares.double().sqrt()
-        order = best_order(scores, pattern, parts=channels[name].parts, sweeps=sweeps, layer=name)
-        if not order.equal(torch.arange(len(order))):
-            found[name] = order
     with all_or_nothing(model) as rollback:
+        norms: dict[str, Any] = {}
+        if calibration is not None:
+            readers, parts = {name: layers[name] for name in channels}, as_parts(calibration, forward)
+            with closing(part_statistics(model, readers, parts, InputNorm, propagate="dense")) as units:
+                for unit in units:
+                    norms |= unit
+        found = Permutations()
+        for name in bar(channels, "permutation"):
+            order = _order(layers[name], channels[name], norms.get(name), pattern, sweeps)
+            if not order.equal(torch.arange(order.shape[-1]).expand(order.shape)):
+                found[name] = order
+        found.best = tuple(name for name in channels if name not in found)
+        found.fixed = tuple(name for name in layers if name not in channels)
         for name, order in found.items():
-            for tensor, _, _ in channels[name].places:
-                rollback.keep(tensor)
+            for place in channels[name].places:
+                rollback.keep(place.tensor)
             channels[name].permute_(order)
-    return found
+        tell(str(found))
+        return found
+
+
+def _order(matrix: Matrix, channels: Channels, norms: Any, pattern: NMPattern, sweeps: int) -> Tensor:
+    """The order of a matrix's inputs by the statistic of them, if any; of each expert's, ``[experts, in]``."""
+    rows = matrix.rows.detach()
+
+    def order(weight: Tensor, norm: InputNorm | None) -> Tensor:
+        scores = weight.double().abs()
+        if norm is not None:
+            scores *= norm.sum_of_squares.double().sqrt()
+        return best_order(scores, pattern, parts=channels.parts, sweeps=sweeps, layer=matrix.name)
+
+    if channels.experts is None:
+        return order(rows, norms)
+    seen: list[InputNorm | None] = [None] * channels.experts
+    if norms is not None:
+        seen = [norm if norm.rows else None for norm in (norms if isinstance(norms, list) else [norms])]
+        if idle := [i for i, norm in enumerate(seen) if norm is None]:
+            warnings.warn(
+                f"layer {matrix.name!r}: no token came to {len(idle)} of {len(seen)} experts, permuted by magnitude: "
+                f"{', '.join(map(str, idle))}",
+                stacklevel=3,
+            )
+    return torch.stack([order(weight, norm) for weight, norm in zip(rows, seen, strict=True)])
 
 
 def best_order(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -230,14 +231,15 @@ def prune(
         else:
             how = propagate or chosen.propagate
             statistics = part_statistics(model, layers, parts, chosen.statistic, propagate=how)
-            for unit in bar(statistics, method):
-                for name in unit:
-                    prune_layer(name, unit[name])
+            with closing(statistics):
+                for unit in bar(statistics, method):
+                    for name in unit:
+                        prune_layer(name, unit[name])
         settle_(model)
-    tell(str(masks.coverage))
-    masks.coverage.check()
-    found.warn_of_embeddings(pattern)
-    return masks
+        tell(str(masks.coverage))
+        masks.coverage.check()
+        found.warn_of_embeddings(pattern)
+        return masks
 
 
 def _by_blocks(

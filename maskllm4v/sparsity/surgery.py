@@ -72,10 +72,11 @@ def replace_linear_with_(
                     parameter.requires_grad_(False)
         return kind(matrix.weight, pattern, matrix.name, matrix.layout, **kwargs)
 
-    put_masks_(model, found.prunable.values(), new)
-    found.coverage.check()
-    found.warn_of_embeddings(pattern)
-    return model
+    with all_or_nothing(model):
+        put_masks_(model, found.prunable.values(), new)
+        found.coverage.check()
+        found.warn_of_embeddings(pattern)
+        return model
 
 
 def put_masks_(model: nn.Module, matrices: Iterable[Matrix], new: Callable[[Matrix], Mask]) -> None:
@@ -123,8 +124,9 @@ def apply_masks_(model: Model, masks: Mapping[str, Tensor], pattern: NMPattern |
     """
     pattern = NMPattern(pattern)
     matrices = _check_masks(model, masks, pattern)
-    put_masks_(model, matrices.values(), lambda matrix: fixed(matrix, masks[matrix.name], pattern))
-    return model
+    with all_or_nothing(model):
+        put_masks_(model, matrices.values(), lambda matrix: fixed(matrix, masks[matrix.name], pattern))
+        return model
 
 
 def fixed(matrix: Matrix, mask: Tensor, pattern: NMPattern) -> FixedMask:
@@ -157,7 +159,7 @@ def fold_(model: Model) -> Model:
                 detach_(module, attribute)
                 module._parameters[attribute] = folded
         settle_(model)
-    return model
+        return model
 
 
 def make_learnable(
@@ -227,10 +229,10 @@ def make_learnable(
     with all_or_nothing(model):
         model.requires_grad_(False)
         put_masks_(model, matrices.values(), new)
-    if prior_masks is None:
-        found.coverage.check()
-        found.warn_of_embeddings(pattern)
-    return model
+        if prior_masks is None:
+            found.coverage.check()
+            found.warn_of_embeddings(pattern)
+        return model
 
 
 def set_noise_key(model: nn.Module, draw: NoiseKey) -> None:

@@ -7,7 +7,7 @@ both networks run on the same batches, block by block, so that no more than the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from maskllm4v.utils.errors import DataError
 @torch.no_grad()
 def layer_statistics(
     model: nn.Module, layers: Mapping[str, Matrix], parts: Sequence[Calibration], *, dense: nn.Module | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Yield a layer's :class:`Hessian` after the other, in the order of execution; of independent parts all at once.
 
     Whoever iterates may change or replace a layer in the model before asking for the next one.

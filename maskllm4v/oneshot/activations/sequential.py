@@ -7,7 +7,7 @@ hooks on the layers at hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ def part_statistics(
     statistic: type[Statistic],
     *,
     propagate: Propagate,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Yield the statistics of one unit of layers after the other, part by part; see :func:`stream_statistics`.
 
     Parts come in their order with ``propagate="pruned"``, so that each sees what those before it have become, and in

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -125,7 +126,7 @@ def update_weights_(
     parts = as_parts(calibration, forward)
     sources = masked if dense is None else {name: _twin(parameter, dense) for name, parameter in masked.items()}
     trained = {name: parameter.weight.requires_grad for name, parameter in masked.items()}
-    with all_or_nothing(model):
+    with all_or_nothing(model), ExitStack() as stack:
         for name, parameter in masked.items():
             weight = sources[name].weight
             for module, attribute in parameter.places:
@@ -133,7 +134,8 @@ def update_weights_(
                 module._parameters[attribute] = weight
         asymmetric = (target or chosen.targets[0]) == "asymmetric"
         twin = (dense if dense is not None else copy.deepcopy(model)) if asymmetric else None
-        for unit in bar(_statistics(model, masked, parts, chosen, twin), method):
+        statistics = stack.enter_context(closing(_statistics(model, masked, parts, chosen, twin)))
+        for unit in bar(statistics, method):
             for name, statistic in unit.items():
                 parameter, mask = masked[name], masked[name].mask.current_mask()
                 share = chosen.damping if damping is None else damping
@@ -153,7 +155,7 @@ def update_weights_(
                 for module, attribute in parameter.places:
                     attach_(module, attribute, under)
         settle_(model)
-    return model
+        return model
 
 
 def _by_blocks(matrix: Matrix, mask: Tensor, statistic: Any, update_layer: Callable[..., Tensor]) -> Tensor:
@@ -171,7 +173,7 @@ def _by_blocks(matrix: Matrix, mask: Tensor, statistic: Any, update_layer: Calla
 
 def _statistics(
     model: nn.Module, layers: Mapping[str, Matrix], parts: Any, method: UpdateMethod, dense: nn.Module | None
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     if method.layerwise:
         return layer_statistics(model, layers, parts, dense=dense)
     return part_statistics(model, layers, parts, Hessian, propagate="pruned")
