@@ -1,7 +1,7 @@
 """timm's families: a small member of each that has a matrix besides its head, and the families that have none.
 
-A family is a module of ``timm.models``. Members are made smaller still where their arguments allow it, which changes
-sizes and never what is computed.
+A family is a module of ``timm.models``; a second word names another way to compute in it. Members are made smaller still
+where their arguments allow it, which changes sizes and never what is computed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ Member = tuple[str, int, dict[str, Any]]  # of the registry, size of images, arg
 MEMBERS: dict[str, Member] = {
     "beit": ("beit_base_patch16_224", 32, VIT),
     "byobnet": ("resnet50_mlp", 64, {}),
+    "byobnet attention": ("resnet50_clip", 64, {"img_size": 64}),
     "cait": ("cait_xxs24_224", 32, VIT),
     "coat": ("coat_tiny", 64, {"img_size": 64, "embed_dims": [64] * 4, "parallel_depth": 1}),
     "convit": ("convit_tiny", 32, {**VIT, "embed_dim": 16, "num_heads": 4, "local_up_to_layer": 1}),
@@ -54,7 +55,7 @@ MEMBERS: dict[str, Member] = {
     "mobilevit": ("mobilevit_xxs", 64, {}),
     "mvitv2": ("mvitv2_tiny", 64, {"img_size": (64, 64)}),
     "naflexvit": ("naflexvit_base_patch16_gap", 64, {"embed_dim": 64, "depth": 2, "num_heads": 2}),
-    "nest": ("nest_tiny_jx", 56, {"img_size": 56}),
+    "nest": ("nest_tiny_jx", 64, {"img_size": 64}),
     "nextvit": ("nextvit_small", 64, {}),
     "pit": ("pit_ti_224", 96, {"img_size": 96, "depth": (1, 1, 1)}),
     "pvt_v2": ("pvt_v2_b0", 64, {}),
@@ -93,7 +94,11 @@ MEMBERS: dict[str, Member] = {
     "tiny_vit": ("tiny_vit_5m_224", 64, {"depths": (1, 1, 2, 1), "window_sizes": (2, 2, 2, 2)}),
     "tnt": ("tnt_s_legacy_patch16_224", 32, {"img_size": 32, "embed_dim": 96, "depth": 2, "num_heads_outer": 2}),
     "twins": ("twins_svt_small", 64, {"depths": [1, 2, 1, 1], "embed_dims": [32, 32, 64, 64], "num_heads": HEADS}),
-    "vision_transformer": ("test_vit", 160, {}),
+    "vision_transformer": ("test_vit", 32, {"img_size": 32, "patch_size": 8}),
+    "vision_transformer features": ("test_vit", 32, {"img_size": 32, "patch_size": 8, "features_only": True}),
+    "vision_transformer pooling": ("vit_base_patch16_siglip_224", 32, VIT),
+    "vision_transformer gated": ("vit_giant_patch14_dinov2", 32, {**VIT, "mlp_ratio": 4}),
+    "vision_transformer parallel": ("vit_base_patch16_xp_224", 32, VIT),
     "vision_transformer_hybrid": ("vit_tiny_r_s16_p8_224", 224, {"depth": 2}),
     "vision_transformer_relpos": ("test_vit_relpos", 32, {"img_size": 32, "patch_size": 8, "depth": 2}),
     "vision_transformer_sam": ("samvit_base_patch16_224", 32, {**VIT, "window_size": 2, "global_attn_indexes": (1,)}),
