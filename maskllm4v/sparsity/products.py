@@ -79,7 +79,7 @@ class ProductMode(TorchFunctionMode):
             self._before(product)
         output = func(*args, **kwargs)
         if func in _PICKED:
-            self._pick(args, kwargs, output)
+            self._pick(func, args, kwargs, output)
         for product in products:
             self._after(product, output)
         return output
@@ -125,22 +125,22 @@ class ProductMode(TorchFunctionMode):
             return
         name, rows, blocks = found
         first = 0
-        for expert, end in zip(_blocks(weight.transpose(-1, -2), rows, blocks), ends.tolist(), strict=True):
+        for expert, end in zip(_blocks(weight.transpose(-1, -2), rows, blocks), ends.tolist(), strict=False):
             if end > first:
                 yield Product(name, expert, blocks, inputs[first:end])
             first = end
 
-    def _pick(self, args: tuple[Any, ...], kwargs: dict[str, Any], picked: Tensor) -> None:
+    def _pick(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], picked: Tensor) -> None:
         """Remember a copy of some experts' matrices, one for each token."""
-        if len(args) + len(kwargs) == 2:  # weight[index]
+        if func is Tensor.__getitem__:
             (weight, index), dim = args, 0
         else:
             weight, dim, index = _arguments(args, kwargs, "input", "dim", "index")
-        found = self._matrix(weight)
-        of_experts = found is not None and found[1].dim() == 3 and len(weight) == found[2] and dim == 0
-        if found is not None and of_experts and isinstance(index, Tensor) and index.dtype == torch.long:
-            self._picked = [entry for entry in self._picked if entry[0]() is not None]
-            self._picked.append((weakref.ref(picked), found[0], index))
+        if isinstance(index, Tensor) and index.dtype == torch.long and index.dim() == 1 and dim == 0:
+            found = self._matrix(weight)
+            if found is not None and found[1].dim() == 3 and len(weight) == found[2]:
+                self._picked = [entry for entry in self._picked if entry[0]() is not None]
+                self._picked.append((weakref.ref(picked), found[0], index))
 
     def _of_picked(self, left: object, right: object) -> Iterator[Product]:
         """``[tokens, out, in] @ [tokens, in, 1]`` or ``[tokens, 1, in] @ [tokens, in, out]``, by expert."""

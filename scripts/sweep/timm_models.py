@@ -1,7 +1,7 @@
 """timm's families: a small member of each that has a matrix besides its head, and the families that have none.
 
-A family is a module of ``timm.models``; a second word names another way to compute in it. Members are made smaller still
-where their arguments allow it, which changes sizes and never what is computed.
+A family is a module of ``timm.models``; a second word names another way to compute in it. Members are made smaller
+still where their arguments allow it, which changes sizes and never what is computed.
 """
 
 from __future__ import annotations
