@@ -3,7 +3,7 @@
     python -m scripts.sweep [NAME ...] [--covering]
 
 Prints a line a model. The exit status is 1 if anything fails that ``exceptions.py`` does not list, or if an exception
-holds by now. It takes the better part of an hour on two cores; models are independent, so give names to run a few.
+holds by now. It takes some twenty minutes on two busy cores; models are independent, so give names to run a few.
 """
 
 from __future__ import annotations
