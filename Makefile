@@ -3,6 +3,7 @@
 # make proof   the exact tables once more in an empty folder: is every committed byte of them reproduced? Renews
 #              reports/proofs, which says what was proved; TABLES="digits dit_digits": of these only
 # make proof-ci   the table in params.yaml, and those whose record in reports/proofs no longer matches; renews nothing
+# make sweep   do masks hold for any architecture? A model of each family (docs/models.md), some twenty minutes
 # make bench   measure speed and memory on this machine; `make repro` then shows it
 # make ui      MLflow's UI on http://127.0.0.1:5000
 # make figures draw the figures in docs/figures anew
@@ -26,7 +27,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONPATH
 
-.PHONY: repro test proof proof-ci bench ui figures screenshots plots experiments publish lock use lint
+.PHONY: repro test proof proof-ci bench ui figures screenshots plots experiments publish lock use lint sweep
 
 repro: $(READY)
 	@test -e mlflow.db || rm -rf mlruns/published  # the store was deleted: publish again
@@ -45,6 +46,9 @@ proof: $(READY)
 
 proof-ci: $(READY)
 	python -m scripts.prove --stale
+
+sweep: $(READY)
+	python -m scripts.sweep
 
 bench: $(READY)
 	python -m benchmarks.mask_op

@@ -164,6 +164,51 @@ def test_their_masks_are_learned(transposed: bool, gate: str) -> None:
     assert all(torch.equal(mask, prior[name]) for name, mask in current_masks(strong).items())
 
 
+class Routed(Experts):
+    """The experts, computed all at once: their rows side by side, or a copy of a matrix for each token."""
+
+    def __init__(self, how: str, *, transposed: bool) -> None:
+        super().__init__(transposed=transposed)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        chosen = (rows[:, 0] <= 0).long()  # the last expert gets none
+        order = chosen.argsort(stable=True)
+        ends = torch.bincount(chosen, minlength=self.num_experts).cumsum(0).int()
+        if self.how == "grouped":
+            y = torch.tanh(F.grouped_mm(rows[order], self._columns(self.up_proj), offs=ends))
+            out = torch.empty_like(rows).index_copy(0, order, F.grouped_mm(y, self._columns(self.down_proj), offs=ends))
+        else:
+            y = torch.tanh(self._picked(rows, self.up_proj[chosen]))
+            out = self._picked(y, self.down_proj.index_select(0, chosen))
+        return out.view_as(x)
+
+    def _columns(self, stack: Tensor) -> Tensor:
+        return stack if self.is_transposed else stack.transpose(-1, -2)
+
+    def _picked(self, rows: Tensor, stack: Tensor) -> Tensor:
+        if self.is_transposed:
+            return torch.bmm(rows[:, None], stack)[:, 0]
+        return torch.bmm(stack, rows[..., None])[..., 0]
+
+
+@both
+@pytest.mark.parametrize("how", ["grouped", "picked"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.filterwarnings("ignore:.*no token came to 1 of 3 experts")
+def test_experts_that_are_computed_at_once_are_calibrated_alike(transposed: bool, how: str, method: str) -> None:
+    one = nn.Sequential(Experts(transposed=transposed))
+    other = nn.Sequential(Routed(how, transposed=transposed))
+    other.load_state_dict(one.state_dict())
+    torch.testing.assert_close(other(X), one(X))
+    masks, same = (prune(model, method, calibration=[X], propagate="pruned") for model in (one, other))
+    assert masks.keys() == same.keys() == {"0.up_proj", "0.down_proj"}
+    for name, mask in masks.items():
+        assert (mask == same[name]).float().mean() > 0.99, name  # ties by rounding
+    torch.testing.assert_close(other(X), fold_(copy.deepcopy(other))(X))
+
+
 @both
 @pytest.mark.parametrize("method", ["least_squares", "sparsegpt"])
 @pytest.mark.filterwarnings("ignore:.*no token came to")

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,6 +165,15 @@ def test_a_parameter_of_two_layers_has_one_mask() -> None:
     folded = fold_(model)
     assert folded.a.weight is folded.b.weight
     assert torch.equal(folded(x), outputs)
+
+
+def test_a_tied_parameter_is_packed(tmp_path: Path) -> None:
+    model, x = Tied(), torch.randn(9, 16)
+    masks = prune(model, "sparsegpt", calibration=[x], update_weights=True)
+    maskllm4v.save_packed(fold_(model), masks, tmp_path / "tied.safetensors")
+    loaded = maskllm4v.load_packed(Tied(), tmp_path / "tied.safetensors")
+    assert loaded.a.weight is loaded.b.weight
+    assert torch.equal(loaded(x), model(x))
 
 
 def test_a_tied_parameter_is_calibrated_on_all_that_it_sees() -> None:

@@ -2,12 +2,14 @@
 
 Layers need not be called for their weights to be used: BEiT, EVA and Swin hand the weight of ``qkv`` to ``F.linear``
 themselves, ``nn.MultiheadAttention`` has a parameter for three matrices. So products are watched, not modules: those of
-``torch``'s functions of which an operand lies in the memory of a parameter, whole or a slice of it.
+``torch``'s functions of which an operand lies in the memory of a parameter, whole or a slice of it, or, of a stack of
+experts, was picked from it by a list of their numbers.
 """
 
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +27,9 @@ _LINEAR = {F.linear}
 _CONVOLUTION = {F.conv1d, F.conv2d, F.conv3d}
 _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
 _ADDMM = {torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm}
+_GROUPED = {torch._grouped_mm} if hasattr(torch, "_grouped_mm") else set()  # that of F.grouped_mm
+_PICKED = {Tensor.__getitem__, torch.index_select, Tensor.index_select}
+_BATCHED = {torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _ATTENTION = F.multi_head_attention_forward
 
 
@@ -63,6 +68,7 @@ class ProductMode(TorchFunctionMode):
         self._only_convolved = {n for n, m in matrices.items() if m.layout == "patches" and m.in_features > m.shape[1]}
         self._found = {m.weight.untyped_storage().data_ptr(): self._rows[name] for name, m in matrices.items()}
         self._masks = {mask: name for name, matrix in matrices.items() if (mask := mask_of(*matrix.places[0]))}
+        self._picked: list[tuple[weakref.ref[Tensor], str, Tensor]] = []  # copies of experts' matrices, and of which
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -75,11 +81,18 @@ class ProductMode(TorchFunctionMode):
         for product in products:
             self._before(product)
         output = func(*args, **kwargs)
+        if func in _PICKED:
+            self._pick(func, args, kwargs, output)
         for product in products:
             self._after(product, output)
         return output
 
     def _products(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Product]:
+        if func in _GROUPED:
+            yield from self._grouped(*_arguments(args, kwargs, "input", "mat2", "offs"))
+            return
+        if func in _BATCHED and self._picked:
+            yield from self._of_picked(*_arguments(args, kwargs, "input", "mat2"))
         bias: Any = None
         if func in _LINEAR or func in _CONVOLUTION:
             inputs, weight, bias = _arguments(args, kwargs, "input", "weight", "bias")[:3]
@@ -91,11 +104,7 @@ class ProductMode(TorchFunctionMode):
             weight = weight.transpose(-1, -2) if isinstance(weight, Tensor) else None
         else:
             return
-        if not isinstance(weight, Tensor) or weight.dim() < 2 or type(weight) not in (Tensor, nn.Parameter):
-            return
-        found = self._found.get(weight.untyped_storage().data_ptr())
-        if found is None:  # a weight that has a mask by now
-            found = next((self._rows[name] for mask, name in self._masks.items() if mask.is_of(weight)), None)
+        found = self._matrix(weight)
         if found is None:
             return
         name, rows, blocks = found
@@ -108,6 +117,47 @@ class ProductMode(TorchFunctionMode):
         for place, part in enumerate(_blocks(weight, rows, blocks)):
             of_part = inputs[place] if weight.dim() == 3 and inputs.dim() == 3 else inputs
             yield Product(name, part, blocks, of_part, bias)
+
+    def _matrix(self, weight: object) -> tuple[str, Tensor, int] | None:
+        """The matrix in whose memory an operand lies: its name, rows and number of blocks."""
+        if not isinstance(weight, Tensor) or weight.dim() < 2 or type(weight) not in (Tensor, nn.Parameter):
+            return None
+        found = self._found.get(weight.untyped_storage().data_ptr())
+        if found is None:  # a weight that has a mask by now
+            found = next((self._rows[name] for mask, name in self._masks.items() if mask.is_of(weight)), None)
+        return found
+
+    def _grouped(self, inputs: Tensor, weight: Tensor, ends: Tensor | None) -> Iterator[Product]:
+        """Rows ``[tokens, in]`` sorted by expert times ``[experts, in, out]``; expert i's rows end at ``ends[i]``."""
+        found = self._matrix(weight)
+        if found is None or ends is None or inputs.dim() != 2:
+            return
+        name, rows, blocks = found
+        first = 0
+        for expert, end in zip(_blocks(weight.transpose(-1, -2), rows, blocks), ends.tolist(), strict=False):
+            if end > first:
+                yield Product(name, expert, blocks, inputs[first:end])
+            first = end
+
+    def _pick(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], picked: Tensor) -> None:
+        """Remember a copy of some experts' matrices, one for each token."""
+        if func is Tensor.__getitem__:
+            (weight, index), dim = args, 0
+        else:
+            weight, dim, index = _arguments(args, kwargs, "input", "dim", "index")
+        if isinstance(index, Tensor) and index.dtype == torch.long and index.dim() == 1 and dim == 0:
+            found = self._matrix(weight)
+            if found is not None and found[1].dim() == 3 and len(weight) == found[2]:
+                self._picked = [entry for entry in self._picked if entry[0]() is not None]
+                self._picked.append((weakref.ref(picked), found[0], index))
+
+    def _of_picked(self, left: object, right: object) -> Iterator[Product]:
+        """``[tokens, out, in] @ [tokens, in, 1]`` or ``[tokens, 1, in] @ [tokens, in, out]``, by expert."""
+        for copy, name, index in self._picked:
+            if (picked := copy()) is not None and (picked is left or picked is right):
+                inputs: Any = right.transpose(-1, -2) if picked is left and isinstance(right, Tensor) else left
+                for expert in index.unique().tolist():
+                    yield Product(name, expert, self._rows[name][2], inputs[index == expert])
 
 
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
