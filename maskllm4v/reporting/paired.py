@@ -14,7 +14,7 @@ from maskllm4v.config import Experiment
 from maskllm4v.reporting.aggregate import aggregate, current_records, seed_metrics
 from maskllm4v.reporting.benchmarks.costs import row_costs, trained_length, whole_costs
 from maskllm4v.reporting.metrics import METRICS
-from maskllm4v.reporting.tables import MISSING, markdown, number, result_cells, significant
+from maskllm4v.reporting.tables import MISSING, NOT_MEASURED, markdown, number, result_cells, significant
 from maskllm4v.runs.paths import evaluation_folder
 from maskllm4v.utils.errors import UserError
 
@@ -56,7 +56,7 @@ def paired_markdown(experiment: Experiment, reference: str, reports: Path, folde
     table = aggregate(experiment, records, costs).set_index("row", drop=False)
     rows = [row for row in records if experiment.row(row).pattern == experiment.row(reference).pattern]
     if reference not in rows:
-        return "Not measured yet.\n"
+        return f"{NOT_MEASURED}\n"
     of_reference = seed_metrics(records[reference])[headline.name]
     lines = []
     for row in rows:

@@ -12,6 +12,7 @@ from maskllm4v.reporting.metrics import TaskMetrics
 from maskllm4v.reporting.names import short_names
 
 MISSING = "–"
+NOT_MEASURED = "Not measured yet."
 LEARNED = ("learned", "hybrid")  # kinds whose masks were learned, on frozen or on updated weights
 LEAKS = "Calibrated on the reported split, which leaks"
 LABELS = 4  # columns that say what a row is; then come the headline, its difference, other metrics, the cost
@@ -96,7 +97,7 @@ def caption(
         reproduced: where an exact table came out the same, as receipts say; empty if nowhere.
     """
     if not records:
-        return "Not measured yet.\n"
+        return f"{NOT_MEASURED}\n"
     first = next(iter(records.values()))
     hardware = sorted({record[what]["hardware"] for record in records.values() for what in ("made", "evaluated")})
     versions = ", ".join(f"{name} {release}" for name, release in first["versions"].items())
