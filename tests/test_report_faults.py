@@ -126,7 +126,15 @@ def markers() -> list[str]:
 
 
 def test_every_marker_is_known() -> None:
-    assert set(markers()) >= {"published", "performance", "deployment", "receipts", "reproduced", "benchmarks"}
+    assert set(markers()) >= {
+        "published",
+        "performance",
+        "deployment",
+        "receipts",
+        "reproduced",
+        "benchmarks",
+        "proofs",
+    }
 
 
 @pytest.mark.parametrize("name", markers())

@@ -11,7 +11,7 @@ from maskllm4v.utils.errors import ConfigError
 
 EXPERIMENTS = "experiments"  # the folder whose files are all known experiments
 MARKERS = ("published", "performance", "deployment", "receipts", "reproduced")  # generated blocks of the README
-TABLES = (*MARKERS, "benchmarks")  # the latter, as receipts, is a folder of reports/
+TABLES = (*MARKERS, "benchmarks", "proofs")  # the latter two, as receipts, are folders of reports/
 ROWS = ("data", "exports")  # folders of artifacts/
 
 
