@@ -15,7 +15,6 @@ from maskllm4v.utils import determinism, distributed
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import write_json
 from maskllm4v.utils.processes import is_main, share_cores
-from maskllm4v.utils.redaction import redact_all, redacted
 
 LAUNCHER = "MASKLLM4V_LAUNCHER"  # e.g. "srun torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d ..."
 
@@ -34,7 +33,6 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
         parser.add_argument(takes)
     key = getattr(parser.parse_args(), takes) if takes is not None else ""
     begin = time.perf_counter()
-    redact_all()
     try:
         experiment = load_experiment()
         if torch and "LOCAL_RANK" not in os.environ and (launcher := _launcher(experiment)):
@@ -52,7 +50,7 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
             seconds = round(time.perf_counter() - begin, 3)
             write_json(TIMINGS / f"{stage}@{key or experiment.table}.json", {"seconds": seconds})
     except UserError as error:
-        sys.exit(redacted(f"{stage}{f' {key}' if key else ''}: {error}"))
+        sys.exit(f"{stage}{f' {key}' if key else ''}: {error}")
 
 
 def _launcher(experiment: Experiment) -> list[str]:

@@ -1,4 +1,4 @@
-"""User information of an address is nowhere in what a run prints, logs or writes down; a server gets it all the same."""
+"""User information of an address is nowhere in what a run prints, logs or writes down; servers get it all the same."""
 
 from __future__ import annotations
 

@@ -25,14 +25,12 @@ from maskllm4v.cli import (
 )
 from maskllm4v.cli.wording import in_options
 from maskllm4v.utils.errors import UserError
-from maskllm4v.utils.redaction import redact_all, redacted
 
 COMMANDS = (report, publish, use, prune, train, update, validate, sample, shrink, export, verify, receipt)
 
 
 def main() -> None:
     """Run one command; ends the process if its status is not 0."""
-    redact_all()
     called = "maskllm4v" if Path(sys.argv[0]).name == "maskllm4v" else "python -m maskllm4v"
     parser = options.Parser(prog=called, description=__doc__)
     parser.add_argument("--version", action="version", version=f"maskllm4v {__version__}")
@@ -56,12 +54,12 @@ def _status(arguments: argparse.Namespace, parser: options.Parser) -> int | None
         status: int | None = arguments.command(arguments)
         return status
     except UserError as error:
-        print(redacted(f"{arguments.name}: {in_options(str(error), parser.has)}"), file=sys.stderr)
+        print(f"{arguments.name}: {in_options(str(error), parser.has)}", file=sys.stderr)
         return int(arguments.error_status)
     except KeyboardInterrupt:
         return 130
     except Exception:  # a bug; Python would end with 1, which is a finding where a command has another status
         if arguments.error_status == 1:
             raise
-        print(redacted(traceback.format_exc()), file=sys.stderr, end="")
+        traceback.print_exc()
         return int(arguments.error_status)

@@ -22,7 +22,7 @@ from maskllm4v.tracking import writers
 from maskllm4v.tracking.points import Point, as_metrics, mean_points, seed_points
 from maskllm4v.tracking.runs import LIVE, identity, parameters, settings_tags
 from maskllm4v.tracking.store import connect, experiment_id, runs_of
-from maskllm4v.utils.redaction import redact_all, redacted
+from maskllm4v.utils.redaction import redacted
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -114,7 +114,6 @@ class Sender:
 
 def main() -> None:
     os.nice(10)  # the training goes first
-    redact_all()
     # MLflow would try for minutes; here a later look tries again.
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     stream = _Stream(sys.stdin.fileno())

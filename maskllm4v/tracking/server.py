@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from maskllm4v.runs.workspace import SERVER
 from maskllm4v.utils.errors import UserError
-from maskllm4v.utils.redaction import redacted
+from maskllm4v.utils.redaction import redact_all
 from maskllm4v.utils.text import one_line
 
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"  # MLflow's own
@@ -22,10 +22,11 @@ def prepare_address() -> None:
     Raises:
         UserError: a database of a kind that is unknown or not installed, or a file that is none or cannot be one.
     """
+    redact_all()
     try:
         found = urlsplit(os.environ.get(SERVER, ""))
     except ValueError as error:
-        raise UserError(f"{SERVER} is no address: {redacted(one_line(error))}") from None
+        raise UserError(f"{SERVER} is no address: {one_line(error)}") from None
     if found.scheme in ("http", "https"):
         about, _, host = found.netloc.rpartition("@")
         user, _, password = about.partition(":")
@@ -48,7 +49,7 @@ def _check_database(address: str) -> None:
         url = make_url(address)
         url.get_dialect().import_dbapi()
     except (ArgumentError, NoSuchModuleError, ImportError, ValueError) as error:
-        raise UserError(f"{SERVER} is {redacted(address)}: {redacted(one_line(error))}") from None
+        raise UserError(f"{SERVER} is {address}: {one_line(error)}") from None
     if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
         try:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
