@@ -18,6 +18,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Number = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what scikit-learn takes
 # YAML has lists only, so a list may stand for a tuple; its parts are as strict as everything else.
 Betas = Annotated[tuple[Share, Share], Field(strict=False)]
 FirstLast = Annotated[tuple[Positive, Positive], Field(strict=False)]

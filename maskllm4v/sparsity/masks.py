@@ -7,6 +7,7 @@ a dense weight.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from maskllm4v.sparsity.layout import Layout, from_rows, to_rows
 from maskllm4v.sparsity.parameterization import gate_of, logits_dtype
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.reading import LastRead, in_backward, product_dtype, traced
-from maskllm4v.utils.errors import CheckpointError, PatternError
+from maskllm4v.utils.errors import CheckpointError, ConfigError, PatternError
 from maskllm4v.utils.rng import generator, philox_key
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ class LearnableMask(Mask):
 
     Raises:
         PatternError: the pattern is none, or does not divide the weight's inputs.
-        ConfigError: ``gate`` is unknown.
+        ConfigError: ``gate`` is unknown, or ``gate_std`` is negative or no number.
         ValueError: ``tau`` or ``scaling`` is not a positive number.
     """
 
@@ -238,6 +239,8 @@ class LearnableMask(Mask):
     ) -> None:
         super().__init__(weight, pattern, name, layout)
         self.gate = gate_of(gate, self.pattern)
+        if not (math.isfinite(gate_std) and gate_std >= 0):
+            raise ConfigError(f"gate_std is {gate_std}; allowed: 0 or more")
         self.hard, self.tau, self.scaling, self.gate_std = hard, tau, scaling, gate_std
         self.draw = NoiseKey(seed)
         self.backend = "auto"
