@@ -55,16 +55,20 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"{path} is nested too deep") from error
     except (YAMLError, ValueError, KeyError) as error:  # no UTF-8, an impossible date, a wrong tag
         raise ConfigError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
-    _check_size(raw, str(path))
     return raw
 
 
-def _check_size(raw: Any, origin: str) -> None:
-    """Raise :class:`ConfigError` where values are nested too deep, or too many: YAML's aliases may name one often."""
+def _check_values(raw: Any, origin: str) -> None:
+    """Raise :class:`ConfigError` where values are nested too deep, or too many (YAML's aliases may name one often).
+
+    And where a text has half a character in it, which no file can be called and nothing can show.
+    """
     sizes: dict[int, int] = {}  # of containers, all that is in them counted as often as it is named
     around: set[int] = set()
 
     def size(value: Any) -> int:
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(f"{origin}: {value[:80]!r} holds a lone surrogate, which is no character")
         if not isinstance(value, dict | list):
             return 1
         if (place := id(value)) not in sizes:
@@ -73,7 +77,7 @@ def _check_size(raw: Any, origin: str) -> None:
             if len(around) == DEEPEST:
                 raise ConfigError(f"{origin} is nested more than {DEEPEST} deep")
             around.add(place)
-            sizes[place] = 1 + sum(map(size, value.values() if isinstance(value, dict) else value))
+            sizes[place] = 1 + sum(map(size, [*value, *value.values()] if isinstance(value, dict) else value))
             around.remove(place)
         return sizes[place]
 
@@ -83,6 +87,7 @@ def _check_size(raw: Any, origin: str) -> None:
 
 def parse_experiment(raw: Any, origin: str = "params") -> Experiment:
     """Validate what a params file holds; see :func:`load_experiment`."""
+    _check_values(raw, origin)
     if (name := task_name(raw)) not in task_names():
         raise ConfigError(f"{origin}: task.name is {name!r}; allowed: {', '.join(map(repr, task_names()))}")
     return parse_section(experiment_class(name), raw, origin)
