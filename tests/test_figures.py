@@ -20,8 +20,8 @@ from made_records import DIGITS, make_records
 from parsed_page import Element, Page
 
 from maskllm4v.config import Experiment
-from maskllm4v.reporting.figures import draw_figures, figure_texts
-from maskllm4v.reporting.figures.samples import GAP, IN_LINE, SIDE, draw_samples, fitted, samples
+from maskllm4v.reporting.figures import figure_files, figure_texts
+from maskllm4v.reporting.figures.samples import GAP, IN_LINE, SIDE, fitted, samples, samples_file
 from maskllm4v.reporting.figures.sheet import WIDE
 from maskllm4v.reporting.page import table_page
 from maskllm4v.reporting.page.results import Results
@@ -29,7 +29,7 @@ from maskllm4v.reporting.report import check_report, experiments
 from maskllm4v.runs.paths import picture_file, record_file
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.images import read_picture, write_picture
-from maskllm4v.utils.io import read_json, write_json
+from maskllm4v.utils.io import read_json, write_files, write_json
 
 DIFFUSION = diffusion()
 COMMITTED = experiments(ROOT)
@@ -46,13 +46,6 @@ def reports(tmp_path: Path) -> Path:
 def committed(table: str) -> dict[str, str]:
     """The charts of a committed table by file name."""
     return figure_texts(COMMITTED[table], ROOT / "reports")
-
-
-def drawn(experiment: Experiment, reports: Path, folder: Path) -> dict[str, bytes]:
-    """All figures of a table by file name."""
-    written = draw_figures(experiment, reports, folder)
-    assert sorted(written) == sorted(folder.iterdir())
-    return {path.name: path.read_bytes() for path in written}
 
 
 def shapes(page: Page, row: str, metric: str, tag: str) -> list[Element]:
@@ -72,20 +65,19 @@ def changed(path: Path, **metrics: float) -> None:
 
 
 def test_figures_of_diffusion(reports: Path, tmp_path: Path) -> None:
-    found = drawn(DIFFUSION, reports, tmp_path / "a")
+    found = figure_files(DIFFUSION, reports)
     assert set(found) == {"quality.svg", "curves.svg", "timesteps.svg", "samples.png"}
-    assert drawn(DIFFUSION, reports, tmp_path / "b") == found
+    assert figure_files(DIFFUSION, reports) == found
 
 
 def test_figures_of_classification(tmp_path: Path) -> None:
-    found = drawn(DIGITS, make_records(DIGITS, tmp_path / "reports"), tmp_path / "figures")
+    found = figure_files(DIGITS, make_records(DIGITS, tmp_path / "reports"))
     assert set(found) == {"accuracy.svg", "curves.svg"}
 
 
 @pytest.mark.parametrize("experiment", [DIGITS, DIFFUSION], ids=["classification", "diffusion"])
 def test_nothing_measured_nothing_drawn(experiment: Experiment, tmp_path: Path) -> None:
-    assert draw_figures(experiment, tmp_path, tmp_path / "figures") == []
-    assert not (tmp_path / "figures").exists()
+    assert figure_files(experiment, tmp_path) == {}
 
 
 # Files of their own
@@ -148,7 +140,7 @@ def test_check_finds_an_edited_chart(tmp_path: Path) -> None:
     (tmp_path / "reports" / "digits").mkdir(parents=True)
     (tmp_path / "reports" / "digits" / "runs").symlink_to(ROOT / "reports" / "digits" / "runs")
     path = "reports/digits/figures/accuracy.svg"
-    draw_figures(COMMITTED["digits"], tmp_path / "reports", (tmp_path / path).parent)
+    write_files({tmp_path / path: figure_files(COMMITTED["digits"], tmp_path / "reports")["accuracy.svg"]})
     check_report(tmp_path)
     text = (tmp_path / path).read_text(encoding="utf-8")
     (tmp_path / path).write_text(re.sub(r"\d\d\.\d\d ±", "12.34 ±", text, count=1), encoding="utf-8")
@@ -225,8 +217,8 @@ def test_lines_over_timesteps_are_means_over_seeds(reports: Path) -> None:
 
 
 def test_samples_are_enlarged_by_whole_numbers(reports: Path, tmp_path: Path) -> None:
-    drawn(DIFFUSION, reports, tmp_path / "figures")
-    figure = read_picture(tmp_path / "figures" / "samples.png")
+    (tmp_path / "samples.png").write_bytes(figure_files(DIFFUSION, reports)["samples.png"])
+    figure = read_picture(tmp_path / "samples.png")
     factor = SIDE // 12
     high, wide = 8 * factor, 12 * factor
     above = figure.shape[0] // 2 - high - GAP - GAP // 2  # two lines of pictures
@@ -257,7 +249,7 @@ def test_rows_without_a_picture_leave_no_hole(reports: Path) -> None:
 
 def test_stale_rows_are_not_shown(reports: Path, tmp_path: Path) -> None:
     longer = diffusion(dense={"row": "tiny-dense", "init": "scratch", "steps": 6})
-    assert draw_figures(longer, reports, tmp_path / "figures") == []
+    assert figure_files(longer, reports) == {}
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (33, 100), (479, 481), (100, 33), (1024, 512)])
@@ -267,7 +259,9 @@ def test_figure_has_the_size_that_its_pictures_need(shape: tuple[int, int], coun
     for row in list(DIFFUSION.rows)[:count]:
         pixels = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
         write_picture(picture_file("tiny", row, "samples", tmp_path), pixels)
-    assert draw_samples(Results(DIFFUSION, tmp_path), tmp_path / "figure.png")
+    drawn = samples_file(Results(DIFFUSION, tmp_path))
+    assert drawn is not None
+    (tmp_path / "figure.png").write_bytes(drawn)
     found, wanted = read_picture(tmp_path / "figure.png"), fitted(pixels)
     high, wide = wanted.shape[:2]
     bottom = found.shape[0] - GAP  # of the last line

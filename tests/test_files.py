@@ -15,9 +15,11 @@ from maskllm4v.utils.io import (
     empty_folder,
     file_digest,
     read_json,
+    read_text,
     replacing,
     value_digest,
     write_csv,
+    write_files,
     write_json,
     write_text,
 )
@@ -181,3 +183,83 @@ def test_value_digest_is_of_the_canonical_form() -> None:
     assert value_digest({"b": "ü", "a": [1, 2.5]}) == expected
     assert value_digest({"a": (1, 2.5), "b": "ü"}) == expected
     assert value_digest({"a": [1, 2], "b": "ü"}) != expected
+
+
+def test_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    file, link, outer = tmp_path / "elsewhere" / "file", tmp_path / "link", tmp_path / "outer"
+    file.write_text("old")
+    link.symlink_to("elsewhere/file")
+    outer.symlink_to(link)
+    write_text(outer, "new")
+    assert outer.is_symlink()
+    assert link.is_symlink()
+    assert file.read_text() == "new"
+    assert {path.name for path in tmp_path.rglob("*")} == {"elsewhere", "file", "link", "outer"}
+
+
+def test_link_to_nothing_gets_its_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("folder/file")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "folder" / "file").read_text() == "new"
+
+
+def test_links_in_a_circle_are_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(UserError, match=r"cannot write .*a: Too many levels of symbolic links"):
+        write_text(tmp_path / "a", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_link_into_a_cache_is_replaced_itself(tmp_path: Path) -> None:
+    """DVC links outputs to its cache, write-protected; what it holds there is no one's to change."""
+    cached, link = tmp_path / "cached", tmp_path / "link"
+    cached.write_text("old")
+    cached.chmod(0o444)
+    link.symlink_to(cached)
+    write_text(link, "new")
+    assert cached.read_text() == "old"
+    assert not link.is_symlink()
+    assert link.read_text() == "new"
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o755, 0o444])
+@pytest.mark.parametrize("linked", [False, True])
+def test_mode_stays(mode: int, linked: bool, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(mode)
+    if linked and mode != 0o444:
+        path = tmp_path / "link"
+        path.symlink_to("file")
+    write_text(path, "new")
+    assert path.stat().st_mode & 0o7777 == mode
+
+
+def test_several_files_are_written_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / name for name in "abc"]
+    write_files(dict.fromkeys(paths, b"old"))
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        return int(full_disk()) if path.name.startswith(".b.") else write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"cannot write .*b: No space"):
+        write_files(dict.fromkeys(paths, b"new"))
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys("abc", b"old")
+    write_files(dict.fromkeys(paths, b"new"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys("abc", b"new")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"\xff\xfe\x00", "is no text in UTF-8"), (None, "cannot read .*: Is a directory")]
+)
+def test_text_that_cannot_be_read_is_a_user_error(content: bytes | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_text(path)

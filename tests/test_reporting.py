@@ -230,7 +230,7 @@ def test_reproduced_column_fills_from_records(tmp_path: Path) -> None:
     assert "| 65.92 | 86.058 | – | – |" in comparison_markdown(tmp_path)
     make_records(DIGITS, tmp_path / "digits", ["digits-magnitude"])
     record = read_json(record_file("digits", "digits-magnitude", tmp_path / "digits"))
-    record["row"] = "imagenet-magnitude"
+    record |= {"row": "imagenet-magnitude", "seeds": [0]}
     record["metrics"] = {"0": {"top1": 66.0, "top5": 86.1, "nll": 1.5}}
     write_json(record_file("imagenet_vit_b16", "imagenet-magnitude", tmp_path), record)
     assert "| 65.92 | 86.058 | 66.00 | 86.10 |" in comparison_markdown(tmp_path)

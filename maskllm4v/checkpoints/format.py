@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskllm4v.utils.errors import CheckpointError
+from maskllm4v.utils.errors import CheckpointError, PatternError
 from maskllm4v.utils.io import replacing, value_digest
+from maskllm4v.utils.text import one_line
 
 METADATA_KEY = "maskllm4v"
 FORMAT = 2
@@ -88,9 +90,32 @@ def load_verified(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, A
         raise CheckpointError(f"{path} is a file of {about.get('kind')!r}, not of {kind!r}")
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{path} is in format {about.get('format')}, not {FORMAT}")
+    about = _About(path, about)
     if tensors_digest(tensors) != about["digest"]:
         raise CheckpointError(f"{path} is damaged: its tensors do not have the digest it was written with")
     return tensors, about
+
+
+class _About(dict[str, Any]):
+    """What a file says of itself; asked for what it does not say, it names the file."""
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        super().__init__(about)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise CheckpointError(f"{self._path}: its header has no {key!r}")
+
+
+@contextmanager
+def odd_header(path: Path) -> Iterator[None]:
+    """Inside, what cannot be done with the values in a header is a :class:`CheckpointError` that names the file."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its header does not fit its tensors: {one_line(error)[:200]}") from error
+    except PatternError as error:
+        raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def is_safetensors(path: Path) -> bool:

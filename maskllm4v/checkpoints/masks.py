@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints.format import METADATA_KEY, load_verified, open_tensors, save_verified
+from maskllm4v.checkpoints.format import METADATA_KEY, load_verified, odd_header, open_tensors, save_verified
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.utils.errors import CheckpointError
 from maskllm4v.utils.text import few
@@ -153,6 +153,11 @@ def load_masks(path: Path, *, pattern: NMPattern | str | None = None, base: str 
     Raises:
         CheckpointError: missing, damaged, of another pattern or of another dense model.
     """
+    with odd_header(path):
+        return _masks_in(path, pattern, base)
+
+
+def _masks_in(path: Path, pattern: NMPattern | str | None, base: str | None) -> MaskCheckpoint:
     tensors, about = load_verified(path, "masks")
     found = None if about["pattern"] is None else NMPattern(about["pattern"])
     if pattern is not None and found != NMPattern(pattern):

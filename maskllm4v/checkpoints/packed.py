@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.checkpoints.format import load_verified
+from maskllm4v.checkpoints.format import load_verified, odd_header
 from maskllm4v.checkpoints.masks import load_state
 from maskllm4v.sparsity.layout import Layout, from_rows, to_rows
 from maskllm4v.sparsity.patterns import NMPattern
@@ -115,6 +115,11 @@ def load_packed_file(path: Path) -> PackedFile:
     Raises:
         CheckpointError: missing, truncated, tampered with, or no packed file.
     """
+    with odd_header(path):
+        return _packed_in(path)
+
+
+def _packed_in(path: Path) -> PackedFile:
     tensors, about = load_verified(path, "packed")
     pattern = NMPattern(about["pattern"])
     masks, stored = {}, about.get("stored", {})

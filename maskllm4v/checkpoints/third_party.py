@@ -149,6 +149,7 @@ def read_torch(path: Path, ema: bool | None = None) -> tuple[dict[str, Tensor], 
     Raises:
         CheckpointError: missing, damaged, with code in it, or no state dict.
     """
+    _check_unpacked_size(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickles, which are then refused
@@ -180,6 +181,17 @@ def read_torch(path: Path, ema: bool | None = None) -> tuple[dict[str, Tensor], 
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor of a state dict")
     return state, is_average
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """PyTorch stores tensors as they are; an archive that says it is larger inside was made to fill the memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = sum(member.file_size for member in archive.infolist())
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):  # none, or damaged: whoever loads it says so
+        return
+    if inside > (size := path.stat().st_size):
+        raise CheckpointError(f"{path} has {size:,} bytes and would take {inside:,}; PyTorch compresses nothing")
 
 
 def _separate(

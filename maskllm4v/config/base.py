@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-Pattern = Annotated[str, Field(pattern=r"^\d+:\d+$")]
+from maskllm4v.utils.text import plain
+
+# A name becomes part of file names, which may have 255 bytes.
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
+Line = Annotated[str, AfterValidator(plain)]  # to be shown: line ends are spaces
+Pattern = Annotated[str, Field(pattern=r"^[0-9]{1,9}:[0-9]{1,9}$")]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Number = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what scikit-learn takes
 # YAML has lists only, so a list may stand for a tuple; its parts are as strict as everything else.
 Betas = Annotated[tuple[Share, Share], Field(strict=False)]
 FirstLast = Annotated[tuple[Positive, Positive], Field(strict=False)]

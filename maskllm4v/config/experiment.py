@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, create_model, model_validator
 
-from maskllm4v.config.base import Pattern, Settings, Slug
+from maskllm4v.config.base import Line, Pattern, Settings, Slug
 from maskllm4v.config.rows import DenseRow, FinetunedRow, LearnedRow, OneShotRow, Row, UpdatedRow
 from maskllm4v.config.sections import (
     DataSettings,
@@ -26,6 +26,7 @@ from maskllm4v.config.sections import (
     UpdatedSettings,
 )
 from maskllm4v.config.starts import check_patterns, check_starts
+from maskllm4v.config.taken import check_names
 from maskllm4v.config.tasks import TaskSpec, task_name, task_names, task_sections
 from maskllm4v.utils.errors import ConfigError
 
@@ -36,7 +37,7 @@ class Experiment(Settings):
     """One params file; its task says what ``task``, ``model`` and ``evaluation`` hold (:func:`experiment_class`)."""
 
     table: Slug
-    title: str
+    title: Line
     exact: bool = False
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     pattern: Pattern = "2:4"
@@ -49,7 +50,7 @@ class Experiment(Settings):
     learned: dict[Slug, LearnedSettings] = {}
     updated: dict[Slug, UpdatedSettings] = {}
     finetuned: dict[Slug, FinetunedSettings] = {}
-    rows: dict[Slug, str]
+    rows: dict[Slug, Line]
     evaluation: Settings = NoEvaluation()
     exports: dict[Slug, ExportSettings] = {}
     runtime: RuntimeSettings = RuntimeSettings()
@@ -83,6 +84,7 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _rows_agree(self) -> Experiment:
+        check_names(self.table, self.rows)
         listed = [self.dense.row, *self.priors, *self.learned, *self.updated, *self.finetuned]
         made = set(listed)
         if len(made) != len(listed):

@@ -16,10 +16,13 @@ from ruamel.yaml.error import YAMLError
 from maskllm4v.config.base import Settings
 from maskllm4v.config.experiment import Experiment, experiment_class
 from maskllm4v.config.sections import LearningSettings
+from maskllm4v.config.taken import check_is_free
 from maskllm4v.config.tasks import task_name, task_names, task_sections
 from maskllm4v.utils.errors import ConfigError
 
 PARAMS = Path("params.yaml")
+DEEPEST = 50  # that values may be nested; settings need some ten
+MOST = 100_000  # values; a table of a thousand rows needs a third of that
 OTHER_MODEL = ("literal_error", "other_task")  # faults of a model's name that make it another task's
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -29,8 +32,17 @@ def load_experiment(path: Path = PARAMS) -> Experiment:
     """Read and validate a params file.
 
     Raises:
-        ConfigError: the file is missing, no YAML, or a key is wrong or there twice; all faults are listed, a line each.
+        ConfigError: the file is missing, no YAML, or a key is wrong or there twice; all faults are listed, a line each;
+            or another experiment makes its table.
     """
+    raw = _read(path)
+    experiment = parse_experiment(raw, str(path))
+    check_is_free(path, experiment.table, experiment.rows, _read)
+    return experiment
+
+
+def _read(path: Path) -> Any:
+    """What a params file holds; errors as :func:`load_experiment`."""
     try:
         raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))  # as DVC reads it: YAML 1.2, ``2:4`` is text
     except OSError as error:
@@ -39,13 +51,43 @@ def load_experiment(path: Path = PARAMS) -> Experiment:
         key = re.search(r'duplicate key "(.*?)"', str(error.problem))
         line = error.problem_mark.line + 1
         raise ConfigError(f"{path}, line {line}: key {key[1] if key else ''!r} is there twice") from error
-    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # no UTF-8, an impossible date, a wrong tag
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deep") from error
+    except (YAMLError, ValueError, KeyError) as error:  # no UTF-8, an impossible date, a wrong tag
         raise ConfigError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
-    return parse_experiment(raw, str(path))
+    return raw
+
+
+def _check_values(raw: Any, origin: str) -> None:
+    """Raise :class:`ConfigError` where values are nested too deep, or too many (YAML's aliases may name one often).
+
+    And where a text has half a character in it, which no file can be called and nothing can show.
+    """
+    sizes: dict[int, int] = {}  # of containers, all that is in them counted as often as it is named
+    around: set[int] = set()
+
+    def size(value: Any) -> int:
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(f"{origin}: {value[:80]!r} holds a lone surrogate, which is no character")
+        if not isinstance(value, dict | list):
+            return 1
+        if (place := id(value)) not in sizes:
+            if place in around:
+                raise ConfigError(f"{origin}: a value holds itself, by an alias")
+            if len(around) == DEEPEST:
+                raise ConfigError(f"{origin} is nested more than {DEEPEST} deep")
+            around.add(place)
+            sizes[place] = 1 + sum(map(size, [*value, *value.values()] if isinstance(value, dict) else value))
+            around.remove(place)
+        return sizes[place]
+
+    if size(raw) > MOST:
+        raise ConfigError(f"{origin} holds more than {MOST:,} values")
 
 
 def parse_experiment(raw: Any, origin: str = "params") -> Experiment:
     """Validate what a params file holds; see :func:`load_experiment`."""
+    _check_values(raw, origin)
     if (name := task_name(raw)) not in task_names():
         raise ConfigError(f"{origin}: task.name is {name!r}; allowed: {', '.join(map(repr, task_names()))}")
     return parse_section(experiment_class(name), raw, origin)

@@ -19,6 +19,7 @@ from maskllm4v.config.sections import (
     PriorSettings,
     UpdatedSettings,
 )
+from maskllm4v.utils.text import plain
 
 if TYPE_CHECKING:
     from maskllm4v.config.experiment import Experiment
@@ -71,7 +72,7 @@ class Row(ABC):
                 raise ValueError(f"it names {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
             if any("{" in spec for spec in named.values()):
                 raise ValueError("a format specification holds braces")
-            return template.format_map(known)
+            return plain(template.format_map(known))
         except ValueError as error:
             raise ValueError(f"rows.{self.key} is {template!r}: {error}") from None
 

@@ -22,6 +22,7 @@ from maskllm4v.config.base import (
     Number,
     Pattern,
     Positive,
+    Seed,
     Settings,
     Share,
     Slug,
@@ -57,7 +58,7 @@ class DataSettings(Settings):
     in_memory: Count | None = None  # folder, timm: decode once, to squares of so many pixels, and keep them
     holdout: Number = 0  # images taken out of the training split, to choose settings or checkpoints on
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5  # digits
-    split_seed: int = 0  # digits, and which images are held out
+    split_seed: Seed = 0  # digits, and which images are held out
     calibration: Count = 128  # images a calibration set
     calibration_seed: int = 0
     calibration_sets: Count = 1  # disjoint ones; the seeds of a table take turns

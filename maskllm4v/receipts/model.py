@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from maskllm4v.utils.text import plain
+
 FORMAT = 1  # of the file
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256
@@ -164,4 +166,4 @@ class Receipt(_Part):
     @property
     def machine(self) -> str:
         """The CPU in words, and what emulated it."""
-        return f"{self.cpu}, emulated by {self.emulator}" if self.emulator else str(self.cpu)
+        return plain(f"{self.cpu}, emulated by {self.emulator}" if self.emulator else str(self.cpu))

@@ -10,20 +10,31 @@ import pandas as pd
 
 from maskllm4v.config import Experiment, Row
 from maskllm4v.reporting.metrics import METRICS, by_timestep
+from maskllm4v.runs.paths import record_file
 from maskllm4v.runs.records import read_records, settings_digest
+from maskllm4v.utils.errors import UserError
 
 
 def current_records(experiment: Experiment, reports: Path) -> dict[str, dict[str, Any]]:
     """The records that belong to an experiment's present settings, by row, in the table's order.
 
     A record of other settings is stale: its row counts as not measured.
+
+    Raises:
+        UserError: a record is damaged, or lacks the metric that rows are compared by.
     """
-    found = read_records(reports, experiment.table)
-    return {
+    found, headline = read_records(reports, experiment.table), METRICS[experiment.task.name].headline.name
+    current = {
         row: found[row]
         for row in experiment.rows
         if row in found and found[row]["settings_digest"] == settings_digest(experiment, row)
     }
+    for row, record in current.items():
+        if not all(headline in values for values in record["metrics"].values()) or not record["metrics"]:
+            raise UserError(
+                f"{record_file(experiment.table, row, reports)} is damaged: it lacks the metric {headline!r}"
+            )
+    return current
 
 
 def seed_metrics(record: Mapping[str, Any]) -> pd.DataFrame:

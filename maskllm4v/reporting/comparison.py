@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from maskllm4v.reporting.aggregate import seed_metrics
+from maskllm4v.reporting.marks import markdown
 from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.published import ROWS, TABLE, Published
-from maskllm4v.reporting.tables import MISSING, markdown, number
+from maskllm4v.reporting.tables import MISSING, number
 from maskllm4v.runs.records import read_records
 
 SHOWN = [METRICS["classification"][name] for name in ("top1", "top5")]  # of what is reproduced; the original is one

@@ -9,14 +9,23 @@ import pandas as pd
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.names import short_names
 from maskllm4v.runs.paths import curve_file
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.io import read_text
+from maskllm4v.utils.text import one_line
 
 COLUMNS = ("loss", "tau", "scaling", "max_probability", "off_prior", "flipped", "kept_energy", "grad_norm")
 
 
 def read_curves(experiment: Experiment, reports: Path, row: str) -> pd.DataFrame | None:
-    """All seeds' curves of a trained row, with a ``seed`` column; None where there are none."""
+    """All seeds' curves of a trained row, with a ``seed`` column; None where there are none.
+
+    Raises:
+        UserError: one is damaged, or ends before others do.
+    """
     paths = {seed: curve_file(experiment.table, row, seed, reports) for seed in experiment.seeds}
-    frames = [pd.read_csv(path).assign(seed=seed) for seed, path in paths.items() if path.exists()]
+    frames = [_read(path).assign(seed=seed) for seed, path in paths.items() if path.exists()]
+    if len({tuple(frame["step"]) for frame in frames}) > 1:
+        raise UserError(f"{next(iter(paths.values())).parent}: the curves of its seeds have points at different steps")
     return pd.concat(frames, ignore_index=True) if frames else None
 
 
@@ -34,3 +43,15 @@ def curves_csv(experiment: Experiment, reports: Path) -> str:
     frame = pd.concat(frames[1:] or frames, join="outer", ignore_index=True).reindex(columns=frames[0].columns)
     text: str = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     return text
+
+
+def _read(path: Path) -> pd.DataFrame:
+    text = read_text(path)
+    columns = {line.count(",") for line in text.splitlines()}
+    try:
+        frame = pd.read_csv(path).astype(float)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {one_line(error)}") from error
+    if not text.endswith("\n") or len(columns) > 1 or "step" not in frame:
+        raise UserError(f"{path} is damaged: a line is cut, or there is no column 'step'")
+    return frame.astype({"step": int})

@@ -13,8 +13,9 @@ from pathlib import Path
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.aggregate import aggregate, current_records, seed_metrics
 from maskllm4v.reporting.benchmarks.costs import row_costs, trained_length, whole_costs
+from maskllm4v.reporting.marks import link, markdown, strong
 from maskllm4v.reporting.metrics import METRICS
-from maskllm4v.reporting.tables import MISSING, markdown, number, result_cells, significant
+from maskllm4v.reporting.tables import MISSING, NOT_MEASURED, number, result_cells, significant
 from maskllm4v.runs.paths import evaluation_folder
 from maskllm4v.utils.errors import UserError
 
@@ -56,7 +57,7 @@ def paired_markdown(experiment: Experiment, reference: str, reports: Path, folde
     table = aggregate(experiment, records, costs).set_index("row", drop=False)
     rows = [row for row in records if experiment.row(row).pattern == experiment.row(reference).pattern]
     if reference not in rows:
-        return "Not measured yet.\n"
+        return f"{NOT_MEASURED}\n"
     of_reference = seed_metrics(records[reference])[headline.name]
     lines = []
     for row in rows:
@@ -64,12 +65,12 @@ def paired_markdown(experiment: Experiment, reference: str, reports: Path, folde
         label, _, update, prior, value, to_dense, *_ = result_cells(line, METRICS[experiment.task.name])
         difference = seed_metrics(records[row])[headline.name] - of_reference
         to_reference = number(difference.mean(), difference.std(), headline.digits, sign=True)
-        name = f"**{label}**" if line["kind"] == "learned" else label
+        name = strong(label) if line["kind"] == "learned" else label
         record = os.path.relpath(evaluation_folder(experiment.table, row, reports) / "record.json", folder)
         to_reference = "0" if row == reference else to_reference
         cost = significant(whole.get(row))
         cells = [update, prior, value, to_dense, to_reference, _length(experiment, row), cost]
-        lines.append([f"[{name}]({Path(record).as_posix()})", *cells])
+        lines.append([link(name, Path(record).as_posix()), *cells])
     ahead, delta = ["Method", "Weight update", "From", headline.header], f"Δ to {experiment.row(reference).label}"
     return markdown([*ahead, "Δ to dense", delta, "Trained", "Cost (s)"], lines)
 

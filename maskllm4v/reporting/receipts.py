@@ -15,8 +15,9 @@ from maskllm4v.receipts.digits import ordinal
 from maskllm4v.receipts.model import Receipt
 from maskllm4v.receipts.rows import results_here
 from maskllm4v.receipts.store import read_receipts
+from maskllm4v.reporting.marks import code, escaped, markdown
 from maskllm4v.reporting.names import short_names
-from maskllm4v.reporting.tables import MISSING, markdown
+from maskllm4v.reporting.tables import MISSING
 
 LEGEND = (
     "Rows that came out as committed, to the last bit. "
@@ -75,10 +76,10 @@ def reproduced_markdown(experiments: Mapping[str, Experiment], reports: Path) ->
     filed = [one for one in filed_receipts(experiments, reports) if one.reproduced]
     for one in filed:
         if one.receipt.chain == "full":
-            tables.setdefault(one.receipt.machine, []).append(f"`{one.receipt.table}`")
+            tables.setdefault(one.receipt.machine, []).append(code(one.receipt.table))
     if not tables:
         return f"{WHERE}.\n"
-    places = "; ".join(f"{_listed(names)} on {machine}" for machine, names in tables.items())
+    places = "; ".join(f"{_listed(names)} on {escaped(machine)}" for machine, names in tables.items())
     return f"So far that was reproduced, to the last bit: {places}. {WHERE}.\n"
 
 
@@ -113,8 +114,8 @@ def _differing(one: Filed) -> str:
     labels = short_names(receipt.rows)
     digits = [found.digit for row in rows for found in receipt.rows[row].differences]
     start = f", from the {ordinal(min(digits))} digit on" if digits else ""
-    names = _listed([f"`{labels[row]}`" for row in rows])
-    return f"{receipt.machine}, {receipt.table}, {_compared_with(one)}: {names} came out different{start}."
+    names = _listed([code(labels[row]) for row in rows])
+    return f"{escaped(receipt.machine)}, {receipt.table}, {_compared_with(one)}: {names} came out different{start}."
 
 
 def _listed(names: Sequence[str]) -> str:

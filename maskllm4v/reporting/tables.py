@@ -8,19 +8,15 @@ from typing import Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
+from maskllm4v.reporting.marks import MARKDOWN, Marks, markdown, strong
 from maskllm4v.reporting.metrics import TaskMetrics
 from maskllm4v.reporting.names import short_names
 
 MISSING = "–"
+NOT_MEASURED = "Not measured yet."
 LEARNED = ("learned", "hybrid")  # kinds whose masks were learned, on frozen or on updated weights
 LEAKS = "Calibrated on the reported split, which leaks"
 LABELS = 4  # columns that say what a row is; then come the headline, its difference, other metrics, the cost
-
-
-def markdown(headers: list[str], rows: list[list[str]]) -> str:
-    """A GitHub table; the first column is left-aligned, the others are centred."""
-    rule = [":---", *[":---:"] * (len(headers) - 1)]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in [headers, rule, *rows])
 
 
 def number(mean: Any, std: Any, digits: int, sign: bool = False) -> str:
@@ -45,7 +41,7 @@ def results_markdown(table: pd.DataFrame, metrics: TaskMetrics) -> str:
     rows = []
     for line in table.to_dict("records"):
         label, *cells = result_cells(line, metrics)
-        rows.append([f"**{label}**" if line["kind"] == "learned" else label, *cells])
+        rows.append([strong(label) if line["kind"] == "learned" else label, *cells])
     return markdown(result_headers(metrics), rows)
 
 
@@ -85,6 +81,7 @@ def caption(
     records: dict[str, dict[str, Any]],
     cost: str = "",
     reproduced: str = "",
+    marks: Marks = MARKDOWN,
 ) -> str:
     """What the numbers are: seeds, hardware, versions, settings that apply to all rows.
 
@@ -92,23 +89,23 @@ def caption(
         experiment: whose table it is.
         metrics: of its task.
         records: its current ones, by row.
-        cost: what costs are, as a sentence.
+        cost: what costs are, as a sentence, with marks.
         reproduced: where an exact table came out the same, as receipts say; empty if nowhere.
+        marks: how it is written.
     """
     if not records:
-        return "Not measured yet.\n"
+        return f"{NOT_MEASURED}\n"
     first = next(iter(records.values()))
     hardware = sorted({record[what]["hardware"] for record in records.values() for what in ("made", "evaluated")})
     versions = ", ".join(f"{name} {release}" for name, release in first["versions"].items())
-    claims = [f"Hardware: {'; '.join(hardware)}", reproduced]
+    claims = [marks.text(f"Hardware: {'; '.join(hardware)}"), marks.text(reproduced)]
     if not experiment.exact:
         claims[-1] = "a recording of that machine"
     said = [*metrics.captions, *_facts(metrics, records.get(experiment.dense.row))]
-    leaks = f"**{LEAKS}** (as the original does). " if experiment.data.calibration_split == "test" else ""
-    return (
-        f"*{'; '.join([lead(experiment, metrics), *said])}. {leaks}"
-        f"{': '.join(filter(None, claims))}. {versions}.{f' {cost}' if cost else ''}*\n"
-    )
+    leaks = f"{marks.strong(LEAKS)} (as the original does). " if experiment.data.calibration_split == "test" else ""
+    about = marks.text("; ".join([lead(experiment, metrics), *said]))
+    where = f"{': '.join(filter(None, claims))}. {marks.text(versions)}."
+    return marks.whole(f"{about}. {leaks}{where}{f' {cost}' if cost else ''}") + "\n"
 
 
 def _facts(metrics: TaskMetrics, dense: Mapping[str, Any] | None) -> list[str]:

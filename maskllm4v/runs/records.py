@@ -5,6 +5,7 @@ Records are committed and hashed, so they hold no dates and no timings, and thei
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -37,6 +38,8 @@ REQUIRED = (
     "inputs",
     "versions",
 )
+KINDS = {"row": str, "kind": str, "made": dict, "evaluated": dict, "metrics": dict, "seeds": list}
+KINDS |= {"settings": dict, "inputs": dict, "versions": dict}
 
 
 def build_record(
@@ -115,15 +118,46 @@ def read_record(path: Path) -> dict[str, Any]:
         older = type(record["format"]) is int and record["format"] < FORMAT
         how = f"; `{MIGRATE}` brings older records up to date" if older else ""
         raise UserError(f"{path} has format {record['format']}; this version reads {FORMAT}{how}")
-    if value_digest(record["settings"]) != record["settings_digest"]:
+    if not isinstance(record["settings"], dict) or value_digest(record["settings"]) != record["settings_digest"]:
         raise UserError(f"{path}: settings and their digest disagree; the record was edited")
+    if fault := _fault(record):
+        raise UserError(f"{path} is damaged: {fault}")
     return dict(record)
 
 
+def _fault(record: Mapping[str, Any]) -> str:
+    """What a record cannot have been written with, in words; empty if nothing is."""
+    for key, kind in KINDS.items():
+        if not isinstance(record[key], kind):
+            return f"{key} is {record[key]!r}, not a {kind.__name__}"
+    for key in ("made", "evaluated"):
+        if not (isinstance(record[key].get("hardware"), str) and type(record[key].get("world_size")) is int):
+            return f"{key} has to say hardware and world_size"
+    metrics = record["metrics"]
+    if sorted(map(str, record["seeds"])) != sorted(metrics):
+        return f"seeds are {record['seeds']}, metrics those of {', '.join(metrics) or 'none'}"
+    for seed, values in metrics.items():
+        if not isinstance(values, dict) or values.keys() != next(iter(metrics.values())).keys():
+            return f"metrics of seed {seed} are others than those of the first seed"
+        for name, value in values.items():
+            if type(value) not in (int, float) or not math.isfinite(value):
+                return f"{name} of seed {seed} is {value!r}, not a finite number"
+    return ""
+
+
 def read_records(reports: Path, table: str) -> dict[str, dict[str, Any]]:
-    """All records of a table by row; rows without one are simply absent."""
-    paths = sorted((reports / table / "runs").glob("*/evaluation/record.json"))
-    return {record["row"]: record for record in map(read_record, paths)}
+    """All records of a table by row; rows without one are simply absent.
+
+    Raises:
+        UserError: as :func:`read_record`, or a record lies in another row's folder.
+    """
+    found = {}
+    for path in sorted((reports / table / "runs").glob("*/evaluation/record.json")):
+        record, row = read_record(path), path.parent.parent.name
+        if record["row"] != row:
+            raise UserError(f"{path} is the record of row {record['row']!r}, not of {row!r}")
+        found[row] = record
+    return found
 
 
 def measurement_digest(record: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.utils.errors import ConfigError, DataError
-from maskllm4v.utils.text import few
+from maskllm4v.utils.text import few, one_line
 
 if TYPE_CHECKING:
     from maskllm4v.sparsity.parameters import Matrix
@@ -22,10 +22,19 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """``model(x)`` for a tensor, ``model(batch[0])`` for an (inputs, labels) pair, ``model(**batch)`` for a dict."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+    """``model(x)`` for a tensor, ``model(batch[0])`` for an (inputs, labels) pair, ``model(**batch)`` for a dict.
+
+    Raises:
+        DataError: the model takes no such input, for example one of another width.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(batch[0] if isinstance(batch, tuple | list) else batch)
+    except (RuntimeError, AssertionError) as error:  # PyTorch's of shapes; timm's of images' sizes
+        if type(error) not in (RuntimeError, AssertionError):  # out of memory, not implemented
+            raise
+        raise DataError(f"calibration: the model cannot take a batch: {one_line(error)[:300]}") from error
 
 
 def check_materialised(layers: Mapping[str, Matrix]) -> None:
@@ -71,8 +80,10 @@ def as_parts(calibration: Iterable[Any] | Tensor | Calibration, forward: Forward
     """The parts of a calibration that may also be an input tensor or batches, which ``forward`` runs.
 
     Raises:
-        ConfigError: parts among batches, or a ``forward`` beside parts, which have their own.
+        ConfigError: nothing of all that; parts among batches, or a ``forward`` beside parts, which have their own.
     """
+    if not isinstance(calibration, Calibration | Iterable):
+        raise ConfigError(f"calibration is {calibration!r}; allowed: an input tensor, batches, parts")
     if isinstance(calibration, Calibration):
         calibration = [calibration]
     if isinstance(calibration, list | tuple) and any(isinstance(part, Calibration) for part in calibration):

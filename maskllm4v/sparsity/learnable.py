@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from maskllm4v.sparsity.masks import Mask
 from maskllm4v.sparsity.parameterization import gate_of, logits_dtype
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.reading import in_backward, product_dtype
+from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.rng import generator, philox_key
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class LearnableMask(Mask):
 
     Raises:
         PatternError: the pattern is none, or does not divide the weight's inputs.
-        ConfigError: ``gate`` is unknown.
+        ConfigError: ``gate`` is unknown, or ``gate_std`` is negative or no number.
         ValueError: ``tau`` or ``scaling`` is not a positive number.
     """
 
@@ -84,6 +86,8 @@ class LearnableMask(Mask):
     ) -> None:
         super().__init__(weight, pattern, name, layout)
         self.gate = gate_of(gate, self.pattern)
+        if not (math.isfinite(gate_std) and gate_std >= 0):
+            raise ConfigError(f"gate_std is {gate_std}; allowed: 0 or more")
         self.hard, self.tau, self.scaling, self.gate_std = hard, tau, scaling, gate_std
         self.draw = NoiseKey(seed)
         self.backend = "auto"

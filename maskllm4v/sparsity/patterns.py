@@ -38,9 +38,11 @@ class NMPattern:
         n_found, m_found = _parse(pattern, m)
         if not 1 <= n_found < m_found:
             raise PatternError(f"pattern {n_found}:{m_found}: N counts kept weights, so 1 <= N < M is needed")
-        if m_found > MAX_WIDE and math.comb(m_found, n_found) > MAX_CANDIDATES:
+        few = m_found <= MAX_CANDIDATES  # there are at least M, and of a huge one nobody counts them
+        if not few or (m_found > MAX_WIDE and math.comb(m_found, n_found) > MAX_CANDIDATES):
+            count = math.comb(m_found, n_found) if few else f"more than {MAX_CANDIDATES}"
             raise PatternError(
-                f"pattern {n_found}:{m_found} has {math.comb(m_found, n_found)} candidate masks a group; "
+                f"pattern {n_found}:{m_found} has {count} candidate masks a group; "
                 f"at most {MAX_CANDIDATES} are supported where M is above {MAX_WIDE}"
             )
         object.__setattr__(self, "n", n_found)
@@ -225,14 +227,17 @@ def _parse(pattern: object, m: object) -> tuple[int, int]:
         return given.n, given.m
     if isinstance(given, str):
         given = tuple(given.split(":"))
-    if isinstance(given, tuple | list) and len(given) == 2:
-        try:
-            # A fraction or a boolean would otherwise be rounded without a word.
-            if all(isinstance(part, str) or (isinstance(part, int) and not isinstance(part, bool)) for part in given):
-                return int(given[0]), int(given[1])
-        except ValueError:
-            pass
-    raise PatternError(f"{pattern!r} is no N:M pattern; write it like '2:4' or (2, 4)")
+    if isinstance(given, tuple | list) and len(given) == 2 and all(map(_is_count, given)):
+        return int(given[0]), int(given[1])
+    shown = repr(pattern) if isinstance(pattern, str) else "that"  # Python writes out no number of 5,000 digits
+    raise PatternError(f"{shown[:80]} is no N:M pattern; write it like '2:4' or (2, 4)")
+
+
+def _is_count(part: object) -> bool:
+    """A fraction or a boolean would otherwise be rounded without a word, and Python reads digits of any script."""
+    if isinstance(part, str):
+        return part.isascii() and part.isdigit() and len(part) < 10
+    return isinstance(part, int) and not isinstance(part, bool) and abs(part) < 10**9
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -200,9 +201,13 @@ def make_learnable(
 
     Raises:
         PatternError: a prior mask is of another shape or pattern.
-        ConfigError: a prior mask names no matrix of the model, or ``init`` or ``gate`` is unknown.
+        ConfigError: a prior mask names no matrix of the model, ``init`` or ``gate`` is unknown, or ``prior_strength``
+            or ``gate_std`` is negative or no number.
     """
     pattern = NMPattern(pattern)
+    for key, value in {"prior_strength": prior_strength, "gate_std": gate_std}.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{key} is {value}; allowed: 0 or more")
     if init not in ("prior", "magnitude"):
         raise ConfigError(f"init is {init!r}; allowed: 'prior', 'magnitude'")
     if prior_masks is None:

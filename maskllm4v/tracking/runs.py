@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from maskllm4v.config import Experiment
+from maskllm4v.reporting.marks import escaped
 from maskllm4v.runs.paths import ARTIFACTS, REPORTS, export_folder, run_folder
 from maskllm4v.runs.records import settings_digest
 from maskllm4v.utils.io import file_digest, value_digest
+from maskllm4v.utils.text import plain
 
 LARGEST_ARTIFACT = 32 * 2**20  # bytes of masks; with updated weights of a large model they stay in DVC's cache
 LIVE = "live"  # the tag of a run that is written while its row trains
@@ -53,7 +55,7 @@ def settings_tags(experiment: Experiment, row: str) -> dict[str, str]:
         "pattern": found.pattern or "dense",
         "model": settings["model"]["name"],
         "exact": str(experiment.exact).lower(),
-        "mlflow.note.content": found.label,
+        "mlflow.note.content": escaped(found.label),  # shown as Markdown
         "mlflow.runColor": _colour(list(experiment.rows).index(row)),
     }
     return {key: value for key, value in tags.items() if value}
@@ -62,7 +64,7 @@ def settings_tags(experiment: Experiment, row: str) -> dict[str, str]:
 def record_tags(root: Path, record: Mapping[str, Any]) -> dict[str, str]:
     """Where a result is from."""
     tags = {
-        "hardware": record["made"]["hardware"],
+        "hardware": plain(record["made"]["hardware"]),
         "world_size": str(record["made"]["world_size"]),
         "git_commit": _git_commit(root),
         "dvc.exp": os.environ.get("DVC_EXP_NAME", ""),  # of `dvc exp run`

@@ -22,6 +22,7 @@ from maskllm4v.tracking import writers
 from maskllm4v.tracking.points import Point, as_metrics, mean_points, seed_points
 from maskllm4v.tracking.runs import LIVE, identity, parameters, settings_tags
 from maskllm4v.tracking.store import connect, experiment_id, runs_of
+from maskllm4v.utils.redaction import redacted
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -139,7 +140,7 @@ def main() -> None:
 
 
 def _warn(error: Exception) -> bool:
-    said = " ".join(str(error).split())[:160]
+    said = redacted(" ".join(str(error).split()))[:160]
     print(f"MLflow cannot be reached, so this training cannot be watched there: {said}", file=sys.stderr, flush=True)
     return True
 

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskllm4v.config import Experiment
+from maskllm4v.reporting.marks import escaped
 from maskllm4v.runs.workspace import SERVER, STORE, main_root
+from maskllm4v.tracking.server import prepare_address
 from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.redaction import redacted
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -41,7 +44,7 @@ def open_store(root: Path) -> Iterator[MlflowClient]:
         try:
             client = connect(root)
         except MlflowException as error:
-            said = " ".join(str(error).split())[:300]
+            said = redacted(" ".join(str(error).split()))[:300]
             raise UserError(
                 f"MLflow's store cannot be opened; is {SERVER} right, and does it answer? ({said})"
             ) from error
@@ -56,6 +59,7 @@ def connect(root: Path) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow.tracking import MlflowClient
 
+    prepare_address()
     main = main_root(root)
     with chdir(main):  # MLflow puts artifacts of its default experiment below the current folder
         client = MlflowClient(os.environ.get(SERVER) or f"sqlite:///{main / STORE}")
@@ -71,7 +75,9 @@ def experiment_id(client: MlflowClient, root: Path, experiment: Experiment) -> s
     if found is None:
         place = None if os.environ.get(SERVER) else (main_root(root) / ARTIFACT_ROOT / experiment.table).as_uri()
         try:
-            return str(client.create_experiment(experiment.table, place, {"mlflow.note.content": experiment.title}))
+            return str(
+                client.create_experiment(experiment.table, place, {"mlflow.note.content": escaped(experiment.title)})
+            )
         except MlflowException:  # another writer was faster
             if (found := client.get_experiment_by_name(experiment.table)) is None:
                 raise

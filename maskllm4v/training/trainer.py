@@ -26,7 +26,7 @@ from maskllm4v.training.optim import LearningRate
 from maskllm4v.training.resume import Resume, stopping
 from maskllm4v.training.schedule import progress
 from maskllm4v.utils.distributed import mean, same_everywhere
-from maskllm4v.utils.errors import CheckpointError
+from maskllm4v.utils.errors import CheckpointError, DataError
 from maskllm4v.utils.processes import is_main, rank, world_size
 from maskllm4v.utils.progress import bar
 from maskllm4v.utils.rng import seeded_steps
@@ -108,6 +108,7 @@ def run(
 
     Raises:
         ConfigError: device or model cannot do what ``amp`` or ``grad_checkpointing`` asks for.
+        DataError: an epoch has no step, or a step no batch.
         TrainingError: the first step does not use a mask, or the loss stopped being finite; names row and layers, or
             row, seed and step.
         CheckpointError: the state is damaged or belongs to other settings.
@@ -117,6 +118,10 @@ def run(
     if device.type == "cpu":
         torch.set_flush_denormal(True)  # see pick_device
     steps_per_epoch = task.steps_per_epoch(settings.batch_size)
+    if steps_per_epoch < 1:
+        raise DataError(
+            f"{learner.row}: an epoch has no step; learning.batch_size is {settings.batch_size}, found less"
+        )
     steps = settings.total_steps(steps_per_epoch)
     engine = Engine(learner.model, learner.tensors, learner.optimizer, settings)
     rate = LearningRate(learner.optimizer, settings, steps)
@@ -142,7 +147,9 @@ def run(
             total = torch.zeros((), device=device)
             for micro in range(settings.accumulate):
                 last = micro == settings.accumulate - 1
-                batch = next(batches)  # before the seed is set: a loader that starts draws from torch's generator
+                # Before the seed is set: a loader that starts draws from torch's generator.
+                if (batch := next(batches, None)) is None:
+                    raise DataError(f"{name}: the task has no batch for step {step} of {steps}")
                 seed_step(step, micro, rank())
                 learner.begin_micro_step(NoiseKey(seed, step, micro, rank()))
                 with engine.micro_step(model, last=last):

@@ -1,13 +1,18 @@
 """What a user can do wrong, as one family of exceptions."""
 
+from maskllm4v.utils.redaction import redacted
+
 
 class UserError(ValueError):
     """A mistake that the person at the keyboard can mend: bad settings, wrong files, unfit layers.
 
     The command line and the stages print its message, without a traceback, and exit with status 1
     (``verify``: 2, for its 1 says that a file was read and found wrong).
-    Messages name the key or file, what was found there, and what is allowed.
+    Messages name the key or file, what was found there, and what is allowed, and never a password in an address.
     """
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 class ConfigError(UserError):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,41 @@ from maskllm4v.utils.errors import UserError
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name in the same folder; rename it to ``path`` if all went well.
 
+    A link stays, and what it leads to is replaced; a file that was there keeps its mode. A link to a file that nobody
+    may write to, as DVC makes them to its cache, is replaced itself.
+
     Raises:
-        UserError: the folder cannot be written to, or the disk is full.
+        UserError: the folder cannot be written to, the disk is full, or links lead in a circle.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        target, mode = _led_to(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     os.close(descriptor)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(mode)
         _sync(temporary)  # or a rename may outlive the content when the power fails
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _led_to(path: Path) -> tuple[Path, int]:
+    """The file to replace when ``path`` is written to, and its mode; of a new one as the umask has it."""
+    new = 0o666 & ~_umask()
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:  # or a link to nothing yet
+        return Path(os.path.realpath(path)), new
+    if not path.is_symlink():
+        return path, mode
+    return (Path(os.path.realpath(path)), mode) if mode & 0o222 else (path, new)
 
 
 def _sync(path: Path) -> None:
@@ -73,6 +91,33 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {odd!r} is not UTF-8") from error
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write several files: none of them is replaced before the content of all lies on the disk.
+
+    Raises:
+        UserError: as :func:`replacing`, or there is a folder where a file is to go.
+    """
+    if folders := [path for path in contents if path.is_dir()]:
+        raise UserError(f"cannot write {folders[0]}: {os.strerror(errno.EISDIR)}")
+    with ExitStack() as stack:
+        for path, content in contents.items():
+            stack.enter_context(replacing(path)).write_bytes(content)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, line ends as they are.
+
+    Raises:
+        UserError: it cannot be read, or is no UTF-8.
+    """
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8: byte {error.start + 1:,} is none of it") from error
 
 
 def write_json(path: Path, value: Any) -> None:

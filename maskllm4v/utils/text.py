@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 SHOWN = 3
+
+
+def plain(text: str) -> str:
+    """A text from outside as it may be shown anywhere: on one line, without what terminals or XML take for commands.
+
+    Line ends and tabs are spaces; other control characters, marks that turn the direction of writing, halves of
+    characters and U+FFFE and U+FFFF, which no character is, are U+FFFD.
+    """
+    return _UNFIT.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split()))
+
+
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def one_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maskllm4v.config import Experiment, FinetunedRow, LearnedRow
+from maskllm4v.reporting.marks import MARKDOWN, Marks
 from maskllm4v.utils.io import read_json
 
 FOLDER = "benchmarks"  # in the reports
@@ -39,14 +40,14 @@ def trained_length(experiment: Experiment, row: str, unit: str) -> float:
     return float(sum(getattr(settings, unit) or 0 for settings in trained))
 
 
-def cost_caption(table: str, reports: Path) -> str:
+def cost_caption(table: str, reports: Path, marks: Marks = MARKDOWN) -> str:
     """A sentence on what the column is and where it was measured; empty if it was not."""
     found = _of_table(table, reports)
     if not found:
         return ""
     return (
         "Cost: seconds for one seed on top of its dense model and prior, data loading aside, measured by "
-        f"`python -m benchmarks.table_cost` on {machine(found)}."
+        f"{marks.code('python -m benchmarks.table_cost')} on {marks.text(machine(found))}."
     )
 
 

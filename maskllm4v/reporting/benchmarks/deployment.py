@@ -12,7 +12,8 @@ from typing import Any
 
 from maskllm4v.reporting.benchmarks.costs import benchmark, machine
 from maskllm4v.reporting.benchmarks.measured import Row, caption, distinct, find, rows_of
-from maskllm4v.reporting.tables import MISSING, markdown, significant
+from maskllm4v.reporting.marks import code, escaped, markdown
+from maskllm4v.reporting.tables import MISSING, significant
 from maskllm4v.utils.io import read_json
 
 SOURCES = ("inference_cuda", "inference")
@@ -67,9 +68,9 @@ def exports_markdown(table: str, reports: Path) -> str:
     for manifest in manifests:
         for file in manifest["files"]:
             ratio = ratio_to_dense(file, manifest["files"])
-            lines.append([manifest["row"], file["file"], f"{file['bytes']:,}", ratio, f"`{file['sha256']}`"])
+            lines.append([manifest["row"], file["file"], f"{file['bytes']:,}", ratio, code(file["sha256"])])
     facts = [f"{m['row']}: seed {m['seed']}, {m['layers']} layers {m['pattern'] or 'dense'}" for m in manifests]
-    return f"{markdown(headers, lines)}\n*{'; '.join(facts)}. In `artifacts/exports/<row>/`.*\n"
+    return f"{markdown(headers, lines)}\n*{escaped('; '.join(facts))}. In `artifacts/exports/<row>/`.*\n"
 
 
 def ratio_to_dense(file: Row, files: Iterable[Row]) -> str:
@@ -81,7 +82,7 @@ def ratio_to_dense(file: Row, files: Iterable[Row]) -> str:
 def _aside(summary: str, *texts: str) -> str:
     """Folded away on a page; there has to be an empty line between tags and tables."""
     inside = "\n".join(texts)
-    return f"<details><summary>{summary}</summary>\n\n{inside}\n</details>\n"
+    return f"<details><summary>{escaped(summary)}</summary>\n\n{inside}\n</details>\n"
 
 
 def exported(reports: Path) -> list[tuple[str, list[Row]]]:

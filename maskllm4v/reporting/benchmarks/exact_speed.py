@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from maskllm4v.reporting.benchmarks.measured import Row, distinct, find, rows_of
-from maskllm4v.reporting.tables import MISSING, markdown, significant
+from maskllm4v.reporting.marks import markdown
+from maskllm4v.reporting.tables import MISSING, significant
 
 KINDS = {"dense": "dense", "ours": "mask learning", "ours_distilled": "mask learning, self-distilled"}
 CANDIDATES = {"before": "before", "products": "NumPy's products", "masks": "joined masks", "now": "both"}

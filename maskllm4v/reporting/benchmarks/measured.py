@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from maskllm4v.reporting.benchmarks.costs import machine
+from maskllm4v.reporting.marks import escaped
 
 Row = Mapping[str, Any]
 
@@ -15,7 +16,7 @@ def caption(found: Row) -> str:
     counts = sorted({row["n"] for rows in found["sections"].values() for row in rows if "n" in row})
     repetitions = f"median of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs, " if counts else ""
     torch = found["versions"]["torch"]
-    return f"*{machine(dict(found))}; torch {torch}; {repetitions}all candidates in turn.*\n"
+    return f"*{escaped(machine(dict(found)))}; torch {escaped(torch)}; {repetitions}all candidates in turn.*\n"
 
 
 def rows_of(found: Row, name: str) -> list[Row]:

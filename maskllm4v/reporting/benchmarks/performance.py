@@ -13,7 +13,8 @@ from typing import Any
 from maskllm4v.reporting.benchmarks.costs import benchmark
 from maskllm4v.reporting.benchmarks.exact_speed import exact_step_table, stages_table
 from maskllm4v.reporting.benchmarks.measured import Row, caption, distinct, distinct_rows, find, rows_of
-from maskllm4v.reporting.tables import MISSING, markdown, significant
+from maskllm4v.reporting.marks import markdown
+from maskllm4v.reporting.tables import MISSING, significant
 
 TEXTBOOK, DEFAULT = "textbook", {"cpu": "chunked", "cuda": "triton"}  # backends that "auto" takes for 2:4
 

@@ -5,28 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from maskllm4v.config import Experiment
-from maskllm4v.reporting.figures.samples import draw_samples
+from maskllm4v.reporting.figures.samples import samples_file
 from maskllm4v.reporting.figures.sheet import Entry, sheet
 from maskllm4v.reporting.page import bars, lines
 from maskllm4v.reporting.page.results import KINDS, Results
 from maskllm4v.reporting.page.svg import Drawing, tag
-from maskllm4v.utils.io import write_text
 
 
-def draw_figures(experiment: Experiment, reports: Path, folder: Path) -> list[Path]:
-    """Draw all figures of a table into a folder; returns the files written.
+def figure_files(experiment: Experiment, reports: Path) -> dict[str, bytes]:
+    """All figures of a table by file name.
 
     Args:
         experiment: whose table it is.
         reports: where records, curves and pictures lie.
-        folder: where figures go.
     """
-    written = []
-    for name, text in figure_texts(experiment, reports).items():
-        write_text(folder / name, text)
-        written.append(folder / name)
-    samples = folder / "samples.png"
-    return [*written, samples] if draw_samples(Results(experiment, reports), samples) else written
+    files = {name: text.encode() for name, text in figure_texts(experiment, reports).items()}
+    pictures = samples_file(Results(experiment, reports))
+    return files if pictures is None else {**files, "samples.png": pictures}
 
 
 def figure_texts(experiment: Experiment, reports: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy as np
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.runs.paths import picture_file
 from maskllm4v.utils.images import read_picture
-from maskllm4v.utils.io import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,17 +25,17 @@ LETTERS = SIDE // 11  # of a title's line
 STYLE = {"font.family": "DejaVu Sans"}  # comes with matplotlib
 
 
-def draw_samples(results: Results, path: Path) -> bool:
-    """Write the figure as a PNG; False, and nothing is written, where no row has a picture."""
+def samples_file(results: Results) -> bytes | None:
+    """The figure as a PNG; None where no row has a picture."""
     from matplotlib import rc_context
 
     with rc_context(STYLE):
         figure = samples(results)
         if figure is None:
-            return False
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=DPI, format="png")
-    return True
+            return None
+        file = BytesIO()
+        figure.savefig(file, dpi=DPI, format="png")
+    return file.getvalue()
 
 
 def samples(results: Results) -> Figure | None:
@@ -61,7 +60,7 @@ def samples(results: Results) -> Figure | None:
     for number, (row, picture) in enumerate(found.items()):
         left = GAP + number % IN_LINE * (wide + GAP)
         top = height - GAP - number // IN_LINE * (above + high + GAP)
-        figure.text(left / width, top / height, "\n".join(titles[row]), va="top", fontsize=FONT)
+        figure.text(left / width, top / height, "\n".join(titles[row]), va="top", fontsize=FONT, parse_math=False)
         figure.figimage(picture, left, top - above - picture.shape[0], origin="upper")
     return figure
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.runs.records import DIGITS
+from maskllm4v.utils.text import plain
 
 ABSENT = object()
 
@@ -119,7 +120,7 @@ def _values(results: Results, metrics: Mapping[str, Mapping[str, float]]) -> lis
 
 def _where(made: Mapping[str, Any]) -> str:
     processes = made.get("world_size", 1)
-    return f"{made['hardware']}" + (f", {processes} processes" if processes > 1 else "")
+    return plain(f"{made['hardware']}") + (f", {processes} processes" if processes > 1 else "")
 
 
 def _inputs(inputs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

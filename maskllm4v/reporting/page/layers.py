@@ -12,6 +12,8 @@ import pandas as pd
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import Scale, linear_scale
 from maskllm4v.runs.paths import layers_file
+from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.text import one_line
 
 ALL = "all"  # the column with the mean over layers
 
@@ -45,9 +47,19 @@ def read_layers(results: Results) -> pd.DataFrame:
 
 def read_diagnostics(paths: dict[str, Path]) -> pd.DataFrame:
     """CSV files of rows below each other, with a column ``row``; a missing or an empty file adds none."""
-    frames = [pd.read_csv(path).assign(row=row) for row, path in paths.items() if path.exists()]
+    frames = [_read(path).assign(row=row) for row, path in paths.items() if path.exists()]
     frames = [frame for frame in frames if len(frame)]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["row", "seed", "layer"])
+
+
+def _read(path: Path) -> pd.DataFrame:
+    try:
+        frame = pd.read_csv(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged: {one_line(error)}") from error
+    if missing := {"seed", "layer"} - set(frame.columns):
+        raise UserError(f"{path} is damaged: column {min(missing)!r} is missing")
+    return frame
 
 
 def layer_table(results: Results, frame: pd.DataFrame, metric: str, *, whole: bool = False) -> LayerTable | None:

@@ -13,6 +13,7 @@ import pandas as pd
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.aggregate import aggregate, current_records
 from maskllm4v.reporting.benchmarks.costs import cost_caption, row_costs
+from maskllm4v.reporting.marks import NONE
 from maskllm4v.reporting.metrics import METRICS, TaskMetrics
 from maskllm4v.reporting.receipts import claim
 from maskllm4v.reporting.tables import caption
@@ -83,10 +84,10 @@ class Results:
 
     @cached_property
     def caption(self) -> str:
-        """The table's, without the marks of Markdown."""
-        cost = cost_caption(self.experiment.table, self.reports)
-        text = caption(self.experiment, self.metrics, self.records, cost, claim(self.experiment, self.reports))
-        return text.strip().strip("*").replace("**", "").replace("`", "")
+        """The table's, without marks."""
+        cost = cost_caption(self.experiment.table, self.reports, NONE)
+        reproduced = claim(self.experiment, self.reports)
+        return caption(self.experiment, self.metrics, self.records, cost, reproduced, NONE).strip()
 
     def kind(self, row: str) -> str:
         return str(self.lines[row]["kind"])
