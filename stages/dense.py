@@ -13,7 +13,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.tasks.base import open_task
     from maskllm4v.training.dense import obtain_dense, train_judge
-    from maskllm4v.training.resume import forget, resume_of
+    from maskllm4v.training.resume import only_training, resume_of
     from maskllm4v.utils.processes import is_main
 
     made = experiment.row_of(DenseRow, row)
@@ -25,13 +25,13 @@ def main(experiment: Experiment, row: str) -> None:
         if is_main():
             save_dense(checkpoint(row, seed), model, experiment.model.name)
 
-    map_seeds(experiment, made.seeds, one)
-    if judge := task.judge:
-        classifier = train_judge(judge, experiment.seeds[0])
-        if is_main():
-            save_dense(judge_file(row), classifier, judge.model)
-    write_origin(experiment, row)
-    forget(row)
+    with only_training(row):
+        map_seeds(experiment, made.seeds, one)
+        if judge := task.judge:
+            classifier = train_judge(judge, experiment.seeds[0])
+            if is_main():
+                save_dense(judge_file(row), classifier, judge.model)
+        write_origin(experiment, row)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.runs.paths import TIMINGS
 from maskllm4v.utils import determinism, distributed
 from maskllm4v.utils.errors import UserError
-from maskllm4v.utils.io import write_json
+from maskllm4v.utils.io import write_aside
+from maskllm4v.utils.orphans import end_with_dvc
 from maskllm4v.utils.processes import is_main, share_cores
 
 LAUNCHER = "MASKLLM4V_LAUNCHER"  # e.g. "srun torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d ..."
@@ -33,6 +34,7 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
         parser.add_argument(takes)
     key = getattr(parser.parse_args(), takes) if takes is not None else ""
     begin = time.perf_counter()
+    end_with_dvc()
     try:
         experiment = load_experiment()
         if torch and "LOCAL_RANK" not in os.environ and (launcher := _launcher(experiment)):
@@ -48,7 +50,7 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
         distributed.leave()
         if is_main():
             seconds = round(time.perf_counter() - begin, 3)
-            write_json(TIMINGS / f"{stage}@{key or experiment.table}.json", {"seconds": seconds})
+            write_aside(TIMINGS / f"{stage}@{key or experiment.table}.json", {"seconds": seconds})
     except UserError as error:
         sys.exit(f"{stage}{f' {key}' if key else ''}: {error}")
 

@@ -18,8 +18,8 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.tasks.base import open_task
     from maskllm4v.training.finetuning import CURVE_COLUMNS, finetune
-    from maskllm4v.training.resume import forget, resume_of
-    from maskllm4v.utils.io import write_json
+    from maskllm4v.training.resume import only_training, resume_of
+    from maskllm4v.utils.io import write_aside
     from maskllm4v.utils.processes import is_main
 
     tuned = experiment.row_of(FinetunedRow, row)
@@ -41,12 +41,12 @@ def main(experiment: Experiment, row: str) -> None:
             weights = {name: model.state_dict()[name] for name in names}
             save_masks(checkpoint(row, seed), replace(found, method="finetuned", weights=weights, prior={}))
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, curve)
-            write_json(cost_file(row, seed), asdict(cost))
+            write_aside(cost_file(row, seed), asdict(cost))
 
-    with watched(experiment, row):
-        map_seeds(experiment, tuned.seeds, one)
-    write_origin(experiment, row)
-    forget(row)
+    with only_training(row):
+        with watched(experiment, row):
+            map_seeds(experiment, tuned.seeds, one)
+        write_origin(experiment, row)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.tasks.base import open_task
     from maskllm4v.training.hybrid import kept_weights, start_from_updated_
     from maskllm4v.training.mask_learning import CURVE_COLUMNS, learn_masks
-    from maskllm4v.training.resume import forget, resume_of
-    from maskllm4v.utils.io import write_json
+    from maskllm4v.training.resume import only_training, resume_of
+    from maskllm4v.utils.io import write_aside
     from maskllm4v.utils.processes import is_main
 
     trained = experiment.row_of(LearnedRow, row)
@@ -56,12 +56,12 @@ def main(experiment: Experiment, row: str) -> None:
             weights = kept_weights(model, learned.masks) if hybrid else {}
             save_masks(checkpoint(row, seed), replace(made, weights=weights))
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, learned.curve)
-            write_json(cost_file(row, seed), asdict(learned.cost))
+            write_aside(cost_file(row, seed), asdict(learned.cost))
 
-    with watched(experiment, row):
-        map_seeds(experiment, trained.seeds, one)
-    write_origin(experiment, row)
-    forget(row)
+    with only_training(row):
+        with watched(experiment, row):
+            map_seeds(experiment, trained.seeds, one)
+        write_origin(experiment, row)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ def resume_folder(row: str) -> Path:
     return RESUME / row
 
 
+def resume_lock(row: str) -> Path:
+    """Held by the process that trains a row."""
+    return RESUME / f"{row}.lock"
+
+
 def live_folder(row: str) -> Path:
     """Curves of a row's trainings while they run."""
     return LIVE / row

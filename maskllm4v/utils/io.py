@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write :func:`json_text`."""
     write_text(path, json_text(value))
+
+
+def write_aside(path: Path, value: Any) -> None:
+    """Write JSON that is no result; where that cannot be done, a line says so, and nothing fails."""
+    try:
+        write_json(path, value)
+    except UserError as error:
+        print(error, file=sys.stderr)
 
 
 def json_text(value: Any) -> str:
