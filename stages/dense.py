@@ -9,6 +9,7 @@ from stages.entry import run
 
 def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints.masks import save_dense
+    from maskllm4v.runs.makers import note_maker
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.tasks.base import open_task
@@ -23,7 +24,7 @@ def main(experiment: Experiment, row: str) -> None:
         resume = resume_of(experiment, row, seed, manifest=task.data_digest)
         model = obtain_dense(experiment.dense, task, seed, position, resume)
         if is_main():
-            save_dense(checkpoint(row, seed), model, experiment.model.name)
+            note_maker(row, seed, save_dense(checkpoint(row, seed), model, experiment.model.name))
 
     with only_training(row):
         map_seeds(experiment, made.seeds, one)

@@ -130,9 +130,9 @@ def test_a_second_trainer_is_refused(tmp_path: Path, inputs: Path) -> None:
 def test_a_lock_is_held_by_one_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "folder" / "row.lock"
     with held(path, "row 'x' is trained"):
-        with pytest.raises(UserError, match=rf"^row 'x' is trained by process {os.getpid()} on \S+ already"):
-            with held(path, "row 'x' is trained"):
-                raise AssertionError("both hold it")
+        refused = pytest.raises(UserError, match=rf"^row 'x' is trained by process {os.getpid()} on \S+ already")
+        with refused, held(path, "row 'x' is trained"):
+            raise AssertionError("both hold it")
         assert path.exists()
     assert list(path.parent.iterdir()) == []
     path.write_text("process 1 on elsewhere")  # of a dead process
@@ -179,7 +179,7 @@ def test_killed_between_a_state_and_the_removal_of_the_one_before(tmp_path: Path
     assert found is not None
     assert found["step"] == 10
     resume.save(state(15))
-    assert [path for path in tmp_path.iterdir()] == [resume.path]
+    assert list(tmp_path.iterdir()) == [resume.path]
 
 
 # Full disks
@@ -210,7 +210,8 @@ def test_a_state_that_cannot_be_saved(
     for step in (10, 15):
         resume.save(state(step))
     assert re.fullmatch(
-        r"\S+seed3-\w+\.pt cannot be saved, so the state before stays \(PytorchStreamWriter .*; \d+ MiB are free there\)",
+        r"\S+seed3-\w+\.pt cannot be saved, so the state before stays "
+        r"\(PytorchStreamWriter .*; \d+ MiB are free there\)",
         capsys.readouterr().err.strip(),
     )
     assert [path.suffix for path in tmp_path.iterdir()] == [".pt"]
