@@ -62,7 +62,7 @@ def sealed(folder: Path, digest: str) -> Looks:
     if digest not in known:
         raise DataError(
             f"{folder / 'manifest.json'} was changed: it is none of those that {seal_of(folder)} lists; "
-            "run the prepare stage again"
+            "run the prepare stage again, or delete that file if DVC has brought the folder from elsewhere"
         )
     return known[digest]
 

@@ -1,4 +1,4 @@
-"""Which of several processes this is, by the environment variables of ``torchrun`` and its like; which ones have ended."""
+"""Which of several processes this is, by the variables that ``torchrun`` and its like set, and when others began."""
 
 from __future__ import annotations
 
