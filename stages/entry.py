@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable
 
 from maskllm4v.config import Experiment, load_experiment
-from maskllm4v.runs.paths import RESUME, TIMINGS
+from maskllm4v.runs.leftovers import tidy_up
 from maskllm4v.utils import determinism, distributed
 from maskllm4v.utils.errors import UserError
-from maskllm4v.utils.io import write_aside
-from maskllm4v.utils.orphans import STAGE, end_with_dvc
+from maskllm4v.utils.orphans import end_with_dvc
 from maskllm4v.utils.processes import is_main, share_cores
 
 LAUNCHER = "MASKLLM4V_LAUNCHER"  # e.g. "srun torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d ..."
@@ -49,20 +48,9 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
         main(experiment, key)
         distributed.leave()
         if is_main():
-            if os.environ.get(STAGE):
-                _sweep(experiment)
-            seconds = round(time.perf_counter() - begin, 3)
-            write_aside(TIMINGS / f"{stage}@{key or experiment.table}.json", {"seconds": seconds})
+            tidy_up(experiment, stage, key, seconds=time.perf_counter() - begin)
     except UserError as error:
         sys.exit(f"{stage}{f' {key}' if key else ''}: {error}")
-
-
-def _sweep(experiment: Experiment) -> None:
-    """States that DVC's run cache made useless; looked for where some lie, for it takes an import of torch."""
-    if RESUME.is_dir() and any(path.is_dir() for path in RESUME.iterdir()):
-        from maskllm4v.runs.leftovers import sweep_states
-
-        sweep_states(experiment)
 
 
 def _launcher(experiment: Experiment) -> list[str]:

@@ -13,7 +13,6 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.evaluation.evaluate import Measured, measure
     from maskllm4v.evaluation.layer_errors import COLUMNS
     from maskllm4v.evaluation.mask_stats import describe_masks
-    from maskllm4v.runs.makers import check_maker
     from maskllm4v.runs.provenance import read_origin, where
     from maskllm4v.runs.records import build_record, write_record
     from maskllm4v.runs.seeds import map_seeds
@@ -30,9 +29,7 @@ def main(experiment: Experiment, row: str) -> None:
     def one(seed: int, position: int) -> Measured:
         dense = paths.checkpoint(experiment.dense.row, experiment.dense_seed(seed))
         masks = None if kind == "dense" else paths.checkpoint(row, seed)
-        found = measure(experiment, task, seed, dense, masks, evaluated.pattern)
-        check_maker(row, seed, found.masks or found.dense)
-        return found
+        return measure(experiment, task, seed, dense, masks, evaluated.pattern, row)
 
     measured = dict(zip(seeds, map_seeds(experiment, seeds, one), strict=True))
     if not is_main():

@@ -15,6 +15,11 @@ STAGE = "DVC_STAGE"  # DVC tells each of its commands which stage that is
 INTERVAL = 0.5  # seconds between two looks
 
 
+def started_by_dvc() -> bool:
+    """Whether this process is a stage that DVC has started."""
+    return bool(os.environ.get(STAGE))
+
+
 def end_with_dvc() -> None:
     """Have this process get SIGTERM once DVC has ended; nothing if it was not started by DVC.
 
