@@ -44,6 +44,21 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "documents": ("", ("README.md", "reports/index.html")),
     "track": ("", (f"mlruns/published/{TABLE}.json",)),
 }
+PRELOADED = [
+    *(
+        "torch",
+        "torchvision",
+        "timm",
+        "timm.optim",
+        "timm.data",
+        "safetensors.torch",
+        "accelerate",
+        "sklearn",
+        "pandas",
+    ),
+    *("pydantic", "yaml", "jinja2", "matplotlib.figure", "PIL.Image"),
+    *("mlflow", "mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store", "mlflow.pytorch"),
+]
 TRAININGS = ("dense", "train", "finetune")
 ENVIRONMENT = {
     **os.environ,
@@ -70,17 +85,17 @@ class Ended:
 
 
 def settings() -> dict[str, Any]:
-    """The digits in a minute; a state is saved every three steps."""
+    """The digits in a minute; a state is saved every five steps."""
     changed = {
         **{"table": TABLE, "title": "Chaos", "exact": False, "seeds": [0, 1], "updated": {}, "finetuned": {}},
         "dense.row": "chaos-dense",
-        "dense.steps": 60,
+        "dense.steps": 30,
         "priors": {"chaos-wanda": {"method": "wanda"}, "chaos-magnitude": {"method": "magnitude"}},
-        "learned": {"chaos-maskllm": {"prior": "chaos-wanda", "steps": 60}},
+        "learned": {"chaos-maskllm": {"prior": "chaos-wanda", "steps": 30}},
         "updated.chaos-squares": {"masks": "chaos-wanda", "update": "least_squares"},
-        "finetuned.chaos-tuned": {"start": "chaos-wanda", "steps": 60, "lr": 0.001},
+        "finetuned.chaos-tuned": {"start": "chaos-wanda", "steps": 30, "lr": 0.001},
         "exports": {"chaos-maskllm": {"formats": ["packed", "mask"]}},
-        "runtime": {"device": "cpu", "checkpoint_minutes": 0, "checkpoint_steps": 3},
+        "runtime": {"device": "cpu", "live": False, "checkpoint_minutes": 0, "checkpoint_steps": 5},
     }
     found = overridden(experiment("digits"), changed)
     rows = ("chaos-dense", "chaos-wanda", "chaos-magnitude", "chaos-maskllm", "chaos-squares", "chaos-tuned")
@@ -90,7 +105,7 @@ def settings() -> dict[str, Any]:
 @contextmanager
 def whole_chain() -> Iterator[Path]:
     """A project in which every stage has ended well."""
-    _CONTEXT.set_forkserver_preload(["torch", "timm", "safetensors.torch", "sklearn", "pandas", "mlflow.tracking"])
+    _CONTEXT.set_forkserver_preload(PRELOADED)
     with project(TABLE) as folder:
         (folder / "params.yaml").write_text(yaml.safe_dump(settings(), sort_keys=False))
         for command in (["git", "init", "-q"], ["dvc", "init", "-q"]):
