@@ -14,7 +14,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, load_masks, save_masks
     from maskllm4v.runs.curves import GrowingCurve, write_curve
     from maskllm4v.runs.live import watched
-    from maskllm4v.runs.makers import check_maker, note_maker
+    from maskllm4v.runs.makers import check_inputs, note_maker
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.tasks.base import open_task
@@ -34,8 +34,8 @@ def main(experiment: Experiment, row: str) -> None:
         found = MaskCheckpoint(None, {}, base, "finetuned", {}, prior={}, digest="")
         if start is not None:  # its mask, and its updated weights if it has any
             found = load_masks(checkpoint(start.key, seed), pattern=tuned.pattern, base=base)
-            check_maker(start.key, seed, found.digest)
             install(model, found, start.key)
+        check_inputs(experiment, seed, base, None if start is None else start.key, found.digest)
         resume = resume_of(experiment, row, seed, manifest=task.data_digest, dense=base, start=found.digest)
         live = GrowingCurve(live_file(row, seed), CURVE_COLUMNS)
         curve, cost = finetune(model, task, settings, seed=seed, row=row, position=position, resume=resume, watch=live)

@@ -13,7 +13,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, save_masks
     from maskllm4v.oneshot.permute import permute_channels_
     from maskllm4v.oneshot.prune import calibrates, prune
-    from maskllm4v.runs.makers import note_maker
+    from maskllm4v.runs.makers import check_inputs, note_maker
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.sparsity.parameters import dense_weights
@@ -28,6 +28,7 @@ def main(experiment: Experiment, row: str) -> None:
     def one(seed: int, position: int) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))
         base = load_dense(dense, model, experiment.model.name)
+        check_inputs(experiment, seed, base)
         calibrated_on = task if settings.inputs == "data" else task.generated(model, seed)
         layers: Any = {"exclude": experiment.model.excluded_layers, "on_misfit": experiment.model.on_misfit}
         shown = calibrated_on.calibration(settings.batch_size, seed) if calibrates(settings.method) else None

@@ -13,7 +13,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints.masks import load_dense, load_masks, save_masks
     from maskllm4v.runs.curves import GrowingCurve, write_curve
     from maskllm4v.runs.live import watched
-    from maskllm4v.runs.makers import check_maker, note_maker
+    from maskllm4v.runs.makers import check_inputs, note_maker
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.sparsity.permutation import apply_permutations_
@@ -34,7 +34,7 @@ def main(experiment: Experiment, row: str) -> None:
         base = load_dense(dense, model, experiment.model.name)
         source = task if settings.inputs == "data" else task.generated(model, seed)
         prior = load_masks(checkpoint(settings.prior, seed), pattern=pattern, base=base)
-        check_maker(settings.prior, seed, prior.digest)
+        check_inputs(experiment, seed, base, settings.prior, prior.digest)
         apply_permutations_(model, prior.permutations)
         hybrid = trained.updates_weights
         teacher = start_from_updated_(model, prior, distillation=settings.distillation) if hybrid else None

@@ -12,7 +12,7 @@ def main(experiment: Experiment, row: str) -> None:
 
     from maskllm4v.checkpoints.masks import load_dense, load_masks, save_masks
     from maskllm4v.oneshot.weight_update import update_weights_
-    from maskllm4v.runs.makers import check_maker, note_maker
+    from maskllm4v.runs.makers import check_inputs, note_maker
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.sparsity.parameters import dense_weights
@@ -30,7 +30,7 @@ def main(experiment: Experiment, row: str) -> None:
         base = load_dense(dense, model, experiment.model.name)
         source = task if settings.inputs == "data" else task.generated(model, seed)
         found = load_masks(checkpoint(settings.masks, seed), pattern=pattern, base=base)  # not its weights, if any
-        check_maker(settings.masks, seed, found.digest)
+        check_inputs(experiment, seed, base, settings.masks, found.digest)
         apply_permutations_(model, found.permutations)
         made = replace(found, weights={})
         if updated.updates_weights:

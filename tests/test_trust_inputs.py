@@ -184,6 +184,18 @@ def test_masks_of_another_row_are_refused_by_both_names(project: Path) -> None:
     assert run_stage(project, "evaluate", "tiny-magnitude") == [0], said(project)
 
 
+def test_dense_weights_of_another_seed_are_refused(inputs: Path, tmp_path: Path) -> None:
+    """They fit the model, and nothing that was made of them lies there yet."""
+    project = copied(inputs, tmp_path / "project")
+    shutil.copytree(inputs / ".cache/made/tiny-dense", project / ".cache/made/tiny-dense")
+    (project / ".cache/made/tiny-dense/seed0.txt").rename(project / ".cache/made/tiny-dense/seed1.txt")
+    assert run_stage(project, "prior", "tiny-wanda") == [1]
+    assert said(project).startswith(
+        "prior tiny-wanda: artifacts/tiny-dense/seed0.safetensors is not of row 'tiny-dense', seed 0: "
+        "row 'tiny-dense', seed 1 has made it; make the row again"
+    )
+
+
 def test_rows_that_made_the_same_are_both_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     check_maker("a", 0, "1" * 64)  # nobody noted it

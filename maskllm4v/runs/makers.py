@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+from maskllm4v.config import Experiment
 from maskllm4v.runs.paths import MADE, checkpoint, made_file
 from maskllm4v.utils.errors import CheckpointError
 
@@ -23,6 +24,13 @@ def note_maker(row: str, seed: int, digest: str) -> None:
                 file.write(f"{digest}\n")
     except OSError as error:  # no result: a full disk fails no stage
         print(f"cannot write {path}: {error.strerror}", file=sys.stderr)
+
+
+def check_inputs(experiment: Experiment, seed: int, dense: str, row: str | None = None, masks: str = "") -> None:
+    """Refuse what :func:`check_maker` refuses: a seed's dense weights, and a row's masks on them, by their digests."""
+    check_maker(experiment.dense.row, experiment.dense_seed(seed), dense)
+    if row is not None:
+        check_maker(row, seed, masks)
 
 
 def check_maker(row: str, seed: int, digest: str) -> None:

@@ -39,7 +39,7 @@ READ = {
     "masks": ("train", "artifacts/chaos-wanda/seed0.safetensors"),
     "origin": ("evaluate", "artifacts/chaos-maskllm/made.json"),
     "record": ("report", "reports/chaos/runs/chaos-wanda/evaluation/record.json"),
-    "curve": ("track", "reports/chaos/runs/chaos-maskllm/curves/seed0.csv"),
+    "curve": ("report", "reports/chaos/runs/chaos-maskllm/curves/seed0.csv"),
     "settings": ("prior", "params.yaml"),
 }
 OTHERS = {
