@@ -50,7 +50,7 @@ def main() -> None:
     table = _table(counts)
     print(f"\n{table}")
     if a.write:
-        write_text(a.write, _document(table, seed, a.minutes))
+        write_text(a.write, _document(table, faults, seed, a.minutes))
     if faults:
         sys.exit("\n".join(["", "faults:", *faults]))
 
@@ -63,8 +63,9 @@ def _table(counts: dict[str, Counter[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _document(table: str, seed: int, minutes: float) -> str:
+def _document(table: str, faults: list[str], seed: int, minutes: float) -> str:
     machine = f"{platform.machine()}, {_cpu()}, {platform.system()} {platform.release()}"
+    listed = "\n".join(["\nFaults:\n", *(f"* {fault}" for fault in faults), ""]) if faults else ""
     return f"""# Chaos: what was broken at random, and how it ended
 
 `make chaos MINUTES=10` makes a shortened chain of all stages, then breaks one thing at a time in a fresh copy of it:
@@ -74,7 +75,7 @@ was mended the results were the same. *Fault*: anything else, such as a tracebac
 
 The last run: {date.today()}, {minutes:g} minutes of trials, seed {seed}, on {machine}.
 
-{table}"""
+{table}{listed}"""
 
 
 def _cpu() -> str:
