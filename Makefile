@@ -10,6 +10,7 @@
 # make screenshots   look at pages and MLflow's UI in headless Chromium; pictures in docs/screenshots
 # make plots   training curves of all rows on one axis, in DVC's page (dvc_plots/index.html)
 # make experiments   what `dvc exp run` gave beside this commit; ROW=short-magnitude: of rows called so
+# make chaos MINUTES=10   break stages, files, disks, servers and clocks at random; counts in docs/chaos.md
 # make publish send all committed records to MLFLOW_TRACKING_URI (or ./mlflow.db)
 # make lock    requirements.lock from pyproject.toml; today's pins are constraints, so that packages are added and none
 #              moves: another torch, numpy or timm would break every exact table. To move one, take out its pin before
@@ -17,6 +18,7 @@
 PYTHON ?= python3.11
 VENV   ?= $(CURDIR)/.venv
 PORT   ?= 5000
+MINUTES ?= 10
 READY  := $(VENV)/.command
 LOCKER := .cache/locker
 UV     := 0.13.9
@@ -27,7 +29,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONPATH
 
-.PHONY: repro test proof proof-ci bench ui figures screenshots plots experiments publish lock use lint sweep
+.PHONY: repro test proof proof-ci bench ui figures screenshots plots experiments chaos publish lock use lint sweep
 
 repro: $(READY)
 	@test -e mlflow.db || rm -rf mlruns/published  # the store was deleted: publish again
@@ -73,6 +75,9 @@ plots: $(READY)
 
 experiments: $(READY)
 	dvc exp show --only-changed --hide-workspace --drop '.*/|Created|(?!.*$(ROW)).*\.'
+
+chaos: $(READY)
+	python -m scripts.chaos --minutes $(MINUTES) --write docs/chaos.md
 
 publish: $(READY)
 	python -m maskllm4v publish

@@ -9,11 +9,12 @@ from stages.entry import run
 
 def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints.masks import save_dense
+    from maskllm4v.runs.makers import note_maker
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.tasks.base import open_task
     from maskllm4v.training.dense import obtain_dense, train_judge
-    from maskllm4v.training.resume import forget, resume_of
+    from maskllm4v.training.resume import only_training, resume_of
     from maskllm4v.utils.processes import is_main
 
     made = experiment.row_of(DenseRow, row)
@@ -23,15 +24,15 @@ def main(experiment: Experiment, row: str) -> None:
         resume = resume_of(experiment, row, seed, manifest=task.data_digest)
         model = obtain_dense(experiment.dense, task, seed, position, resume)
         if is_main():
-            save_dense(checkpoint(row, seed), model, experiment.model.name)
+            note_maker(row, seed, save_dense(checkpoint(row, seed), model, experiment.model.name))
 
-    map_seeds(experiment, made.seeds, one)
-    if judge := task.judge:
-        classifier = train_judge(judge, experiment.seeds[0])
-        if is_main():
-            save_dense(judge_file(row), classifier, judge.model)
-    write_origin(experiment, row)
-    forget(row)
+    with only_training(row):
+        map_seeds(experiment, made.seeds, one)
+        if judge := task.judge:
+            classifier = train_judge(judge, experiment.seeds[0])
+            if is_main():
+                save_dense(judge_file(row), classifier, judge.model)
+        write_origin(experiment, row)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable
 
 from maskllm4v.config import Experiment, load_experiment
-from maskllm4v.runs.paths import TIMINGS
+from maskllm4v.runs.leftovers import tidy_up
 from maskllm4v.utils import determinism, distributed
 from maskllm4v.utils.errors import UserError
-from maskllm4v.utils.io import write_json
+from maskllm4v.utils.orphans import end_with_dvc
 from maskllm4v.utils.processes import is_main, share_cores
 
 LAUNCHER = "MASKLLM4V_LAUNCHER"  # e.g. "srun torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d ..."
@@ -33,6 +33,7 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
         parser.add_argument(takes)
     key = getattr(parser.parse_args(), takes) if takes is not None else ""
     begin = time.perf_counter()
+    end_with_dvc()
     try:
         experiment = load_experiment()
         if torch and "LOCAL_RANK" not in os.environ and (launcher := _launcher(experiment)):
@@ -47,8 +48,7 @@ def run(stage: str, main: Callable[[Experiment, str], None], *, takes: str | Non
         main(experiment, key)
         distributed.leave()
         if is_main():
-            seconds = round(time.perf_counter() - begin, 3)
-            write_json(TIMINGS / f"{stage}@{key or experiment.table}.json", {"seconds": seconds})
+            tidy_up(experiment, stage, key, seconds=time.perf_counter() - begin)
     except UserError as error:
         sys.exit(f"{stage}{f' {key}' if key else ''}: {error}")
 

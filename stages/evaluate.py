@@ -29,7 +29,7 @@ def main(experiment: Experiment, row: str) -> None:
     def one(seed: int, position: int) -> Measured:
         dense = paths.checkpoint(experiment.dense.row, experiment.dense_seed(seed))
         masks = None if kind == "dense" else paths.checkpoint(row, seed)
-        return measure(experiment, task, seed, dense, masks, evaluated.pattern)
+        return measure(experiment, task, seed, dense, masks, evaluated.pattern, row)
 
     measured = dict(zip(seeds, map_seeds(experiment, seeds, one), strict=True))
     if not is_main():

@@ -14,12 +14,13 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, load_masks, save_masks
     from maskllm4v.runs.curves import GrowingCurve, write_curve
     from maskllm4v.runs.live import watched
+    from maskllm4v.runs.makers import check_inputs, note_maker
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.tasks.base import open_task
     from maskllm4v.training.finetuning import CURVE_COLUMNS, finetune
-    from maskllm4v.training.resume import forget, resume_of
-    from maskllm4v.utils.io import write_json
+    from maskllm4v.training.resume import only_training, resume_of
+    from maskllm4v.utils.io import write_aside
     from maskllm4v.utils.processes import is_main
 
     tuned = experiment.row_of(FinetunedRow, row)
@@ -34,19 +35,21 @@ def main(experiment: Experiment, row: str) -> None:
         if start is not None:  # its mask, and its updated weights if it has any
             found = load_masks(checkpoint(start.key, seed), pattern=tuned.pattern, base=base)
             install(model, found, start.key)
+        check_inputs(experiment, seed, base, None if start is None else start.key, found.digest)
         resume = resume_of(experiment, row, seed, manifest=task.data_digest, dense=base, start=found.digest)
         live = GrowingCurve(live_file(row, seed), CURVE_COLUMNS)
         curve, cost = finetune(model, task, settings, seed=seed, row=row, position=position, resume=resume, watch=live)
         if is_main():
             weights = {name: model.state_dict()[name] for name in names}
-            save_masks(checkpoint(row, seed), replace(found, method="finetuned", weights=weights, prior={}))
+            made = replace(found, method="finetuned", weights=weights, prior={})
+            note_maker(row, seed, save_masks(checkpoint(row, seed), made))
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, curve)
-            write_json(cost_file(row, seed), asdict(cost))
+            write_aside(cost_file(row, seed), asdict(cost))
 
-    with watched(experiment, row):
-        map_seeds(experiment, tuned.seeds, one)
-    write_origin(experiment, row)
-    forget(row)
+    with only_training(row):
+        with watched(experiment, row):
+            map_seeds(experiment, tuned.seeds, one)
+        write_origin(experiment, row)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints.masks import MaskCheckpoint, load_dense, save_masks
     from maskllm4v.oneshot.permute import permute_channels_
     from maskllm4v.oneshot.prune import calibrates, prune
+    from maskllm4v.runs.makers import check_inputs, note_maker
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.sparsity.parameters import dense_weights
@@ -27,6 +28,7 @@ def main(experiment: Experiment, row: str) -> None:
     def one(seed: int, position: int) -> None:
         model, dense = task.build_model(seed), checkpoint(experiment.dense.row, experiment.dense_seed(seed))
         base = load_dense(dense, model, experiment.model.name)
+        check_inputs(experiment, seed, base)
         calibrated_on = task if settings.inputs == "data" else task.generated(model, seed)
         layers: Any = {"exclude": experiment.model.excluded_layers, "on_misfit": experiment.model.on_misfit}
         shown = calibrated_on.calibration(settings.batch_size, seed) if calibrates(settings.method) else None
@@ -46,7 +48,7 @@ def main(experiment: Experiment, row: str) -> None:
         weights = dense_weights(model, masks) if settings.update_weights else {}
         if is_main():
             made = MaskCheckpoint(pattern, masks, base, settings.method, weights, prior={}, permutations=permutations)
-            save_masks(checkpoint(row, seed), made)
+            note_maker(row, seed, save_masks(checkpoint(row, seed), made))
 
     map_seeds(experiment, oneshot.seeds, one)
     write_origin(experiment, row)

@@ -13,6 +13,7 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.checkpoints.masks import load_dense, load_masks, save_masks
     from maskllm4v.runs.curves import GrowingCurve, write_curve
     from maskllm4v.runs.live import watched
+    from maskllm4v.runs.makers import check_inputs, note_maker
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.sparsity.permutation import apply_permutations_
@@ -20,8 +21,8 @@ def main(experiment: Experiment, row: str) -> None:
     from maskllm4v.tasks.base import open_task
     from maskllm4v.training.hybrid import kept_weights, start_from_updated_
     from maskllm4v.training.mask_learning import CURVE_COLUMNS, learn_masks
-    from maskllm4v.training.resume import forget, resume_of
-    from maskllm4v.utils.io import write_json
+    from maskllm4v.training.resume import only_training, resume_of
+    from maskllm4v.utils.io import write_aside
     from maskllm4v.utils.processes import is_main
 
     trained = experiment.row_of(LearnedRow, row)
@@ -33,6 +34,7 @@ def main(experiment: Experiment, row: str) -> None:
         base = load_dense(dense, model, experiment.model.name)
         source = task if settings.inputs == "data" else task.generated(model, seed)
         prior = load_masks(checkpoint(settings.prior, seed), pattern=pattern, base=base)
+        check_inputs(experiment, seed, base, settings.prior, prior.digest)
         apply_permutations_(model, prior.permutations)
         hybrid = trained.updates_weights
         teacher = start_from_updated_(model, prior, distillation=settings.distillation) if hybrid else None
@@ -54,14 +56,14 @@ def main(experiment: Experiment, row: str) -> None:
         if is_main():
             made = replace(prior, method="maskllm", gate=settings.gate, prior=prior.masks, masks=learned.masks)
             weights = kept_weights(model, learned.masks) if hybrid else {}
-            save_masks(checkpoint(row, seed), replace(made, weights=weights))
+            note_maker(row, seed, save_masks(checkpoint(row, seed), replace(made, weights=weights)))
             write_curve(curve_file(experiment.table, row, seed), CURVE_COLUMNS, learned.curve)
-            write_json(cost_file(row, seed), asdict(learned.cost))
+            write_aside(cost_file(row, seed), asdict(learned.cost))
 
-    with watched(experiment, row):
-        map_seeds(experiment, trained.seeds, one)
-    write_origin(experiment, row)
-    forget(row)
+    with only_training(row):
+        with watched(experiment, row):
+            map_seeds(experiment, trained.seeds, one)
+        write_origin(experiment, row)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ def main(experiment: Experiment, row: str) -> None:
 
     from maskllm4v.checkpoints.masks import load_dense, load_masks, save_masks
     from maskllm4v.oneshot.weight_update import update_weights_
+    from maskllm4v.runs.makers import check_inputs, note_maker
     from maskllm4v.runs.provenance import write_origin
     from maskllm4v.runs.seeds import map_seeds
     from maskllm4v.sparsity.parameters import dense_weights
@@ -29,6 +30,7 @@ def main(experiment: Experiment, row: str) -> None:
         base = load_dense(dense, model, experiment.model.name)
         source = task if settings.inputs == "data" else task.generated(model, seed)
         found = load_masks(checkpoint(settings.masks, seed), pattern=pattern, base=base)  # not its weights, if any
+        check_inputs(experiment, seed, base, settings.masks, found.digest)
         apply_permutations_(model, found.permutations)
         made = replace(found, weights={})
         if updated.updates_weights:
@@ -42,7 +44,7 @@ def main(experiment: Experiment, row: str) -> None:
             weights = dense_weights(model, found.masks)
             made = replace(found, method=settings.update, weights=weights)
         if is_main():
-            save_masks(checkpoint(row, seed), made)
+            note_maker(row, seed, save_masks(checkpoint(row, seed), made))
 
     map_seeds(experiment, updated.seeds, one)
     write_origin(experiment, row)

@@ -131,11 +131,15 @@ def states(folder: Path, row: str) -> list[Path]:
 
 def saved_steps(folder: Path, row: str) -> list[int]:
     """The step that each seed's newest state goes on with."""
-    found: dict[str, int] = {}
-    saved = [path for path in states(folder, row) if path.suffix == ".pt"]  # others come and go
-    for path in sorted(saved, key=lambda path: path.stat().st_mtime_ns):
-        found[path.name.partition("-")[0]] = torch.load(path, weights_only=True)["state"]["step"]
-    return [found[seed] for seed in sorted(found)]
+    while True:
+        found: dict[str, int] = {}
+        saved = [path for path in states(folder, row) if path.suffix == ".pt"]  # others come and go
+        try:
+            for path in sorted(saved, key=lambda path: path.stat().st_mtime_ns):
+                found[path.name.partition("-")[0]] = torch.load(path, weights_only=True)["state"]["step"]
+        except FileNotFoundError:  # the next one has been saved
+            continue
+        return [found[seed] for seed in sorted(found)]
 
 
 def steps(folder: Path, rank: int = 0) -> list[int]:

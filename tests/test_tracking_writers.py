@@ -23,6 +23,7 @@ from maskllm4v.runs.paths import record_file
 from maskllm4v.tracking import publishing, writers
 from maskllm4v.tracking.publishing import publish
 from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.processes import began
 
 LEARNED = ROWS[-1]
 
@@ -157,7 +158,7 @@ def test_the_unfinished_run_of_a_living_writer_is_left_alone(tmp_path: Path, mon
     client, mine = MlflowClient(store), next(run for run in runs(store, "digits") if run.data.tags["row"] == LEARNED)
     tags = {key: mine.data.tags[key] for key in ("row", "settings_digest")}
     host, _, _, repository, _ = writers.signed(tmp_path).split(" ")
-    living, now = f"{host} {os.getppid()} {writers._start(os.getppid())} {repository}", f"{time.time():.0f}"
+    living, now = f"{host} {os.getppid()} {began(os.getppid())} {repository}", f"{time.time():.0f}"
     signed = {
         "living": f"{living} {now}",
         "dead": f"{host} {2**22 + 1} 1 {repository} {now}",

@@ -194,6 +194,7 @@ def settings(arguments: argparse.Namespace) -> TrainFlags:
 def run(arguments: argparse.Namespace) -> None:
     import copy
     import shutil
+    from contextlib import nullcontext
 
     from maskllm4v.checkpoints.format import tensors_digest
     from maskllm4v.checkpoints.masks import MaskCheckpoint, save_masks
@@ -206,6 +207,7 @@ def run(arguments: argparse.Namespace) -> None:
     from maskllm4v.training.resume import Resume
     from maskllm4v.utils.distributed import leave
     from maskllm4v.utils.io import value_digest
+    from maskllm4v.utils.locks import held
     from maskllm4v.utils.processes import is_main
 
     a = arguments
@@ -237,15 +239,16 @@ def run(arguments: argparse.Namespace) -> None:
         "versions": versions(),
     }
     resume = Resume(states, a.seed, identity, minutes=spec.runtime.checkpoint_minutes)
-    learned = learn_masks(model, task, learning, seed=a.seed, prior=prior or None, row=a.output.stem, resume=resume)
-    inputs.keep_beside(a.output, dense, spec)
-    if is_main():
-        made = MaskCheckpoint(
-            pattern, learned.masks, base, "maskllm", {}, prior, gate=learning.gate, permutations=permutations
-        )
-        save_masks(a.output, made)
-        write_curve(a.curve or a.output.with_suffix(".csv"), CURVE_COLUMNS, learned.curve)
-        shutil.rmtree(states, ignore_errors=True)
+    with held(states.with_suffix(".lock"), f"{a.output} is made") if is_main() else nullcontext():
+        learned = learn_masks(model, task, learning, seed=a.seed, prior=prior or None, row=a.output.stem, resume=resume)
+        inputs.keep_beside(a.output, dense, spec)
+        if is_main():
+            made = MaskCheckpoint(
+                pattern, learned.masks, base, "maskllm", {}, prior, gate=learning.gate, permutations=permutations
+            )
+            save_masks(a.output, made)
+            write_curve(a.curve or a.output.with_suffix(".csv"), CURVE_COLUMNS, learned.curve)
+            shutil.rmtree(states, ignore_errors=True)
     inputs.say(
         f"{a.output}: {pattern} masks of {len(learned.masks)} layers, {learned.cost.samples_per_second:.0f} images/s"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,6 +12,7 @@ from typing import Any
 
 from maskllm4v.config import DataSettings
 from maskllm4v.data.manifest import Entry, Manifest, write_manifest
+from maskllm4v.data.seals import verify
 from maskllm4v.utils.errors import DataError
 from maskllm4v.utils.io import file_digest
 from maskllm4v.utils.progress import bar
@@ -46,15 +49,34 @@ def prepare_folder(settings: DataSettings, folder: Path) -> Manifest:
     names = (settings.train, settings.test)
     listed = {name: _entries(root, name, classes, settings.hash_files) for name in dict.fromkeys(names)}
     splits = {"train": listed[settings.train], "test": listed[settings.test]}
-    return write_manifest(folder, settings=settings, classes=classes, splits=splits, extra={"root": str(root)})
+    return write_manifest(
+        folder, settings=settings, classes=classes, splits=splits, extra={"root": str(root)}, files=root
+    )
 
 
 def reader(manifest: Manifest, settings: DataSettings) -> Callable[[Entry], tuple[Any, str]]:
-    """What opens an image: gives an open file or path for PIL, and its name for messages."""
+    """What opens an image: gives a file or path for PIL, and its name for messages.
+
+    An image that was hashed is hashed again; of others the size is compared.
+
+    Raises:
+        DataError: one of the files that were looked at more closely has changed.
+    """
     root = Path(manifest.extra["root"])
+    verify(manifest.looks)
 
     def read(entry: Entry) -> tuple[Any, str]:
-        return root / entry.path, str(root / entry.path)
+        path = root / entry.path
+        try:
+            content = path.read_bytes() if entry.sha256 else None
+            size = path.stat().st_size if content is None else len(content)
+        except OSError:
+            return path, str(path)  # whoever decodes it says why it cannot be read
+        if size != entry.bytes or (content is not None and hashlib.sha256(content).hexdigest() != entry.sha256):
+            raise DataError(
+                f"{path} cannot be read as what was prepared: it has changed since; run the prepare stage again"
+            )
+        return path if content is None else io.BytesIO(content), str(path)
 
     return read
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
 from maskllm4v.config import DataSettings
+from maskllm4v.data.seals import SAMPLE, Looks, seal, sealed
 from maskllm4v.utils.errors import DataError, UserError
 from maskllm4v.utils.io import file_digest, read_json, write_csv, write_json
 from maskllm4v.utils.rng import generator
@@ -73,6 +74,7 @@ class Manifest:
         calibration_split: ``"train"``, or ``"test"`` where calibration leaks on purpose.
         extra: what the source itself needs, e.g. its root and normalisation.
         digest: SHA-256 of ``manifest.json``, which holds the CSV files' digests.
+        looks: how some files looked, if its seal says so.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Manifest:
     calibration_split: str
     extra: Mapping[str, Any]
     digest: str
+    looks: Looks = field(default_factory=dict)
 
     def labels(self, split: str) -> np.ndarray:
         """Of a split, int64 ``[count]``."""
@@ -125,8 +128,12 @@ def write_manifest(
     classes: Sequence[str],
     splits: Mapping[str, Sequence[Entry]],
     extra: Mapping[str, Any],
+    files: Path | None = None,
 ) -> Manifest:
-    """Hold out, choose calibration images, write it all down, and read it back.
+    """Hold out, choose calibration images, write it all down, seal it, and read it back.
+
+    ``files``: the folder that entries are paths in; how some of them look is sealed, too. Those that are hashed are
+    checked whenever they are read.
 
     Raises:
         DataError: there are too few images, or not the number of classes that ``settings`` expects.
@@ -149,18 +156,25 @@ def write_manifest(
         "extra": dict(extra),
     }
     write_json(folder / "manifest.json", about)
+    looked_at = [] if files is None or settings.hash_files else [files / e.path for e in _spread(splits)]
+    seal(folder, file_digest(folder / "manifest.json"), looked_at)
     return read_manifest(folder)
 
 
+def _spread(splits: Mapping[str, Sequence[Entry]]) -> list[Entry]:
+    """Some entries of each split, spread over all of it."""
+    return [entry for entries in splits.values() for entry in entries[:: -(-len(entries) // SAMPLE) or 1]]
+
+
 def read_manifest(folder: Path) -> Manifest:
-    """Read a manifest and verify its CSV files.
+    """Read a manifest and verify its CSV files and its seal.
 
     Raises:
-        DataError: something is missing or damaged.
+        DataError: something is missing, damaged or edited.
     """
     path = folder / "manifest.json"
     try:
-        about = read_json(path)
+        about, digest = read_json(path), file_digest(path)
         splits = {split: _read_entries(folder / f"{split}.csv", facts) for split, facts in about["splits"].items()}
         return Manifest(
             name=about["name"],
@@ -170,7 +184,8 @@ def read_manifest(folder: Path) -> Manifest:
             calibration=[np.array(indices, dtype=np.int64) for indices in about["calibration"]],
             calibration_split=about["calibration_split"],
             extra=about["extra"],
-            digest=file_digest(path),
+            digest=digest,
+            looks=sealed(folder, digest),
         )
     except DataError:
         raise

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from maskllm4v.config import DataSettings
-from maskllm4v.data.decoded import decode
+from maskllm4v.data.decoded import Read, decode
 from maskllm4v.data.manifest import Entry, Manifest, write_manifest
 from maskllm4v.utils.errors import ConfigError, DataError
 from maskllm4v.utils.progress import bar
@@ -83,9 +83,12 @@ def _reader(settings: DataSettings, opened: Mapping[str, Any]) -> Callable[[Entr
         dataset, number = opened[split], int(digits)
         name = f"{_name(settings)}, image {entry.path}{_file(dataset, number)}"
         try:
-            return _image(dataset, number), name
+            image = _image(dataset, number)
         except Exception as error:  # readers, and decoders in them, raise whatever they like
             raise DataError(f"{name} cannot be read as an image: {one_line(error)}") from error
+        if entry.sha256 and _pixels(lambda _: (image, name), entry) != entry.sha256:
+            raise DataError(f"{name} has changed since it was prepared; run the prepare stage again")
+        return image, name
 
     return read
 
@@ -142,9 +145,14 @@ def _entries(settings: DataSettings, split: str, dataset: Any, read: Callable[[E
     for number, label in enumerate(bar(_labels(dataset), f"listing {split}", total=len(dataset))):
         entry = Entry(f"{split}/{number}", int(label), 0, "")  # sizes on disk: not known
         if settings.hash_files:
-            entry = replace(entry, sha256=hashlib.sha256(decode(read, entry, "RGB").tobytes()).hexdigest())
+            entry = replace(entry, sha256=_pixels(read, entry))
         found.append(entry)
     return found
+
+
+def _pixels(read: Read, entry: Entry) -> str:
+    """SHA-256 of an image's pixels."""
+    return hashlib.sha256(decode(read, entry, "RGB").tobytes()).hexdigest()
 
 
 def _labels(dataset: Any) -> Iterator[Any]:

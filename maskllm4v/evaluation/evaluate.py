@@ -13,6 +13,7 @@ from maskllm4v.checkpoints.apply import overlay, permute
 from maskllm4v.checkpoints.masks import load_dense, load_masks
 from maskllm4v.config import Experiment
 from maskllm4v.evaluation.layer_errors import layer_diagnostics
+from maskllm4v.runs.makers import check_inputs
 from maskllm4v.sparsity.parameterization import gate_of
 from maskllm4v.sparsity.parameters import find_matrix
 from maskllm4v.sparsity.surgery import fold_
@@ -44,23 +45,33 @@ class Measured:
 
 
 def measure(
-    experiment: Experiment, task: Task, seed: int, dense: Path, masks: Path | None, pattern: str | None = None
+    experiment: Experiment,
+    task: Task,
+    seed: int,
+    dense: Path,
+    masks: Path | None,
+    pattern: str | None = None,
+    row: str | None = None,
 ) -> Measured:
     """Evaluate the dense model, or the same model under the masks (and updated weights) of a file.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or belongs to another model or pattern.
+        CheckpointError: a file is missing, damaged, or belongs to another model, pattern or ``row`` (None: of any).
     """
     model = task.build_model(seed)
     base = load_dense(dense, model, experiment.model.name)
     total = sum(parameter.numel() for parameter in model.parameters())
     first = seed == experiment.seeds[0]
     if masks is None:
+        if row is not None:
+            check_inputs(experiment, seed, base)
         metrics = task.evaluate(model)
         counts = {"dense": total, "kept": total, "logits": 0}
         pictures = task.pictures(model) if first else {}
         return Measured(metrics, task.summary(model, metrics, 0), [], counts, base, None, pictures)
     found = load_masks(masks, pattern=pattern, base=base)
+    if row is not None:
+        check_inputs(experiment, seed, base, row, found.digest)
     permute(model, found, str(masks))  # it gives the same outputs; the layers' errors are measured against it
     layers = layer_diagnostics(model, found, task.calibration(experiment.task.eval_batch_size, seed))
     sparse = fold_(overlay(copy.deepcopy(model), found))

@@ -15,6 +15,7 @@ from maskllm4v.checkpoints.packed import load_packed_file
 from maskllm4v.config import Experiment
 from maskllm4v.export.files import Folded, write_folded, write_masks, write_packed
 from maskllm4v.export.onnx import export_onnx
+from maskllm4v.runs.makers import check_inputs
 from maskllm4v.runs.paths import checkpoint, record_file
 from maskllm4v.runs.records import measurement_digest, read_record
 from maskllm4v.sparsity.surgery import fold_
@@ -43,9 +44,11 @@ def folded_row(experiment: Experiment, task: Task, row: str, seed: int | None = 
     manifest, measured = task.data_digest, measurement_digest(read_record(record)) if record.exists() else None
     args = experiment.model.args
     if experiment.row(row).kind == "dense":
+        check_inputs(experiment, seed, base)
         return Folded(model, {}, None, name, "dense", base, manifest=manifest, record=measured, args=args)
     path = checkpoint(row, seed)
     found = load_masks(path, pattern=experiment.row(row).pattern, base=base)
+    check_inputs(experiment, seed, base, row, found.digest)
     model, updated = fold_(install(model, found, str(path))), bool(found.weights)
     about = (name, found.method, base, updated, manifest, measured, args)
     return Folded(model, found.masks, found.pattern, *about, found.permutations)

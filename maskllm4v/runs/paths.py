@@ -9,6 +9,7 @@ REPORTS = Path("reports")
 TIMINGS = Path(".cache/timings")  # git-ignored; nothing hashes them
 RESUME = Path(".cache/resume")
 LIVE = Path(".cache/live")
+MADE = Path(".cache/made")
 
 
 def data_folder(name: str) -> Path:
@@ -18,6 +19,11 @@ def data_folder(name: str) -> Path:
 def checkpoint(row: str, seed: int) -> Path:
     """Dense weights or masks of one row and seed."""
     return ARTIFACTS / row / f"seed{seed}.safetensors"
+
+
+def made_file(row: str, seed: int) -> Path:
+    """Digests of the tensors that were made as those of one row and seed, undeclared to DVC."""
+    return MADE / row / f"seed{seed}.txt"
 
 
 def judge_file(row: str) -> Path:
@@ -38,6 +44,11 @@ def origin_file(row: str) -> Path:
 def resume_folder(row: str) -> Path:
     """States of interrupted trainings, undeclared to DVC."""
     return RESUME / row
+
+
+def resume_lock(row: str) -> Path:
+    """Held by the process that trains a row."""
+    return RESUME / f"{row}.lock"
 
 
 def live_folder(row: str) -> Path:

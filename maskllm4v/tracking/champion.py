@@ -18,7 +18,7 @@ from maskllm4v.config import Experiment
 from maskllm4v.reporting.aggregate import best_row
 from maskllm4v.runs.paths import checkpoint, data_folder
 from maskllm4v.runs.workspace import SERVER
-from maskllm4v.tracking.store import insisting
+from maskllm4v.tracking.store import insisting, upload_limit
 from maskllm4v.utils.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def _register(
     model = client.create_logged_model(experiment_id, name="model", source_run_id=run_id, tags=dict(tags))
     with TemporaryDirectory() as folder:
         _save(Path(folder) / "model", exportable, run_id, model.model_id)
-        client.log_model_artifacts(model.model_id, f"{folder}/model")
+        with upload_limit():
+            client.log_model_artifacts(model.model_id, f"{folder}/model")
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     with suppress(MlflowException):  # it exists

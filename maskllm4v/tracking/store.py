@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager
+from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from maskllm4v.reporting.marks import escaped
 from maskllm4v.runs.workspace import SERVER, STORE, main_root
 from maskllm4v.tracking.server import prepare_address
 from maskllm4v.utils.errors import UserError
+from maskllm4v.utils.locks import queued
 from maskllm4v.utils.redaction import redacted
 
 if TYPE_CHECKING:
@@ -23,32 +24,69 @@ if TYPE_CHECKING:
 
 ARTIFACT_ROOT = "mlruns"
 STAMPS = Path(ARTIFACT_ROOT) / "published"  # what was published, by table
+# Of requests, unless the environment has others. A server that hangs costs less than a minute, one that is dead a few
+# seconds; by MLflow's own limits it would be a quarter of an hour.
+LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
+UPLOAD = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 
 @contextmanager
 def open_store(root: Path) -> Iterator[MlflowClient]:
     """A client of the store, for one process of a repository at a time: the others queue.
 
-    Two processes that create a sqlite file at once would break it; and over HTTP there is no lock but this one.
+    Over HTTP there is no lock but this one.
 
     Raises:
-        UserError: there is no such store, or its server does not answer.
+        UserError: there is no such store, or its server does not answer, then or later.
     """
     from mlflow.exceptions import MlflowException
 
     lock = main_root(root) / ARTIFACT_ROOT / ".lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")  # half a minute; by default four
+    for name, value in LIMITS.items():
+        os.environ.setdefault(name, value)
     with lock.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             client = connect(root)
         except MlflowException as error:
-            said = redacted(" ".join(str(error).split()))[:300]
             raise UserError(
-                f"MLflow's store cannot be opened; is {SERVER} right, and does it answer? ({said})"
+                f"MLflow's store cannot be opened; is {SERVER} right, and does it answer? ({_one_line(error)})"
             ) from error
-        yield client
+        try:
+            yield client
+        except MlflowException as error:
+            if not is_silence(error):
+                raise
+            raise UserError(
+                f"MLflow's server does not answer any more; the same command goes on from there ({_one_line(error)})"
+            ) from error
+
+
+def is_silence(error: BaseException | None) -> bool:
+    """Whether MLflow's error is that a request got no answer, or none in time."""
+    from requests.exceptions import RequestException
+
+    while error is not None:
+        if isinstance(error, RequestException):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def upload_limit() -> Iterator[None]:
+    """Inside, one request may take as long as all tries of another one: a server answers when it has stored a file."""
+    ours = [name for name, value in LIMITS.items() if os.environ.get(name) == value]
+    os.environ |= {name: UPLOAD[name] for name in ours}
+    try:
+        yield
+    finally:
+        os.environ |= {name: LIMITS[name] for name in ours}
+
+
+def _one_line(error: Exception) -> str:
+    return redacted(" ".join(str(error).split()))[:300]
 
 
 def connect(root: Path) -> MlflowClient:
@@ -61,10 +99,21 @@ def connect(root: Path) -> MlflowClient:
 
     prepare_address()
     main = main_root(root)
-    with chdir(main):  # MLflow puts artifacts of its default experiment below the current folder
-        client = MlflowClient(os.environ.get(SERVER) or f"sqlite:///{main / STORE}")
+    uri = os.environ.get(SERVER) or f"sqlite:///{main / STORE}"
+    # MLflow puts artifacts of its default experiment below the current folder.
+    with chdir(main), _creation(uri):
+        client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     return client
+
+
+def _creation(uri: str) -> AbstractContextManager[None]:
+    """Inside, nobody else creates the tables of the same sqlite file, whichever repository they are in."""
+    scheme, _, path = uri.partition(":///")
+    file = Path(path.partition("?")[0])
+    if scheme != "sqlite" or not os.access(file.parent, os.W_OK):  # MLflow says what is wrong with it
+        return nullcontext()
+    return queued(file.with_name(f"{file.name}-lock"))
 
 
 def experiment_id(client: MlflowClient, root: Path, experiment: Experiment) -> str:
@@ -92,7 +141,9 @@ def insisting(write: Callable[[], object]) -> None:
 
     try:
         write()
-    except MlflowException:
+    except MlflowException as error:
+        if is_silence(error):
+            raise
         write()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from maskllm4v.runs.workspace import main_root
 from maskllm4v.utils.io import value_digest
+from maskllm4v.utils.processes import began
 
 TAG = "writer"
 OLD = 24 * 3600.0  # seconds without a sign of life after which a writer on another host counts as dead
@@ -18,7 +19,7 @@ OLD = 24 * 3600.0  # seconds without a sign of life after which a writer on anot
 def signed(root: Path) -> str:
     """Host, process and its start, repository, and now: a sign of life of this process."""
     return " ".join(
-        [socket.gethostname(), str(os.getpid()), _start(os.getpid()), _repository(root), f"{time.time():.0f}"]
+        [socket.gethostname(), str(os.getpid()), began(os.getpid()), _repository(root), f"{time.time():.0f}"]
     )
 
 
@@ -26,7 +27,7 @@ def is_dead(tags: Mapping[str, str]) -> bool:
     """Whether nobody else writes a run: its process ended, is this one, or gave no sign for a day."""
     host, pid, start, _, seen = _parts(tags)
     if host == socket.gethostname():
-        return not pid.isdigit() or int(pid) == os.getpid() or _start(int(pid)) != start
+        return not pid.isdigit() or int(pid) == os.getpid() or began(int(pid)) != start
     return not seen.isdigit() or time.time() - int(seen) > OLD
 
 
@@ -43,19 +44,3 @@ def _parts(tags: Mapping[str, str]) -> list[str]:
 
 def _repository(root: Path) -> str:
     return value_digest([str(main_root(root))])[:12]  # no path of anybody's machine on a server
-
-
-def _start(pid: int) -> str:
-    """When a process began, in the kernel's ticks: numbers of processes are used again. Empty if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        if Path("/proc/self").exists():
-            return ""
-    try:  # no Linux
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass
-    return "there"

@@ -3,6 +3,8 @@
 A state holds what was trained (logits or weights), averages, optimiser and step, never frozen weights. It
 lies in ``.cache/resume/<row>/``, named by a digest of everything that the result depends on, and is
 removed when its stage has ended well. Files are read with ``weights_only=True``: no code in them is run.
+
+The number at the end of a state's name says which of a seed's states was saved last: clocks can be set back.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ from __future__ import annotations
 import pickle
 import shutil
 import signal
+import sys
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,10 +24,11 @@ from typing import Any
 import torch
 
 from maskllm4v.config import Experiment
-from maskllm4v.runs.paths import resume_folder
+from maskllm4v.runs.paths import resume_folder, resume_lock
 from maskllm4v.runs.records import FORMAT, versions
-from maskllm4v.utils.errors import CheckpointError
+from maskllm4v.utils.errors import CheckpointError, UserError
 from maskllm4v.utils.io import replacing, value_digest
+from maskllm4v.utils.locks import held
 from maskllm4v.utils.processes import is_main
 
 IMPATIENCE = 2.0  # seconds after which a second Ctrl-C means: at once
@@ -47,9 +51,23 @@ class Resume:
     ) -> None:
         self.digest = value_digest(identity)
         self.folder, self.seed = folder, seed
-        self.path = folder / f"seed{seed}-{self.digest[:16]}.pt"
         self._seconds, self._steps = 60 * minutes, steps
         self._last = time.monotonic()
+        self._failed = False
+
+    @property
+    def path(self) -> Path:
+        """The state last saved; what its name would be, if none was."""
+        mine = [path for path in self._states() if path.stem.partition("_")[0] == self._name]
+        return mine[-1] if mine else self.folder / f"{self._name}_1.pt"
+
+    @property
+    def _name(self) -> str:
+        return f"seed{self.seed}-{self.digest[:16]}"
+
+    def _states(self) -> list[Path]:
+        """All states of this seed, of these settings and others, in the order in which they were saved."""
+        return sorted(self.folder.glob(f"seed{self.seed}-*.pt"), key=_number)
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """The state last saved, or None.
@@ -79,16 +97,42 @@ class Resume:
         return bool(self._seconds) and time.monotonic() - self._last >= self._seconds
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write a state in the place of the one before, whole or not at all."""
-        with replacing(self.path) as temporary:
-            torch.save({"digest": self.digest, "state": dict(state)}, temporary)
+        """Write a state, whole or not at all, and then remove the one before.
+
+        Where it cannot be written (a full disk), a line says so, once, and the one before stays.
+        """
         self._last = time.monotonic()
+        before = self._states()
+        path = self.folder / f"{self._name}_{1 + max(map(_number, before), default=0)}.pt"
+        try:
+            with replacing(path) as temporary:
+                torch.save({"digest": self.digest, "state": dict(state)}, temporary)
+        except (UserError, OSError, RuntimeError) as error:  # torch's writer raises the last
+            self._say_failed(path, error)
+            return
+        self._failed = False
         # A kill may have left a half-written file; settings that changed leave states nobody may want again.
-        for leftover in self.folder.glob(f".seed{self.seed}-*.part"):
-            leftover.unlink(missing_ok=True)
-        states = sorted(self.folder.glob(f"seed{self.seed}-*.pt"), key=lambda path: path.stat().st_mtime)
-        for old in states[:-KEPT]:
-            old.unlink(missing_ok=True)
+        mine = [old for old in before if old.stem.partition("_")[0] == self._name]
+        others = [old for old in before if old not in mine]
+        for old in (*mine, *others[: 1 - KEPT], *self.folder.glob(f".seed{self.seed}-*.part")):
+            with suppress(OSError):
+                old.unlink()
+
+    def _say_failed(self, path: Path, error: Exception) -> None:
+        if self._failed:
+            return
+        self._failed = True
+        free = ""
+        with suppress(OSError):
+            free = f"; {shutil.disk_usage(self.folder).free / 2**20:.0f} MiB are free there"
+        said = f"{str(error).splitlines()[0][:200]}{free}"
+        print(f"{path} cannot be saved, so the state before stays ({said})", file=sys.stderr, flush=True)
+
+
+def _number(state: Path) -> int:
+    """Of a state's name; 0 where it has none."""
+    digits = state.stem.partition("_")[2]
+    return int(digits) if digits.isdecimal() else 0
 
 
 def resume_of(experiment: Experiment, row: str, seed: int, **inputs: str) -> Resume:
@@ -116,9 +160,18 @@ def resume_of(experiment: Experiment, row: str, seed: int, **inputs: str) -> Res
     )
 
 
-def forget(row: str) -> None:
-    """Remove all states of a row: it is finished."""
-    if is_main():
+@contextmanager
+def only_training(row: str) -> Iterator[None]:
+    """Inside, this is the only training of a row; if it ends well, all states of the row are removed.
+
+    Raises:
+        UserError: another process trains it; names the row and that process.
+    """
+    if not is_main():
+        yield
+        return
+    with held(resume_lock(row), f"row {row!r} is trained"):
+        yield
         shutil.rmtree(resume_folder(row), ignore_errors=True)
 
 

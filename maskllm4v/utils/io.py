@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -123,6 +124,14 @@ def read_text(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write :func:`json_text`."""
     write_text(path, json_text(value))
+
+
+def write_aside(path: Path, value: Any) -> None:
+    """Write JSON that is no result; where that cannot be done, a line says so, and nothing fails."""
+    try:
+        write_json(path, value)
+    except UserError as error:
+        print(error, file=sys.stderr)
 
 
 def json_text(value: Any) -> str:

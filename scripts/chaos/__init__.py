@@ -1,0 +1,1 @@
+"""``make chaos``: what breaks, at random, on a shortened chain of stages."""
