@@ -205,6 +205,9 @@ def test_rows_that_made_the_same_are_both_right(tmp_path: Path, monkeypatch: pyt
         check_maker(row, 0, "1" * 64)
     with pytest.raises(CheckpointError, match=re.escape("is not of row 'b', seed 1: row 'a', seed 0 has made it")):
         check_maker("b", 1, "1" * 64)
+    check_maker("c", 0, "1" * 64, kin={"a", "b"})  # restored by DVC; its masks are theirs (update: none)
+    with pytest.raises(CheckpointError, match=re.escape("is not of row 'c', seed 0: row 'b', seed 0 has made it")):
+        check_maker("c", 0, "1" * 64, kin={"a"})
     note_maker("a", 0, "2" * 64)  # with other settings
     check_maker("a", 0, "1" * 64)
     assert (tmp_path / ".cache/made/b/seed0.txt").read_text() == "1" * 64 + "\n"
