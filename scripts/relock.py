@@ -9,8 +9,8 @@ nor ``dvc commit`` can lock it again where code was only moved or renamed. This 
 It is for changes that alter no output of any stage, exported files included, and proves nothing: for exact tables
 ``make proof`` has to agree afterwards.
 
-README and findings are outputs that people write: after an edit of their prose, the second form writes down their new
-digests, if their generated blocks are what the records give.
+README and findings are outputs that people write: after an edit of their prose, or with another file in
+``reports/benchmarks``, the second form writes down the new digests, if generated blocks are what the records give.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from typing import Any
 
 from maskllm4v.config import PARAMS, load_experiment
 from maskllm4v.reporting.report import check_documents
+from maskllm4v.runs.paths import REPORTS
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import write_text
 from scripts.lock_entries import dvc_entry
 from scripts.proof_records import RENDERING, Stages, declared_stages, locked_stages, path_of
 
 CODE = ("maskllm4v/", "stages/")
+BENCHMARKS = str(REPORTS / "benchmarks")  # files that people add, and that documents show
 DOCUMENTS = "documents"  # the stage whose outputs people edit, too
 _STAGE = re.compile(r"  (\S+):")
 _PATH = re.compile(r"    - path: *(.*)")
@@ -47,7 +49,7 @@ def relock(root: Path, tables: Collection[str] = ()) -> list[str]:
         UserError: no such table, a dependency without files, or a document whose generated blocks were edited.
     """
     declared = _declared(root, tables)
-    if DOCUMENTS in declared and edited_documents(root):
+    if DOCUMENTS in declared and (edited_documents(root) or _is_stale(root, DOCUMENTS, "deps", BENCHMARKS)):
         check_documents(root)
     path = root / "dvc.lock"
     before = path.read_text(encoding="utf-8")
@@ -68,7 +70,13 @@ def relock(root: Path, tables: Collection[str] = ()) -> list[str]:
 def edited_documents(root: Path) -> list[str]:
     """README, findings and the list of tables, as far as they are not those of ``dvc.lock``."""
     outs = locked_stages((root / "dvc.lock").read_text(encoding="utf-8")).get(DOCUMENTS, {}).get("outs", [])
-    return [out["path"] for out in outs if dvc_entry(root, out["path"])["md5"] != out["md5"]]
+    return [out["path"] for out in outs if _is_stale(root, DOCUMENTS, "outs", out["path"])]
+
+
+def _is_stale(root: Path, stage: str, part: str, path: str) -> bool:
+    """Whether a stage read or wrote something else at a path when it was locked."""
+    entries = locked_stages((root / "dvc.lock").read_text(encoding="utf-8")).get(stage, {}).get(part, [])
+    return any(entry["path"] == path and dvc_entry(root, path)["md5"] != entry["md5"] for entry in entries)
 
 
 def _declared(root: Path, tables: Collection[str]) -> Stages:
@@ -101,7 +109,7 @@ def _renewed(name: str, block: str, stage: Mapping[str, Any], entry: Callable[[s
     """A stage's piece with today's code, and documents if it writes them; other entries stay."""
     deps = [path_of(dep) for dep in stage.get("deps", [])]
     outs = [path_of(out) for out in stage.get("outs", [])] if name == DOCUMENTS else []
-    block = _replaced(block, "deps", lambda path: path.startswith(CODE), deps, entry)
+    block = _replaced(block, "deps", lambda path: path.startswith(CODE) or path == BENCHMARKS, deps, entry)
     return _replaced(block, "outs", lambda path: path in outs, outs, entry)
 
 

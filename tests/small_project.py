@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -131,15 +132,17 @@ def states(folder: Path, row: str) -> list[Path]:
 
 def saved_steps(folder: Path, row: str) -> list[int]:
     """The step that each seed's newest state goes on with."""
-    while True:
-        found: dict[str, int] = {}
-        saved = [path for path in states(folder, row) if path.suffix == ".pt"]  # others come and go
-        try:
-            for path in sorted(saved, key=lambda path: path.stat().st_mtime_ns):
-                found[path.name.partition("-")[0]] = torch.load(path, weights_only=True)["state"]["step"]
-        except FileNotFoundError:  # the next one has been saved
-            continue
-        return [found[seed] for seed in sorted(found)]
+    seeds = {path.name.partition("-")[0] for path in states(folder, row) if path.suffix == ".pt"}
+    return [step for seed in sorted(seeds) if (step := _saved_step(folder, row, seed)) is not None]
+
+
+def _saved_step(folder: Path, row: str, seed: str) -> int | None:
+    """Of one seed, whose states come and go; None if it has none any more."""
+    while saved := [path for path in states(folder, row) if path.match(f"{seed}-*.pt")]:
+        with suppress(FileNotFoundError):  # the next one has been saved
+            newest = max(saved, key=lambda path: path.stat().st_mtime_ns).read_bytes()
+            return int(torch.load(io.BytesIO(newest), weights_only=True)["state"]["step"])
+    return None
 
 
 def steps(folder: Path, rank: int = 0) -> list[int]:
