@@ -229,17 +229,31 @@ def begun(folder: Path, row: str, seeds: int, *command: str) -> subprocess.Popen
 
     Every state that is seen goes on from the one before.
     """
-    before = saved_steps(folder, row) or [0] * seeds
+    before, numbers = saved_steps(folder, row) or [0] * seeds, _numbers(folder, row)
     running = started(folder, *command)
 
     def all_have() -> bool:
         assert running.poll() is None, said(folder)
-        now = saved_steps(folder, row)
-        assert all(step >= first for step, first in zip(now, before, strict=False))
-        return len(now) == seeds and all(step > first for step, first in zip(now, before, strict=True))
+        now = _numbers(folder, row)
+        return len(now) == seeds and all(number > numbers.get(seed, 0) for seed, number in now.items())
 
     until(all_have)
+    os.killpg(running.pid, signal.SIGSTOP)  # reading states takes longer than training on to the end
+    try:
+        assert all(step > first for step, first in zip(saved_steps(folder, row), before, strict=True))
+    finally:
+        os.killpg(running.pid, signal.SIGCONT)
     return running
+
+
+def _numbers(folder: Path, row: str) -> dict[str, int]:
+    """How many states each seed has saved, by the name of the newest one."""
+    found: dict[str, int] = {}
+    for path in states(folder, row):
+        if path.suffix == ".pt" and not path.name.startswith("."):
+            seed = path.name.partition("-")[0]
+            found[seed] = max(found.get(seed, 0), int(path.stem.partition("_")[2]))
+    return found
 
 
 def _child(
