@@ -34,7 +34,7 @@ SECTIONS = {
         *("crop_ratio", "train_interpolation", "color_jitter", "auto_augment", "random_erasing", "erasing_mode"),
         *("label_smoothing", "mixup", "cutmix", "mix_probability"),
     ],
-    "model": ["name", "args", "exclude", "on_misfit", "fused_attention", "stem", "input"],
+    "model": ["name", "args", "exclude", "on_misfit", "convolutions", "fused_attention", "stem", "input"],
     "model.stem": ["channels", "strides"],
     "model.input": ["img_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"],
     "dense": [*TRAINING, "row", "init", "checkpoint", "shared", "progressive"],

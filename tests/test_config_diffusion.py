@@ -33,7 +33,7 @@ OWN = {
     "task.judge.model": SECTIONS["model"],
     "task.judge.model.input": SECTIONS["model.input"],
     "task.judge.training": TRAINING,
-    "model": ["name", "args", "exclude", "on_misfit", "fused_attention", "adaln", "freq_shift"],
+    "model": ["name", "args", "exclude", "on_misfit", "convolutions", "fused_attention", "adaln", "freq_shift"],
     "evaluation": [*SAMPLING, "images", "timesteps", "samples", "grid", "columns"],
 }
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.names import short_names
-from maskllm4v.runs.paths import curve_file
+from maskllm4v.runs.paths import curve_file, record_file
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import read_text
 from maskllm4v.utils.text import one_line
@@ -17,16 +17,24 @@ COLUMNS = ("loss", "tau", "scaling", "max_probability", "off_prior", "flipped", 
 
 
 def read_curves(experiment: Experiment, reports: Path, row: str) -> pd.DataFrame | None:
-    """All seeds' curves of a trained row, with a ``seed`` column; None where there are none.
+    """All seeds' curves of a trained row, with a ``seed`` column; None where it was not trained or not measured yet.
 
     Raises:
-        UserError: one is damaged, or ends before others do.
+        UserError: one is missing though the row was measured, is damaged, or ends before others do.
     """
     paths = {seed: curve_file(experiment.table, row, seed, reports) for seed in experiment.seeds}
+    missing = [path for path in paths.values() if not path.exists()]
+    if missing and is_trained(experiment, row) and record_file(experiment.table, row, reports).exists():
+        raise UserError(f"{missing[0]} is missing, though the row was measured; run dvc repro")
     frames = [_read(path).assign(seed=seed) for seed, path in paths.items() if path.exists()]
     if len({tuple(frame["step"]) for frame in frames}) > 1:
         raise UserError(f"{next(iter(paths.values())).parent}: the curves of its seeds have points at different steps")
     return pd.concat(frames, ignore_index=True) if frames else None
+
+
+def is_trained(experiment: Experiment, row: str) -> bool:
+    """Whether training it keeps a curve."""
+    return row in experiment.learned or row in experiment.finetuned
 
 
 def curves_csv(experiment: Experiment, reports: Path) -> str:
