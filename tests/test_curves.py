@@ -13,6 +13,7 @@ from made_records import DIGITS, make_records, with_controls
 from maskllm4v.reporting.curves import COLUMNS, curves_csv
 from maskllm4v.reporting.names import short_names
 from maskllm4v.runs.paths import curve_file
+from maskllm4v.utils.errors import UserError
 
 
 def read(text: str) -> pd.DataFrame:
@@ -41,6 +42,16 @@ def test_rows_without_curves_are_left_out(tmp_path: Path) -> None:
     assert curves_csv(DIGITS, tmp_path) == f"step,row,{','.join(COLUMNS)}\n"
     make_records(DIGITS, tmp_path, ["digits-maskllm-detinit"])
     assert set(read(curves_csv(DIGITS, tmp_path)).index) == {"maskllm-detinit"}
+
+
+@pytest.mark.parametrize("gone", [[1], [0, 1, 2]])
+def test_a_measured_row_without_curves_is_named(gone: list[int], tmp_path: Path) -> None:
+    make_records(DIGITS, tmp_path)
+    paths = [curve_file("digits", "digits-maskllm-detinit", seed, tmp_path) for seed in gone]
+    for path in paths:
+        path.unlink()
+    with pytest.raises(UserError, match=f"{paths[0]} is missing, though the row was measured"):
+        curves_csv(DIGITS, tmp_path)
 
 
 @pytest.mark.parametrize(
