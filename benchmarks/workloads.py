@@ -128,7 +128,7 @@ def workloads(*, quick: bool = False) -> dict[str, Workload]:
 
 def _vit(name: str, model: str, batch_size: int, amp: Literal["no", "bf16"], device: str, quick: bool) -> Workload:
     """A vision transformer on 224×224 images and 1,000 classes, its masks learned as in the one-epoch ImageNet rows."""
-    tiny = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
+    tiny = {"img_size": 32, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 10}
     spec = TaskSpec(ClassificationSettings(label_smoothing=0.1), TimmSettings(name=model, args=tiny if quick else {}))
     size = 2 if quick else batch_size
     learning = LearningSettings(steps=1000, batch_size=size, amp=amp, tau=(1.0, 1.0), scaling=(100.0, 100.0))
