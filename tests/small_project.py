@@ -238,11 +238,14 @@ def begun(folder: Path, row: str, seeds: int, *command: str) -> subprocess.Popen
         return len(now) == seeds and all(number > numbers.get(seed, 0) for seed, number in now.items())
 
     until(all_have)
-    os.killpg(running.pid, signal.SIGSTOP)  # reading states takes longer than training on to the end
+    everything = family(running)
+    for process in everything:
+        process.suspend()  # reading states takes longer than training on to the end
     try:
         assert all(step > first for step, first in zip(saved_steps(folder, row), before, strict=True))
     finally:
-        os.killpg(running.pid, signal.SIGCONT)
+        for process in everything:
+            process.resume()
     return running
 
 
