@@ -61,5 +61,5 @@ def _read(path: Path) -> pd.DataFrame:
     except ValueError as error:
         raise UserError(f"{path} is damaged: {one_line(error)}") from error
     if not text.endswith("\n") or len(columns) > 1 or "step" not in frame:
-        raise UserError(f"{path} is damaged: a line is cut, or there is no column 'step'")
+        raise UserError(f"{path} is damaged: a line is cut, or column 'step' is missing")
     return frame.astype({"step": int})
