@@ -25,8 +25,8 @@ from maskllm4v.checkpoints.packed import load_packed_file
 from maskllm4v.checkpoints.third_party import load_any
 from maskllm4v.config import Experiment, load_experiment, parse_experiment
 from maskllm4v.reporting.report import page_text, table_texts
-from maskllm4v.runs.paths import curve_file, evaluation_folder, layers_file, record_file
 from maskllm4v.runs import records
+from maskllm4v.runs.paths import curve_file, evaluation_folder, layers_file, record_file
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.training.mask_learning import learn_masks
 from maskllm4v.utils.errors import CheckpointError, ConfigError, DataError, PatternError, UserError
