@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from maskllm4v.runs.paths import REPORTS
-from maskllm4v.runs.records import FORMAT
+from maskllm4v.runs.records import FORMAT, sealed
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import json_text, read_json, value_digest, write_text
 from scripts.lock_entries import dvc_entry
@@ -27,7 +27,7 @@ Record = dict[str, Any]
 LOCK = Path("dvc.lock")
 # An entry of deps or outs; DVC puts a long path on a line of its own.
 ENTRY = re.compile(r"(?P<head>^    - path:\s+(?P<path>\S+)\n)(?P<facts>(?:      \w+: \S+\n)+)", re.MULTILINE)
-FORM = {"format", "settings", "settings_digest"}  # what a step may change of a record
+FORM = {"format", "settings", "settings_digest"}  # what a step may change of a record, besides its own digest
 
 # The defaults of all settings in the time of format 2, by section.
 INPUT: Record = dict.fromkeys(("img_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"))
@@ -113,7 +113,12 @@ def _beyond(section: Record, defaults: Record) -> Record:
     return {**found, **{key: _beyond(found[key], part) for key, part in parts.items()}}
 
 
-STEPS: dict[int, Callable[[Record], Record]] = {2: without_defaults}  # by the format that each starts from
+def with_digest(record: Record) -> Record:
+    """From format 3 to 4: a digest of the record's own content, which every migration writes anew."""
+    return record
+
+
+STEPS: dict[int, Callable[[Record], Record]] = {2: without_defaults, 3: with_digest}  # by the format each starts from
 
 
 def migrated(record: Record, path: Path) -> Record:
@@ -130,9 +135,9 @@ def migrated(record: Record, path: Path) -> Record:
             raise UserError(f"{path} has format {found['format']}, from which no way leads to {FORMAT}")
         found = STEPS[found["format"]](found) | {"format": found["format"] + 1}
         found["settings_digest"] = value_digest(found["settings"])
-    measured = ({key: value for key, value in one.items() if key not in FORM} for one in (record, found))
+    measured = ({key: one[key] for key in one.keys() - FORM - {"digest"}} for one in (record, found))
     assert next(measured) == next(measured)
-    return found
+    return sealed(found)
 
 
 def outdated(root: Path) -> dict[Path, str]:

@@ -18,6 +18,7 @@ from maskllm4v.receipts import CPU, Receipt, build_receipt
 from maskllm4v.receipts.rows import stages_of
 from maskllm4v.receipts.text import verdict
 from maskllm4v.runs.paths import record_file
+from maskllm4v.runs.records import write_record
 from maskllm4v.utils.io import file_digest, read_json, write_json
 
 EPYC = CPU(name="AMD EPYC", architecture="x86_64", vendor="AuthenticAMD", family=25, model=17, stepping=1, avx2=True)
@@ -85,7 +86,7 @@ def change_record(folder: Path, row: str, change: Any) -> None:
     path = record_file("digits", row, folder / "reports")
     record = read_json(path)
     change(record)
-    write_json(path, record)
+    write_record(path, record)
 
 
 def snapshot(folder: Path) -> Mapping[str, str]:

@@ -27,9 +27,10 @@ from maskllm4v.reporting.page import table_page
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.report import check_report, experiments
 from maskllm4v.runs.paths import picture_file, record_file
+from maskllm4v.runs.records import write_record
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.images import read_picture, write_picture
-from maskllm4v.utils.io import read_json, write_files, write_json
+from maskllm4v.utils.io import read_json, write_files
 
 DIFFUSION = diffusion()
 COMMITTED = experiments(ROOT)
@@ -58,7 +59,7 @@ def changed(path: Path, **metrics: float) -> None:
     record: dict[str, Any] = read_json(path)
     for of_seed in record["metrics"].values():
         of_seed |= metrics
-    write_json(path, record)
+    write_record(path, record)
 
 
 # Which figures

@@ -21,8 +21,9 @@ from maskllm4v.config import Experiment
 from maskllm4v.reporting.page import index_page, table_page
 from maskllm4v.reporting.report import check_report, experiment_files, experiments, page_text, table_texts
 from maskllm4v.runs.paths import record_file
+from maskllm4v.runs.records import write_record
 from maskllm4v.utils.errors import UserError
-from maskllm4v.utils.io import read_json, write_json
+from maskllm4v.utils.io import read_json
 
 REPORTS = ROOT / "reports"
 EXPERIMENTS = experiments(ROOT)
@@ -185,7 +186,7 @@ def test_negative_numbers_have_their_place(tmp_path: Path) -> None:
     record: dict[str, Any] = read_json(path)
     for of_seed in record["metrics"].values():
         of_seed["kd"] = -0.0033
-    write_json(path, record)
+    write_record(path, record)
     page = page_of(experiment, tmp_path)
     assert marked_best(page)["kd"] == {"tiny-long"}
     assert [line[-2] for line in results(page)][-1] == "-0.0033 ± 0.0000"

@@ -18,7 +18,8 @@ from parsed_page import Element, Page, changes
 from maskllm4v.reporting.page import index_page, table_page
 from maskllm4v.reporting.report import experiments
 from maskllm4v.runs.paths import curve_file, layers_file, mask_statistics_file, record_file
-from maskllm4v.utils.io import read_json, write_json, write_text
+from maskllm4v.runs.records import write_record
+from maskllm4v.utils.io import read_json, write_text
 
 EXPERIMENTS = experiments(ROOT)
 TABLE, DENSE, LEARNED = "digits", "digits-dense", "digits-maskllm-distilled-prior"
@@ -56,7 +57,7 @@ def metric_changed(reports: Path, row: str, seed: int, metric: str, by: float) -
     path = record_file(TABLE, row, reports)
     record: dict[str, Any] = read_json(path)
     record["metrics"][str(seed)][metric] = round(record["metrics"][str(seed)][metric] + by, 6)
-    write_json(path, record)
+    write_record(path, record)
 
 
 def cell_changed(path: Path, column: str, by: float, where: Callable[[dict[str, str]], bool]) -> None:
@@ -155,7 +156,7 @@ def test_error_at_a_timestep_bends_a_line(tmp_path: Path) -> None:
     before, path = drawn(), record_file("tiny", row, tmp_path)
     record: dict[str, Any] = read_json(path)
     record["metrics"]["1"]["eps_mse/t0250"] *= 2
-    write_json(path, record)
+    write_record(path, record)
     shown = [(row, "eps_mse/t", None), (row, "eps_mse/t0250", "1")]
     found = assert_exactly(before, drawn(), lambda e: e.shows in shown and e.tag != "title")
     assert [element.tag for element in found] == ["path", "td"]

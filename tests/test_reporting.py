@@ -25,7 +25,8 @@ from maskllm4v.reporting.published import ROWS
 from maskllm4v.reporting.report import table_texts
 from maskllm4v.reporting.tables import MISSING, caption, number, results_markdown
 from maskllm4v.runs.paths import record_file
-from maskllm4v.utils.io import read_json, write_json
+from maskllm4v.runs.records import write_record
+from maskllm4v.utils.io import read_json
 
 REPORTS = ROOT / "reports"
 CLASSIFICATION = METRICS["classification"]
@@ -232,7 +233,7 @@ def test_reproduced_column_fills_from_records(tmp_path: Path) -> None:
     record = read_json(record_file("digits", "digits-magnitude", tmp_path / "digits"))
     record |= {"row": "imagenet-magnitude", "seeds": [0]}
     record["metrics"] = {"0": {"top1": 66.0, "top5": 86.1, "nll": 1.5}}
-    write_json(record_file("imagenet_vit_b16", "imagenet-magnitude", tmp_path), record)
+    write_record(record_file("imagenet_vit_b16", "imagenet-magnitude", tmp_path), record)
     assert "| 65.92 | 86.058 | 66.00 | 86.10 |" in comparison_markdown(tmp_path)
 
 

@@ -25,6 +25,7 @@ from maskllm4v.checkpoints.packed import load_packed_file
 from maskllm4v.checkpoints.third_party import load_any
 from maskllm4v.config import Experiment, load_experiment, parse_experiment
 from maskllm4v.reporting.report import page_text, table_texts
+from maskllm4v.runs import records
 from maskllm4v.runs.paths import curve_file, evaluation_folder, layers_file, record_file
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.training.mask_learning import learn_masks
@@ -193,7 +194,13 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "is the record of row 'two', not of 'one'": lambda r: r.update(row="two"),
     "settings and their digest disagree": lambda r: r.update(settings=None),
     "is no record: versions missing": lambda r: r.pop("versions"),
+    "content and digest disagree": lambda r: r["metrics"]["0"].update(top1=93.25),
+    "content and digest disagree; the record was edited": lambda r: r.pop("digest"),
 }
+CONSISTENT = {
+    "it lacks the metric 'top1'",
+    "is the record of row 'two', not of 'one'",
+}  # whoever wrote them sealed them
 
 
 @pytest.mark.parametrize("wanted", CHANGES)
@@ -201,7 +208,7 @@ def test_damaged_records_are_named(wanted: str, experiment: Experiment, reports:
     path = record_file("t", "one", reports)
     record = read_json(path)
     CHANGES[wanted](record)
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(records.sealed(record) if wanted in CONSISTENT else record))
     found = said(UserError, lambda: render(experiment, reports))
     assert str(path) in found
     assert wanted in found

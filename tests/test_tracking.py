@@ -21,6 +21,7 @@ from made_records import DIGITS, make_records, with_controls
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.runs.paths import record_file
+from maskllm4v.runs.records import write_record
 from maskllm4v.tracking.publishing import publish
 from maskllm4v.tracking.runs import LARGEST_ARTIFACT, flatten
 from maskllm4v.tracking.views import TAG, saved_view
@@ -221,7 +222,7 @@ def test_new_result_of_the_same_settings_replaces_the_old(root: Path, experiment
     path = record_file("digits", "digits-magnitude", root / "reports")
     record = read_json(path)
     record["metrics"]["0"]["top1"] = 1.0
-    write_json(path, record)
+    write_record(path, record)
     publish(root, experiment)
     assert len(runs(root)) == 3
     assert by_row(root)["digits-magnitude"].data.metrics["top1/seed0"] == 1.0
@@ -249,7 +250,7 @@ def test_runs_of_diffusion(root: Path) -> None:
     record = read_json(judged)
     for seed, value in (("0", 97.5), ("1", 96.5)):
         record["metrics"][seed]["judge_accuracy"] = value  # no column of the table
-    write_json(judged, record)
+    write_record(judged, record)
     publish(root, tiny)
     found = by_row(root, "tiny")
     assert set(found) == set(tiny.rows)

@@ -18,10 +18,11 @@ from small_project import copied, ready_project, run_stage, said, tiny_params
 from maskllm4v.config import Experiment, load_experiment
 from maskllm4v.export.writing import folded_row
 from maskllm4v.runs.paths import record_file
+from maskllm4v.runs.records import write_record
 from maskllm4v.tasks.base import ExportableModel, open_task
 from maskllm4v.tracking.champion import _save
 from maskllm4v.tracking.publishing import publish
-from maskllm4v.utils.io import read_json, write_json
+from maskllm4v.utils.io import read_json
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +70,7 @@ def win(folder: Path, row: str) -> None:
         path = record_file("tiny", other, folder / "reports")
         record = read_json(path)
         record["metrics"]["0"]["top1"] = 90.0 if other == row else 50.0
-        write_json(path, record)
+        write_record(path, record)
 
 
 def settings(folder: Path) -> Experiment:
@@ -132,7 +133,7 @@ def test_the_champion(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
     # Another record of the best row, whose masks are not those that lie here.
     record = record_file("tiny", "tiny-magnitude", project / "reports")
-    write_json(record, {**read_json(record), "inputs": {**read_json(record)["inputs"], "masks": ["others"]}})
+    write_record(record, {**read_json(record), "inputs": {**read_json(record)["inputs"], "masks": ["others"]}})
     capsys.readouterr()
     assert len(versions()) == 2
     assert "is another one than that which was measured" in capsys.readouterr().out

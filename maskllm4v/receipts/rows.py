@@ -176,7 +176,7 @@ def _other_keys(old: Mapping[str, Any], new: Mapping[str, Any], metrics_differ: 
     """The keys of a record that differ, apart from metrics whose values do and summaries, which repeat them."""
     if not old:
         return ["missing in the commit"]
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    keys = [key for key in sorted((old.keys() | new.keys()) - {"digest"}) if old.get(key) != new.get(key)]
     names = [{seed: sorted(values) for seed, values in record.get("metrics", {}).items()} for record in (old, new)]
     told = {"metrics", "summaries"} if metrics_differ and names[0] == names[1] else set()
     return [key for key in keys if key not in told]

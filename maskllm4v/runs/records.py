@@ -18,7 +18,7 @@ from maskllm4v.utils.io import file_digest, read_json, value_digest, write_json
 if TYPE_CHECKING:
     from maskllm4v.config import Experiment
 
-FORMAT = 3  # scripts/migrate_records.py has a step from each one to the next
+FORMAT = 4  # scripts/migrate_records.py has a step from each one to the next
 MIGRATE = "python -m scripts.migrate_records"
 DIGITS = 6
 PACKAGES = ("accelerate", "numpy", "scikit-learn", "timm", "torch", "torchvision")
@@ -100,8 +100,15 @@ def versions(task: str = "classification") -> dict[str, str]:
     return {"python": ".".join(platform.python_version_tuple()[:2]), **found}
 
 
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the digest of all else in it, by which a damaged one is told."""
+    content = {key: value for key, value in record.items() if key != "digest"}
+    return {**content, "digest": value_digest(content)}
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    write_json(path, record)
+    """Write a record, :func:`sealed`."""
+    write_json(path, sealed(record))
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -122,6 +129,8 @@ def read_record(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: settings and their digest disagree; the record was edited")
     if fault := _fault(record):
         raise UserError(f"{path} is damaged: {fault}")
+    if sealed(record)["digest"] != record.get("digest"):
+        raise UserError(f"{path}: content and digest disagree; the record was edited, or is damaged")
     return dict(record)
 
 
