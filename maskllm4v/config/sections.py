@@ -44,11 +44,32 @@ Permutation = Literal["none", "greedy"]
 UNPERMUTED: Any = Field("none", exclude_if=lambda value: value == "none")
 
 
+EMBEDDED = {"digits", "scenes"}  # sources that need no files of the user
+
+
+class SceneSettings(Settings):
+    """Scenes of scikit-learn's digits on a textured ground (:mod:`maskllm4v.data.scenes`)."""
+
+    train: Count = 8000  # scenes
+    test: Count = 500
+    size: Count = 32  # pixels a side
+    sides: list[Count] = [12, 14, 16]  # of digits, in pixels
+    digits: Annotated[tuple[Number, Number], Field(strict=False)] = (2, 4)  # fewest and most in a scene
+
+    @model_validator(mode="after")
+    def _digits_fit(self) -> SceneSettings:
+        if not self.sides or max(self.sides) > self.size:
+            raise ValueError(f"sides is {self.sides}: digits have to fit into scenes of {self.size} pixels")
+        if self.digits[0] > self.digits[1]:
+            raise ValueError(f"digits is {list(self.digits)}: first the fewest, then the most")
+        return self
+
+
 class DataSettings(Settings):
     """Where the images come from, and how they are split."""
 
     name: Slug  # of the folder artifacts/data/<name>/
-    source: Literal["digits", "folder", "timm"]
+    source: Literal["digits", "folder", "scenes", "timm"]
     root: str | None = None  # folder: holds one folder a split, which hold one folder a class; timm: as timm reads it
     dataset: str | None = None  # timm: as in timm.data.create_dataset, e.g. "torch/cifar10" or "hfds/org/name"
     train: str = "train"
@@ -58,7 +79,8 @@ class DataSettings(Settings):
     in_memory: Count | None = None  # folder, timm: decode once, to squares of so many pixels, and keep them
     holdout: Number = 0  # images taken out of the training split, to choose settings or checkpoints on
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5  # digits
-    split_seed: Seed = 0  # digits, and which images are held out
+    scenes: SceneSettings = SceneSettings()  # scenes
+    split_seed: Seed = 0  # digits, scenes, and which images are held out
     calibration: Count = 128  # images a calibration set
     calibration_seed: int = 0
     calibration_sets: Count = 1  # disjoint ones; the seeds of a table take turns
@@ -68,10 +90,12 @@ class DataSettings(Settings):
     def _keys_go_with_source(self) -> DataSettings:
         if (self.source == "folder") and self.root is None:
             raise ValueError("root is needed for source 'folder'")
-        if self.source == "digits" and self.root is not None:
-            raise ValueError("root is not for source 'digits', which comes with scikit-learn")
-        if self.source == "digits" and self.in_memory is not None:
-            raise ValueError("in_memory is not for source 'digits', whose images are in memory anyway")
+        if self.source in EMBEDDED and self.root is not None:
+            raise ValueError(f"root is not for source {self.source!r}, which comes with scikit-learn")
+        if self.source in EMBEDDED and self.in_memory is not None:
+            raise ValueError(f"in_memory is not for source {self.source!r}, whose images are in memory anyway")
+        if self.source != "scenes" and self.scenes != SceneSettings():
+            raise ValueError(f"scenes is for source 'scenes' only; found source {self.source!r}")
         if (self.source == "timm") != (self.dataset is not None):
             raise ValueError(f"dataset is needed for source 'timm' and for no other; found source {self.source!r}")
         return self

@@ -14,10 +14,12 @@ import numpy as np
 from torch import Tensor
 
 from maskllm4v.config import AugmentationSettings, DataSettings
+from maskllm4v.config.sections import EMBEDDED
+from maskllm4v.data.annotated import AnnotatedData
 from maskllm4v.data.manifest import Manifest, read_manifest
 from maskllm4v.utils.errors import ConfigError, DataError
 
-__all__ = ["ImageData", "Manifest", "open_data", "prepare", "read_manifest"]
+__all__ = ["AnnotatedData", "ImageData", "Manifest", "open_annotated", "open_data", "prepare", "read_manifest"]
 
 
 class ImageData(Protocol):
@@ -57,7 +59,7 @@ def prepare(settings: DataSettings, folder: Path, *, one_split: bool = False) ->
         ConfigError: training and reported images are the same, though both are needed.
         DataError: the source is missing, empty, or has unreadable files.
     """
-    if settings.source != "digits" and not one_split and settings.train == settings.test:
+    if settings.source not in EMBEDDED and not one_split and settings.train == settings.test:
         raise ConfigError(
             f"data.train and data.test are both {settings.train!r}: the reported images would be trained on"
         )
@@ -65,6 +67,10 @@ def prepare(settings: DataSettings, folder: Path, *, one_split: bool = False) ->
         from maskllm4v.data.digits import prepare_digits
 
         return prepare_digits(settings, folder)
+    if settings.source == "scenes":
+        from maskllm4v.data.scenes import prepare_scenes
+
+        return prepare_scenes(settings, folder)
     if settings.source == "timm":
         from maskllm4v.data.timm_datasets import prepare_timm
 
@@ -88,9 +94,9 @@ def open_data(
     Raises:
         DataError: the manifest is missing, damaged or of another source, or the source is not what it says.
     """
-    manifest = read_manifest(folder)
-    if manifest.source != data.source:
-        raise DataError(f"{folder} is a manifest of source {manifest.source!r}, not {data.source!r}; run prepare again")
+    manifest = _manifest(folder, data)
+    if data.source == "scenes":
+        raise ConfigError("data.source is 'scenes', whose images have masks and boxes, but no label")
     if data.source == "digits":
         from maskllm4v.data.digits import open_digits
 
@@ -105,3 +111,25 @@ def open_data(
     if data.in_memory:
         return in_memory(manifest, read, augmentation, transform, data.in_memory)
     return DecodedImages(manifest, read, augmentation, transform)
+
+
+def open_annotated(folder: Path, data: DataSettings) -> AnnotatedData:
+    """The images with masks or boxes behind a prepared manifest.
+
+    Raises:
+        ConfigError: the source has labels only.
+        DataError: the manifest is missing, damaged or of another source, or the source is not what it says.
+    """
+    manifest = _manifest(folder, data)
+    if data.source != "scenes":
+        raise ConfigError(f"data.source is {data.source!r}, which has neither masks nor boxes; allowed: scenes")
+    from maskllm4v.data.scenes import open_scenes
+
+    return open_scenes(manifest, folder)
+
+
+def _manifest(folder: Path, data: DataSettings) -> Manifest:
+    manifest = read_manifest(folder)
+    if manifest.source != data.source:
+        raise DataError(f"{folder} is a manifest of source {manifest.source!r}, not {data.source!r}; run prepare again")
+    return manifest

@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -20,39 +20,72 @@ from maskllm4v.utils.sharding import WHOLE, BatchShard
 GRACE = 60  # seconds that a loader's worker goes on after SIGTERM, if nobody ends it before
 
 
-class StepBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Item ``step * shard.parts + i`` is the i-th part of a step's batch: images ``[B, C, H, W]``, labels ``[B]``.
+class Samples(Protocol):
+    """What batches are made of; :class:`~maskllm4v.data.annotated.AnnotatedData` is one."""
+
+    def count(self, split: str) -> int:
+        """How many samples a split has."""
+
+    def batch(self, split: str, indices: np.ndarray, augment: np.random.Generator | None, part: slice = ...) -> Any:
+        """The samples ``indices[part]``, augmented if a generator is given."""
+
+
+class Labelled:
+    """Samples of images with labels: ``[B, C, H, W]`` and ``[B]``."""
+
+    def __init__(self, data: ImageData) -> None:
+        self._data, self._labels = data, dict[str, Tensor]()
+
+    def count(self, split: str) -> int:
+        return len(self.labels(split))
+
+    def labels(self, split: str) -> Tensor:
+        if split not in self._labels:
+            self._labels[split] = self._data.labels(split)
+        return self._labels[split]
+
+    def batch(
+        self, split: str, indices: np.ndarray, augment: np.random.Generator | None, part: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        return self._data.images(split, indices, augment, part), self.labels(split)[indices[part]]
+
+
+class StepBatches(Dataset[Any]):
+    """Item ``step * shard.parts + i`` is the i-th part of a step's batch.
 
     Every epoch is a new permutation of the training split, its incomplete last batch dropped. Order and
     augmentation depend on (seed, epoch) and (seed, step) only, so neither the number of loader workers,
     of processes and micro-batches, nor the step a run was resumed at changes a single image.
     """
 
-    def __init__(self, data: ImageData, *, seed: int, batch_size: int, shard: BatchShard = WHOLE) -> None:
-        self.data, self.seed, self.batch_size, self.shard = data, seed, batch_size, shard
-        self.labels = data.labels("train")
-        self.steps_per_epoch = len(self.labels) // batch_size
+    def __init__(self, data: ImageData | Samples, *, seed: int, batch_size: int, shard: BatchShard = WHOLE) -> None:
+        self.samples, self.seed, self.batch_size, self.shard = _samples(data), seed, batch_size, shard
+        self.count = self.samples.count("train")
+        self.steps_per_epoch = self.count // batch_size
         if not self.steps_per_epoch:
-            raise DataError(f"batch_size is {batch_size}, but the training split has {len(self.labels)} images")
+            raise DataError(f"batch_size is {batch_size}, but the training split has {self.count} images")
         if batch_size % shard.count:
             raise ConfigError(
                 f"batch_size is {batch_size}, which {shard.count} processes × micro-batches do not divide"
             )
 
-    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, item: int) -> Any:
         step, i = divmod(item, len(self.shard.parts))
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = _order(self.seed, epoch, len(self.labels))
+        order = _order(self.seed, epoch, self.count)
         indices = order[position * self.batch_size : (position + 1) * self.batch_size]
         size = self.batch_size // self.shard.count
         first = self.shard.parts[i] * size
         part = slice(first, first + size)
-        images = self.data.images("train", indices, generator(self.seed, "augment", step), part)
-        return images, self.labels[indices[part]]
+        return self.samples.batch("train", indices, generator(self.seed, "augment", step), part)
+
+
+def _samples(data: ImageData | Samples) -> Samples:
+    return Labelled(data) if hasattr(data, "images") else data
 
 
 def step_loader(
-    data: ImageData,
+    data: ImageData | Samples,
     *,
     seed: int,
     batch_size: int,
@@ -68,9 +101,7 @@ def step_loader(
     yield from _loader(batches, items, workers, pin_memory=pin_memory)
 
 
-def _loader(
-    batches: Dataset[tuple[Tensor, Tensor]], items: range, workers: int, *, pin_memory: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _loader(batches: Dataset[Any], items: range, workers: int, *, pin_memory: bool = False) -> Iterator[Any]:
     """Forked workers share the manifest and images in memory, and need no pickling."""
     forks = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
     loader = DataLoader(
@@ -94,10 +125,10 @@ class _WithErrors(Dataset[Any]):
     What a worker raises, a loader raises once more with the worker's whole traceback as its message.
     """
 
-    def __init__(self, batches: Dataset[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, batches: Dataset[Any]) -> None:
         self._batches = batches
 
-    def __getitem__(self, item: int) -> tuple[Tensor, Tensor] | UserError:
+    def __getitem__(self, item: int) -> Any:
         try:
             return self._batches[item]
         except UserError as error:
@@ -115,24 +146,23 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return generator(seed, "order", epoch).permutation(count)
 
 
-class PlainBatches(Dataset[tuple[Tensor, Tensor]]):
+class PlainBatches(Dataset[Any]):
     """Item ``i`` is the i-th batch of the given indices, without augmentation."""
 
-    def __init__(self, data: ImageData, split: str, indices: np.ndarray, batch_size: int) -> None:
-        self.data, self.split, self.indices, self.batch_size = data, split, indices, batch_size
-        self.labels = data.labels(split)
+    def __init__(self, data: ImageData | Samples, split: str, indices: np.ndarray, batch_size: int) -> None:
+        self.samples, self.split, self.indices, self.batch_size = _samples(data), split, indices, batch_size
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
-    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, item: int) -> Any:
         chosen = self.indices[item * self.batch_size : (item + 1) * self.batch_size]
-        return self.data.images(self.split, chosen, None), self.labels[chosen]
+        return self.samples.batch(self.split, chosen, None)
 
 
 def plain_loader(
-    data: ImageData, split: str, indices: np.ndarray, batch_size: int, workers: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
+    data: ImageData | Samples, split: str, indices: np.ndarray, batch_size: int, workers: int = 0
+) -> Iterator[Any]:
     """All batches of the given indices, in order."""
     batches = PlainBatches(data, split, indices, batch_size)
     return _loader(batches, range(len(batches)), workers)

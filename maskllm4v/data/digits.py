@@ -60,7 +60,13 @@ def open_digits(manifest: Manifest, augmentation: AugmentationSettings) -> Array
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:
-    """Images in [0, 1], float64 ``[1797, 8, 8]``, and labels.
+    """Images in [0, 1], float64 ``[1797, 8, 8]``, and labels."""
+    images, labels = digit_images()
+    return images / 16.0, labels
+
+
+def digit_images() -> tuple[np.ndarray, np.ndarray]:
+    """Images of integers from 0 to 16, int64 ``[1797, 8, 8]``, and labels ``[1797]``.
 
     Read from the file that scikit-learn ships; ``sklearn.datasets.load_digits`` gives the same, but its
     import takes two seconds, in every stage.
@@ -71,10 +77,10 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
     path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     try:
         with gzip.open(path, "rt", encoding="ascii") as stream:
-            table = np.array([[float(cell) for cell in line.split(",")] for line in stream])
+            table = np.array([[float(cell) for cell in line.split(",")] for line in stream]).astype(np.int64)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    return table[:, :-1].reshape(-1, 8, 8) / 16.0, table[:, -1].astype(np.int64)
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1]
 
 
 def _digest(image: np.ndarray) -> str:

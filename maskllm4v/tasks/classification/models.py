@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
 
-from maskllm4v.tasks.classification.settings import PLAIN_VIT, TimmSettings
+from maskllm4v.tasks.classification.settings import CLASSES, PLAIN_VIT, TimmSettings
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 from maskllm4v.utils.rng import torch_seed
 
@@ -29,8 +29,8 @@ def build_model(settings: TimmSettings, seed: int, *, pretrained: bool) -> nn.Mo
         CheckpointError: the pretrained weights cannot be had.
     """
     _check_name(settings)
-    if settings.name == PLAIN_VIT and pretrained:
-        raise ConfigError(f"model.name is {PLAIN_VIT!r}, which has no pretrained weights; name a timm model")
+    if settings.name in CLASSES and pretrained:
+        raise ConfigError(f"model.name is {settings.name!r}, which has no pretrained weights; name a timm model")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, "weights"))
         try:
@@ -84,7 +84,7 @@ def num_classes(settings: TimmSettings) -> int:
 
 
 def _check_name(settings: TimmSettings) -> None:
-    if settings.name != PLAIN_VIT and not timm.is_model(settings.name):
+    if settings.name not in CLASSES and not timm.is_model(settings.name):
         close = difflib.get_close_matches(settings.name.split(".")[0], timm.list_models(), 5)
         raise ConfigError(
             f"model.name is {settings.name!r}, which timm does not know; close: {', '.join(close) or 'none'}"
@@ -92,10 +92,10 @@ def _check_name(settings: TimmSettings) -> None:
 
 
 def _config(settings: TimmSettings) -> dict[str, Any]:
-    """What timm says of a model; nothing of a plain vision transformer."""
+    """What timm says of a model; nothing of a class that is built from its arguments."""
     _check_name(settings)
     try:
-        config = None if settings.name == PLAIN_VIT else timm.get_pretrained_cfg(settings.name)
+        config = None if settings.name in CLASSES else timm.get_pretrained_cfg(settings.name)
     except RuntimeError as error:
         raise ConfigError(f"model.name is {settings.name!r}, which timm does not know: {error}") from error
     return {} if config is None else dict(config.to_dict())
@@ -104,9 +104,24 @@ def _config(settings: TimmSettings) -> dict[str, Any]:
 def _create(settings: TimmSettings, pretrained: bool) -> nn.Module:
     if settings.name == PLAIN_VIT:
         return timm.models.VisionTransformer(**settings.args, **_stem(settings))
+    if settings.name == "Eva":
+        return _eva(settings)
     if settings.stem is not None:
-        raise ConfigError(f"model.stem is for {PLAIN_VIT!r} only, not for {settings.name!r}")
+        raise ConfigError(f"model.stem is for {' and '.join(CLASSES)} only, not for {settings.name!r}")
     model: nn.Module = timm.create_model(settings.name, pretrained=pretrained, **settings.args)
+    return model
+
+
+def _eva(settings: TimmSettings) -> nn.Module:
+    """timm's class behind EVA-02 and DINOv3: rotary positions if ``args`` ask for them."""
+    args = settings.args
+    model = timm.models.Eva(**args)
+    if settings.stem is not None:  # the class takes no embedding of another kind; positions stay those of the grid
+        grid, embed = model.patch_embed.grid_size, _stem(settings)["embed_layer"]
+        size, channels, width = args.get("img_size", 224), args.get("in_chans", 3), args.get("embed_dim", 768)
+        model.patch_embed = embed(img_size=size, patch_size=1, in_chans=channels, embed_dim=width)
+        if model.patch_embed.grid_size != grid:
+            raise ConfigError(f"model.stem gives {model.patch_embed.grid_size} tokens, but args say {grid}")
     return model
 
 

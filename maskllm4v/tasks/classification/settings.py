@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from maskllm4v.config.experiment import Experiment
 
 PLAIN_VIT = "VisionTransformer"
+CLASSES = (PLAIN_VIT, "Eva")  # of timm, built from ``args`` alone
 
 
 class ClassificationSettings(AugmentationSettings, TaskSettings):
@@ -52,17 +53,17 @@ class StemSettings(Settings):
 
 
 def _of_timm(name: str) -> str:
-    if name[:1].isupper() and name != PLAIN_VIT:  # another library's class
+    if name[:1].isupper() and name not in CLASSES:  # another library's class
         raise PydanticCustomError("other_task", "allowed for task 'classification': a timm model")
     return name
 
 
 class TimmSettings(ModelSettings):
-    """A timm model by name, or ``VisionTransformer`` built from ``args``."""
+    """A timm model by name, or ``VisionTransformer`` or ``Eva`` built from ``args``."""
 
     name: Annotated[str, AfterValidator(_of_timm)]
     exclude: list[str] = ["head"]  # linear layers that stay dense, by name pattern
-    stem: StemSettings | None = None  # VisionTransformer only
+    stem: StemSettings | None = None  # of those built from args only
     input: InputSettings = InputSettings()
 
 

@@ -1,0 +1,217 @@
+"""Object detection: classes and boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskllm4v.checkpoints.third_party import dense_state
+from maskllm4v.config import TaskSpec
+from maskllm4v.data import AnnotatedData, open_annotated
+from maskllm4v.data.annotated import NONE, AnnotatedBatch
+from maskllm4v.data.manifest import Manifest
+from maskllm4v.sparsity.calibration import Calibration
+from maskllm4v.tasks.base import ExportableModel, JudgeTraining
+from maskllm4v.tasks.classification.models import image_settings
+from maskllm4v.tasks.detection.model import (
+    build_detector,
+    cornered,
+    decode,
+    focal_loss,
+    generalised_iou,
+    owners,
+)
+from maskllm4v.tasks.detection.pictures import drawings
+from maskllm4v.tasks.detection.precision import average_precision
+from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettings
+from maskllm4v.tasks.loading import DataTask
+from maskllm4v.utils.distributed import rows_of_all, sum_
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.progress import bar
+from maskllm4v.utils.rng import generator
+from maskllm4v.utils.sharding import WHOLE, BatchShard
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SAME = 0.5  # IoU from which on two detections are of one object
+
+
+class Detections(NamedTuple):
+    """The surest detections of images: boxes ``[B, K, 4]`` by corners in pixels, classes and scores ``[B, K]``."""
+
+    boxes: Tensor
+    classes: Tensor
+    scores: Tensor
+
+
+class Detection(DataTask):
+    """A token owns the object whose centre lies in it; average precision on the reported split."""
+
+    judge: JudgeTraining | None = None
+
+    def __init__(self, spec: TaskSpec, data_folder: Path | None = None) -> None:
+        super().__init__(spec, data_folder)
+        assert isinstance(spec.task, DetectionSettings)
+        assert isinstance(spec.model, DetectorSettings)
+        self.settings, self.model = spec.task, spec.model
+
+    @cached_property
+    def source(self) -> AnnotatedData:
+        """Opened when first needed.
+
+        Raises:
+            ConfigError: the objects have another number of classes than the model.
+        """
+        data, folder = self.opened()
+        found = open_annotated(folder, data)
+        if (count := len(found.manifest.classes)) != self.model.classes:
+            raise ConfigError(f"model.classes is {self.model.classes}, but {data.name} has objects of {count} classes")
+        return found
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.source.manifest
+
+    def build_model(self, seed: int, *, pretrained: bool = False) -> nn.Module:
+        return build_detector(self.model, seed, pretrained=pretrained).to(self.device)
+
+    def read_weights(self, path: Path) -> Mapping[str, Tensor]:
+        return dense_state(path)
+
+    def train_mode(self, model: nn.Module) -> None:
+        model.train()
+
+    def resized(self, size: int) -> Detection:
+        raise ConfigError("dense.progressive is not for detection, whose models have one size")
+
+    def generated(self, dense: nn.Module, seed: int) -> Detection:
+        raise ConfigError("inputs is 'generated', but a detector makes no images")
+
+    def train_batches(
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, shard: BatchShard = WHOLE
+    ) -> Iterator[AnnotatedBatch]:
+        for batch in self.step_batches(seed=seed, batch_size=batch_size, steps=steps, start=start, shard=shard):
+            yield batch.to(self.device)
+
+    def calibration(self, batch_size: int, seed: int) -> Sequence[Calibration]:
+        batches = self.plain_batches(*self.calibration_samples(seed), batch_size)
+        return [Calibration((batch.to(self.device) for batch in batches), self.forward)]
+
+    def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
+        """Raw values ``[B, classes + 4, h, w]``."""
+        raw: Tensor = model(batch.images)
+        return raw
+
+    def loss(self, outputs: Tensor, batch: AnnotatedBatch) -> Tensor:
+        """Focal loss of all tokens' classes, L1 and 1 - GIoU of the owners' boxes, per object."""
+        settings = self.settings
+        logits, boxes = decode(outputs.float())
+        wanted = owners(batch, logits.shape[1:3])
+        there = wanted.classes != NONE
+        target = F.one_hot(wanted.classes.clamp(min=0), logits.shape[-1]).to(logits) * there[..., None]
+        count = there.sum().clamp(min=1)
+        own, true = boxes[there], wanted.boxes[there]
+        focal = focal_loss(logits, target, settings.alpha, settings.gamma).sum()
+        apart = (own - true).abs().sum()
+        misfit = (1 - generalised_iou(cornered(own), cornered(true))).sum()
+        return (focal + settings.l1 * apart + settings.giou * misfit) / count
+
+    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """The same against what the dense model finds, its boxes weighted by how sure it is of them.
+
+        Scores are soft targets, so there is no temperature.
+        """
+        settings = self.settings
+        (logits, boxes), (sure, wanted) = decode(outputs.float()), decode(teacher.float())
+        target = sure.sigmoid()
+        weight = target.amax(-1)
+        focal = focal_loss(logits, target, settings.alpha, settings.gamma).sum()
+        apart = (weight[..., None] * (boxes - wanted).abs()).sum()
+        misfit = (weight * (1 - generalised_iou(cornered(boxes), cornered(wanted)))).sum()
+        return (focal + settings.l1 * apart + settings.giou * misfit) / weight.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def detect(self, model: nn.Module, batch: AnnotatedBatch) -> Detections:
+        """The :attr:`DetectionSettings.detections` surest pairs of a token and a class."""
+        logits, boxes = decode(self.forward(model, batch).float())
+        scores = logits.sigmoid().flatten(1)
+        scores, places = scores.topk(min(self.settings.detections, scores.shape[1]), 1)
+        tokens, classes = places // logits.shape[-1], places % logits.shape[-1]
+        chosen = cornered(boxes.flatten(1, 2).gather(1, tokens[..., None].expand(-1, -1, 4)))
+        height, width = batch.images.shape[2:]
+        return Detections(chosen * chosen.new_tensor([width, height, width, height]), classes, scores)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
+        """``map``, ``map50``, ``map75`` and ``ap/<class>`` in percent, as COCO has them.
+
+        ``agreement``: of what the dense model is sure of, the share that the model is sure of, too.
+        """
+        split = split or self.settings.eval_split
+        model.eval()
+        found, shared = [], torch.zeros(2, dtype=torch.int64, device=self.device)
+        amp = self.settings.eval_amp
+        with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no"):
+            for batch in bar(self._split(split), "evaluating"):
+                found.append(self.detect(model, batch))
+                if dense is not None:
+                    shared += self._shared(self.detect(dense, batch), found[-1])
+        metrics = self._precision(found, split)
+        if dense is None:
+            return metrics
+        sum_(shared)
+        both, sure = shared.tolist()
+        return {**metrics, "agreement": 100 * both / max(sure, 1)}
+
+    def score(self, model: nn.Module, split: str) -> float:
+        """Average precision."""
+        return self.evaluate(model, split=split)["map"]
+
+    @torch.no_grad()
+    def pictures(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """``predictions``: images of the reported split, their boxes, and what the model finds."""
+        model.eval()
+        chosen = np.arange(min(self.settings.pictured, self.source.count(self.settings.eval_split)))
+        batch = self.source.batch(self.settings.eval_split, chosen, None).to(self.device)
+        found = self.detect(model, batch)
+        classes = torch.where(found.scores >= self.settings.sure, found.classes, NONE)
+        images = self.source.pixels(batch.images).cpu().numpy()
+        true, seen = ((b.cpu().numpy(), c.cpu().numpy()) for b, c in (batch[2:], (found.boxes, classes)))
+        return {"predictions": drawings(images, true, seen)}
+
+    def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
+        return {}
+
+    def exportable(self, model: nn.Module, batch_size: int) -> ExportableModel:
+        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to raw values (:func:`decode`)."""
+        shape = (batch_size, *image_settings(self.model)["input_size"])
+        images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
+        return ExportableModel(model, {"images": torch.from_numpy(images)}, "raw")
+
+    def _split(self, split: str) -> Iterator[AnnotatedBatch]:
+        indices = np.arange(self.source.count(split))
+        for batch in self.plain_batches(split, indices, self.settings.eval_batch_size):
+            yield batch.to(self.device)
+
+    def _shared(self, dense: Detections, found: Detections) -> Tensor:
+        """How many of the dense model's sure detections the model is sure of, and how many there are."""
+        pairs = generalised_iou(dense.boxes[:, :, None], found.boxes[:, None])  # at least SAME only if the IoU is
+        alike = (pairs >= SAME) & (dense.classes[:, :, None] == found.classes[:, None])
+        sure, also = dense.scores >= self.settings.sure, found.scores >= self.settings.sure
+        return torch.stack([((alike & also[:, None]).any(2) & sure).sum(), sure.sum()])
+
+    def _precision(self, found: Sequence[Detections], split: str) -> dict[str, float]:
+        """Of all processes' detections in the order of images, since ties make precision depend on it."""
+        count = self.source.count(split)
+        detections = [rows_of_all(torch.cat(part), count).cpu().numpy() for part in zip(*found, strict=True)]
+        images = list(zip(*detections, strict=True))
+        return average_precision(list(self.source.annotations(split)), images, self.manifest.classes)
+
+
+TASK = Detection

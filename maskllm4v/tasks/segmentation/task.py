@@ -1,0 +1,149 @@
+"""Semantic segmentation: a class for each pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskllm4v.checkpoints.third_party import dense_state
+from maskllm4v.config import TaskSpec
+from maskllm4v.data import AnnotatedData, open_annotated
+from maskllm4v.data.annotated import IGNORED, AnnotatedBatch
+from maskllm4v.data.manifest import Manifest
+from maskllm4v.sparsity.calibration import Calibration
+from maskllm4v.tasks.base import ExportableModel, JudgeTraining
+from maskllm4v.tasks.classification.models import image_settings
+from maskllm4v.tasks.loading import DataTask
+from maskllm4v.tasks.segmentation.model import build_segmenter
+from maskllm4v.tasks.segmentation.pictures import overlays
+from maskllm4v.tasks.segmentation.scores import SegmentationScores
+from maskllm4v.tasks.segmentation.settings import SegmentationSettings, SegmenterSettings
+from maskllm4v.utils.errors import ConfigError
+from maskllm4v.utils.progress import bar
+from maskllm4v.utils.rng import generator
+from maskllm4v.utils.sharding import WHOLE, BatchShard
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Segmentation(DataTask):
+    """Cross-entropy for each pixel that has a class; mean intersection over union on the reported split."""
+
+    judge: JudgeTraining | None = None
+
+    def __init__(self, spec: TaskSpec, data_folder: Path | None = None) -> None:
+        super().__init__(spec, data_folder)
+        assert isinstance(spec.task, SegmentationSettings)
+        assert isinstance(spec.model, SegmenterSettings)
+        self.settings, self.model = spec.task, spec.model
+
+    @cached_property
+    def source(self) -> AnnotatedData:
+        """Opened when first needed.
+
+        Raises:
+            ConfigError: the masks have another number of classes than the model.
+        """
+        data, folder = self.opened()
+        found = open_annotated(folder, data)
+        if (count := len(found.mask_classes)) != self.model.classes:
+            raise ConfigError(
+                f"model.classes is {self.model.classes}, but the masks of {data.name} have {count} classes"
+            )
+        return found
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.source.manifest
+
+    def build_model(self, seed: int, *, pretrained: bool = False) -> nn.Module:
+        return build_segmenter(self.model, seed, pretrained=pretrained).to(self.device)
+
+    def read_weights(self, path: Path) -> Mapping[str, Tensor]:
+        return dense_state(path)
+
+    def train_mode(self, model: nn.Module) -> None:
+        model.train()
+
+    def resized(self, size: int) -> Segmentation:
+        raise ConfigError("dense.progressive is not for segmentation, whose models have one size")
+
+    def generated(self, dense: nn.Module, seed: int) -> Segmentation:
+        raise ConfigError("inputs is 'generated', but a segmenter makes no images")
+
+    def train_batches(
+        self, *, seed: int, batch_size: int, steps: int, start: int = 0, shard: BatchShard = WHOLE
+    ) -> Iterator[AnnotatedBatch]:
+        for batch in self.step_batches(seed=seed, batch_size=batch_size, steps=steps, start=start, shard=shard):
+            yield batch.to(self.device)
+
+    def calibration(self, batch_size: int, seed: int) -> Sequence[Calibration]:
+        batches = self.plain_batches(*self.calibration_samples(seed), batch_size)
+        return [Calibration((batch.to(self.device) for batch in batches), self.forward)]
+
+    def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
+        """Logits ``[B, K, H, W]``."""
+        logits: Tensor = model(batch.images)
+        return logits
+
+    def loss(self, outputs: Tensor, batch: AnnotatedBatch) -> Tensor:
+        """Mean cross-entropy of the pixels that have a class."""
+        return F.cross_entropy(outputs.float(), batch.masks, ignore_index=IGNORED)
+
+    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """T²·KL(teacher ‖ student) at temperature T (Hinton et al. 2015), mean over pixels."""
+        student = F.log_softmax(outputs.float() / temperature, 1)
+        target = F.log_softmax(teacher.float() / temperature, 1)
+        divergence = F.kl_div(student, target, log_target=True, reduction="none").sum(1)
+        return temperature**2 * divergence.mean()
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
+        """See :class:`~maskllm4v.tasks.segmentation.scores.SegmentationScores`."""
+        split = split or self.settings.eval_split
+        model.eval()
+        scores = SegmentationScores(self.source.mask_classes, self.device)
+        amp = self.settings.eval_amp
+        with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no"):
+            for batch in bar(self._split(split), "evaluating"):
+                reference = None if dense is None else self.forward(dense, batch)
+                scores.add(self.forward(model, batch), batch.masks, reference)
+        return scores.metrics()
+
+    def score(self, model: nn.Module, split: str) -> float:
+        """Mean intersection over union."""
+        return self.evaluate(model, split=split)["miou"]
+
+    @torch.no_grad()
+    def pictures(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """``predictions``: images of the reported split, their masks, and what the model finds."""
+        model.eval()
+        chosen = np.arange(min(self.settings.pictured, self.source.count(self.settings.eval_split)))
+        batch = self.source.batch(self.settings.eval_split, chosen, None).to(self.device)
+        found = self.forward(model, batch).argmax(1)
+        images = self.source.pixels(batch.images).cpu().numpy()
+        return {"predictions": overlays(images, batch.masks.cpu().numpy(), found.cpu().numpy())}
+
+    def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
+        return {}
+
+    def exportable(self, model: nn.Module, batch_size: int) -> ExportableModel:
+        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to ``logits`` ``[B, K, H, W]``."""
+        shape = (batch_size, *image_settings(self.model)["input_size"])
+        images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
+        return ExportableModel(model, {"images": torch.from_numpy(images)}, "logits")
+
+    def _split(self, split: str) -> Iterator[AnnotatedBatch]:
+        indices = np.arange(self.source.count(split))
+        for batch in self.plain_batches(split, indices, self.settings.eval_batch_size):
+            yield batch.to(self.device)
+
+
+TASK = Segmentation
