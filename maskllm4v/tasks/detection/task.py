@@ -108,21 +108,24 @@ class Detection(DataTask):
         raw: Tensor = model(batch.images)
         return raw
 
+    def weight(self, batch: AnnotatedBatch) -> Tensor:
+        """Objects."""
+        return (batch.classes != NONE).sum()
+
     def loss(self, outputs: Tensor, batch: AnnotatedBatch) -> Tensor:
-        """Focal loss of all tokens' classes, L1 and 1 - GIoU of the owners' boxes, per object."""
+        """Focal loss of all tokens' classes, L1 and 1 - GIoU of the owners' boxes, summed."""
         settings = self.settings
         logits, boxes = decode(outputs.float())
         wanted = owners(batch, logits.shape[1:3])
         there = wanted.classes != NONE
         target = F.one_hot(wanted.classes.clamp(min=0), logits.shape[-1]).to(logits) * there[..., None]
-        count = there.sum().clamp(min=1)
         own, true = boxes[there], wanted.boxes[there]
         focal = focal_loss(logits, target, settings.alpha, settings.gamma).sum()
         apart = (own - true).abs().sum()
         misfit = (1 - generalised_iou(cornered(own), cornered(true))).sum()
-        return (focal + settings.l1 * apart + settings.giou * misfit) / count
+        return focal + settings.l1 * apart + settings.giou * misfit
 
-    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float, batch: AnnotatedBatch) -> Tensor:
         """The same against what the dense model finds, its boxes weighted by how sure it is of them.
 
         Scores are soft targets, so there is no temperature.
@@ -134,7 +137,7 @@ class Detection(DataTask):
         focal = focal_loss(logits, target, settings.alpha, settings.gamma).sum()
         apart = (weight[..., None] * (boxes - wanted).abs()).sum()
         misfit = (weight * (1 - generalised_iou(cornered(boxes), cornered(wanted)))).sum()
-        return (focal + settings.l1 * apart + settings.giou * misfit) / weight.sum().clamp(min=1)
+        return focal + settings.l1 * apart + settings.giou * misfit
 
     @torch.no_grad()
     def detect(self, model: nn.Module, batch: AnnotatedBatch) -> Detections:

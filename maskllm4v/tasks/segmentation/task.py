@@ -93,16 +93,20 @@ class Segmentation(DataTask):
         logits: Tensor = model(batch.images)
         return logits
 
-    def loss(self, outputs: Tensor, batch: AnnotatedBatch) -> Tensor:
-        """Mean cross-entropy of the pixels that have a class."""
-        return F.cross_entropy(outputs.float(), batch.masks, ignore_index=IGNORED)
+    def weight(self, batch: AnnotatedBatch) -> Tensor:
+        """Pixels that have a class."""
+        return (batch.masks != IGNORED).sum()
 
-    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """T²·KL(teacher ‖ student) at temperature T (Hinton et al. 2015), mean over pixels."""
+    def loss(self, outputs: Tensor, batch: AnnotatedBatch) -> Tensor:
+        """Cross-entropy, summed over the pixels that have a class."""
+        return F.cross_entropy(outputs.float(), batch.masks, ignore_index=IGNORED, reduction="sum")
+
+    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float, batch: AnnotatedBatch) -> Tensor:
+        """T²·KL(teacher ‖ student) at temperature T (Hinton et al. 2015), summed over the pixels that have a class."""
         student = F.log_softmax(outputs.float() / temperature, 1)
         target = F.log_softmax(teacher.float() / temperature, 1)
         divergence = F.kl_div(student, target, log_target=True, reduction="none").sum(1)
-        return temperature**2 * divergence.mean()
+        return temperature**2 * divergence.where(batch.masks != IGNORED, 0).sum()
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
