@@ -14,24 +14,24 @@ from maskllm4v.tasks.base import open_task
 from maskllm4v.tasks.segmentation.settings import SegmentationSettings, SegmenterSettings
 
 SIZE, CLASSES = 32, 11  # pixels a side; the ground and ten digits
-VIT = dict(hidden_size=16, num_attention_heads=2, image_size=SIZE, patch_size=8, num_channels=1)
-SWIN = dict(
-    num_channels=1,
-    embed_dim=8,
-    depths=[1, 1, 1, 1],
-    num_heads=[1, 1, 2, 2],
-    window_size=2,
-    out_features=["stage1", "stage2", "stage3", "stage4"],
-)
-EOMT = dict(num_hidden_layers=3, num_blocks=2, num_queries=6, num_upscale_blocks=1)
+VIT = {"hidden_size": 16, "num_attention_heads": 2, "image_size": SIZE, "patch_size": 8, "num_channels": 1}
+SWIN = {
+    "num_channels": 1,
+    "embed_dim": 8,
+    "depths": [1, 1, 1, 1],
+    "num_heads": [1, 1, 2, 2],
+    "window_size": 2,
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+EOMT = {"num_hidden_layers": 3, "num_blocks": 2, "num_queries": 6, "num_upscale_blocks": 1}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "SegformerForSemanticSegmentation": dict(
-        num_channels=1,
-        hidden_sizes=[8, 8, 8, 16],
-        depths=[1, 1, 1, 1],
-        num_attention_heads=[1, 1, 2, 2],
-        decoder_hidden_size=8,
-    ),
+    "SegformerForSemanticSegmentation": {
+        "num_channels": 1,
+        "hidden_sizes": [8, 8, 8, 16],
+        "depths": [1, 1, 1, 1],
+        "num_attention_heads": [1, 1, 2, 2],
+        "decoder_hidden_size": 8,
+    },
     "DPTForSemanticSegmentation": dict(
         **VIT,
         num_hidden_layers=4,
@@ -41,37 +41,40 @@ CONFIGS: dict[str, dict[str, Any]] = {
         fusion_hidden_size=8,
         is_hybrid=False,
     ),
-    "UperNetForSemanticSegmentation": dict(
-        backbone_config=("SwinConfig", SWIN), hidden_size=8, auxiliary_in_channels=32, auxiliary_channels=8
-    ),
-    "Mask2FormerForUniversalSegmentation": dict(
-        backbone_config=("SwinConfig", SWIN),
-        feature_size=32,  # 32 groups are normalised
-        mask_feature_size=16,
-        hidden_dim=16,
-        encoder_feedforward_dim=16,
-        dim_feedforward=16,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_attention_heads=2,
-        num_queries=6,
-    ),
+    "UperNetForSemanticSegmentation": {
+        "backbone_config": ("SwinConfig", SWIN),
+        "hidden_size": 8,
+        "auxiliary_in_channels": 32,
+        "auxiliary_channels": 8,
+    },
+    "Mask2FormerForUniversalSegmentation": {
+        "backbone_config": ("SwinConfig", SWIN),
+        "feature_size": 32,  # 32 groups are normalised
+        "mask_feature_size": 16,
+        "hidden_dim": 16,
+        "encoder_feedforward_dim": 16,
+        "dim_feedforward": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "num_attention_heads": 2,
+        "num_queries": 6,
+    },
     "EomtForUniversalSegmentation": dict(**VIT, **EOMT),
     "EomtDinov3ForUniversalSegmentation": dict(**VIT, **EOMT, intermediate_size=32),
-    "SamModel": dict(
-        vision_config=dict(
+    "SamModel": {
+        "vision_config": dict(
             **VIT, num_hidden_layers=2, output_channels=8, window_size=2, global_attn_indexes=[1], mlp_dim=32
         ),
-        prompt_encoder_config=dict(hidden_size=8, image_size=SIZE, patch_size=8, mask_input_channels=4),
-        mask_decoder_config=dict(
-            hidden_size=8,
-            mlp_dim=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            iou_head_hidden_dim=8,
-            attention_downsample_rate=1,
-        ),
-    ),
+        "prompt_encoder_config": {"hidden_size": 8, "image_size": SIZE, "patch_size": 8, "mask_input_channels": 4},
+        "mask_decoder_config": {
+            "hidden_size": 8,
+            "mlp_dim": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": 8,
+            "attention_downsample_rate": 1,
+        },
+    },
 }
 
 
