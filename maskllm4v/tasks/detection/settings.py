@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from maskllm4v.config.base import Count, NonNegative, Share
-from maskllm4v.config.sections import TaskSettings
+from maskllm4v.config.sections import JointAugmentationSettings, TaskSettings
 from maskllm4v.config.tasks import TaskSections
 from maskllm4v.tasks.classification.settings import TimmSettings, check_classification
 
 
-class DetectionSettings(TaskSettings):
+class DetectionSettings(JointAugmentationSettings, TaskSettings):
     """Focal loss of classes, L1 and generalised IoU of boxes; average precision as COCO has it."""
 
     name: Literal["detection"] = "detection"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from maskllm4v.config.base import Count
-from maskllm4v.config.sections import TaskSettings
+from maskllm4v.config.sections import JointAugmentationSettings, TaskSettings
 from maskllm4v.config.tasks import TaskSections
 from maskllm4v.tasks.classification.settings import TimmSettings, check_classification
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from maskllm4v.config.experiment import Experiment
 
 
-class SegmentationSettings(TaskSettings):
+class SegmentationSettings(JointAugmentationSettings, TaskSettings):
     """Cross-entropy for each pixel; mean intersection over union."""
 
     name: Literal["segmentation"] = "segmentation"
