@@ -8,12 +8,12 @@ from pydantic import model_validator
 
 from maskllm4v.config.base import Count, FirstLast, NonNegative, Share
 from maskllm4v.config.metrics import Metric, TaskMetrics
-from maskllm4v.config.sections import TaskSettings
+from maskllm4v.config.sections import JointAugmentationSettings, TaskSettings
 from maskllm4v.config.tasks import TaskSections
 from maskllm4v.tasks.classification.settings import TimmSettings, check_classification
 
 
-class DetectionSettings(TaskSettings):
+class DetectionSettings(JointAugmentationSettings, TaskSettings):
     """Focal loss of classes, L1 and generalised IoU of boxes; average precision as COCO has it."""
 
     name: Literal["detection"] = "detection"

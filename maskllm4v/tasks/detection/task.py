@@ -55,7 +55,7 @@ class Detection(DataTask):
             ConfigError: the objects have another number of classes than the model.
         """
         data, folder = self.opened()
-        found = open_annotated(folder, data)
+        found = open_annotated(folder, data, self.settings, image_settings(self.model), needs="boxes")
         if (count := len(found.manifest.classes)) != self.model.classes:
             raise ConfigError(f"model.classes is {self.model.classes}, but {data.name} has objects of {count} classes")
         return found
