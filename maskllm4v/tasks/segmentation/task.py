@@ -87,7 +87,8 @@ class Segmentation(DataTask):
 
     def calibration(self, batch_size: int, seed: int) -> Sequence[Calibration]:
         batches = self.plain_batches(*self.calibration_samples(seed), batch_size)
-        return [Calibration((batch.to(self.device) for batch in batches), self.forward)]
+        # On the CPU until they are used: calibration holds all of them.
+        return [Calibration(batches, lambda model, batch: self.forward(model, batch.to(self.device)))]
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         return self.family.forward(model, batch)
@@ -106,7 +107,7 @@ class Segmentation(DataTask):
         """See :class:`~maskllm4v.tasks.segmentation.scores.SegmentationScores`."""
         split = split or self.settings.eval_split
         model.eval()
-        scores = SegmentationScores(self.source.mask_classes, self.device)
+        scores = SegmentationScores(self.source.mask_classes, self.settings.border, self.device)
         amp = self.settings.eval_amp
         with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no"):
             for batch in bar(self._split(split), "evaluating"):
