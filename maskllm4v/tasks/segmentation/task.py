@@ -73,6 +73,13 @@ class Segmentation(DataTask):
     def train_mode(self, model: nn.Module) -> None:
         model.train()
 
+    def learning_mode(self, model: nn.Module) -> None:
+        """Models of transformers are in evaluation mode while masks are learned.
+
+        In training mode they drop activations, normalise by the batch's statistics, or hide tokens from queries (EoMT).
+        """
+        model.train(not self.model.of_transformers)
+
     def resized(self, size: int) -> Segmentation:
         raise ConfigError("dense.progressive is not for segmentation, whose models have one size")
 
