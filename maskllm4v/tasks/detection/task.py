@@ -192,7 +192,7 @@ class Detection(DataTask):
         """``images`` ``[B, C, H, W]``, normalised as the model's data are, to raw values (:func:`decode`)."""
         shape = (batch_size, *image_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return ExportableModel(model, {"images": torch.from_numpy(images)}, "raw")
+        return ExportableModel(model, {"images": torch.from_numpy(images)}, ("raw",))
 
     def _split(self, split: str) -> Iterator[AnnotatedBatch]:
         indices = np.arange(self.source.count(split))

@@ -138,7 +138,7 @@ class Segmentation(DataTask):
         """``images`` ``[B, C, H, W]``, normalised as the model's data are, to ``logits`` ``[B, K, H, W]``."""
         shape = (batch_size, *image_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return ExportableModel(model, {"images": torch.from_numpy(images)}, "logits")
+        return ExportableModel(model, {"images": torch.from_numpy(images)}, ("logits",))
 
     def _split(self, split: str) -> Iterator[AnnotatedBatch]:
         indices = np.arange(self.source.count(split))
