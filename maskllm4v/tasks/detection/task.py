@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints.third_party import dense_state
@@ -20,14 +19,8 @@ from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.base import ExportableModel, JudgeTraining
 from maskllm4v.tasks.classification.models import image_settings
-from maskllm4v.tasks.detection.model import (
-    build_detector,
-    cornered,
-    decode,
-    focal_loss,
-    generalised_iou,
-    owners,
-)
+from maskllm4v.tasks.detection.families import Detections, family_of
+from maskllm4v.tasks.detection.model import generalised_iou
 from maskllm4v.tasks.detection.pictures import drawings
 from maskllm4v.tasks.detection.precision import average_precision
 from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettings
@@ -42,14 +35,6 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SAME = 0.5  # IoU from which on two detections are of one object
 
 
-class Detections(NamedTuple):
-    """The surest detections of images: boxes ``[B, K, 4]`` by corners in pixels, classes and scores ``[B, K]``."""
-
-    boxes: Tensor
-    classes: Tensor
-    scores: Tensor
-
-
 class Detection(DataTask):
     """A token owns the object whose centre lies in it; average precision on the reported split."""
 
@@ -60,6 +45,7 @@ class Detection(DataTask):
         assert isinstance(spec.task, DetectionSettings)
         assert isinstance(spec.model, DetectorSettings)
         self.settings, self.model = spec.task, spec.model
+        self.family = family_of(spec.task, spec.model)
 
     @cached_property
     def source(self) -> AnnotatedData:
@@ -79,7 +65,7 @@ class Detection(DataTask):
         return self.source.manifest
 
     def build_model(self, seed: int, *, pretrained: bool = False) -> nn.Module:
-        return build_detector(self.model, seed, pretrained=pretrained).to(self.device)
+        return self.family.build(self.model, seed, pretrained=pretrained).to(self.device)
 
     def read_weights(self, path: Path) -> Mapping[str, Tensor]:
         return dense_state(path)
@@ -103,49 +89,22 @@ class Detection(DataTask):
         batches = self.plain_batches(*self.calibration_samples(seed), batch_size)
         return [Calibration((batch.to(self.device) for batch in batches), self.forward)]
 
-    def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
-        """Raw values ``[B, classes + 4, h, w]``."""
-        raw: Tensor = model(batch.images)
-        return raw
+    def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
+        return self.family.forward(model, batch)
 
-    def loss(self, outputs: Tensor, batch: AnnotatedBatch) -> Tensor:
-        """Focal loss of all tokens' classes, L1 and 1 - GIoU of the owners' boxes, per object."""
-        settings = self.settings
-        logits, boxes = decode(outputs.float())
-        wanted = owners(batch, logits.shape[1:3])
-        there = wanted.classes != NONE
-        target = F.one_hot(wanted.classes.clamp(min=0), logits.shape[-1]).to(logits) * there[..., None]
-        count = there.sum().clamp(min=1)
-        own, true = boxes[there], wanted.boxes[there]
-        focal = focal_loss(logits, target, settings.alpha, settings.gamma).sum()
-        apart = (own - true).abs().sum()
-        misfit = (1 - generalised_iou(cornered(own), cornered(true))).sum()
-        return (focal + settings.l1 * apart + settings.giou * misfit) / count
+    def weight(self, batch: AnnotatedBatch) -> Tensor:
+        return self.family.weight(batch)
 
-    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """The same against what the dense model finds, its boxes weighted by how sure it is of them.
+    def loss(self, outputs: Any, batch: AnnotatedBatch) -> Tensor:
+        return self.family.loss(outputs, batch)
 
-        Scores are soft targets, so there is no temperature.
-        """
-        settings = self.settings
-        (logits, boxes), (sure, wanted) = decode(outputs.float()), decode(teacher.float())
-        target = sure.sigmoid()
-        weight = target.amax(-1)
-        focal = focal_loss(logits, target, settings.alpha, settings.gamma).sum()
-        apart = (weight[..., None] * (boxes - wanted).abs()).sum()
-        misfit = (weight * (1 - generalised_iou(cornered(boxes), cornered(wanted)))).sum()
-        return (focal + settings.l1 * apart + settings.giou * misfit) / weight.sum().clamp(min=1)
+    def distillation_loss(self, outputs: Any, teacher: Any, temperature: float, batch: AnnotatedBatch) -> Tensor:
+        return self.family.distillation_loss(outputs, teacher, temperature, batch)
 
     @torch.no_grad()
     def detect(self, model: nn.Module, batch: AnnotatedBatch) -> Detections:
-        """The :attr:`DetectionSettings.detections` surest pairs of a token and a class."""
-        logits, boxes = decode(self.forward(model, batch).float())
-        scores = logits.sigmoid().flatten(1)
-        scores, places = scores.topk(min(self.settings.detections, scores.shape[1]), 1)
-        tokens, classes = places // logits.shape[-1], places % logits.shape[-1]
-        chosen = cornered(boxes.flatten(1, 2).gather(1, tokens[..., None].expand(-1, -1, 4)))
-        height, width = batch.images.shape[2:]
-        return Detections(chosen * chosen.new_tensor([width, height, width, height]), classes, scores)
+        """What a model finds in a batch."""
+        return self.family.detections(self.forward(model, batch), batch)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
@@ -192,7 +151,7 @@ class Detection(DataTask):
         """``images`` ``[B, C, H, W]``, normalised as the model's data are, to raw values (:func:`decode`)."""
         shape = (batch_size, *image_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return ExportableModel(model, {"images": torch.from_numpy(images)}, ("raw",))
+        return ExportableModel(model, {"images": torch.from_numpy(images)}, self.family.outputs)
 
     def _split(self, split: str) -> Iterator[AnnotatedBatch]:
         indices = np.arange(self.source.count(split))

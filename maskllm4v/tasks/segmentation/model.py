@@ -63,8 +63,8 @@ def build_backbone(settings: SegmenterSettings, seed: int, *, pretrained: bool) 
     backbone = build_model(settings, seed, pretrained=pretrained)
     if not hasattr(backbone, "forward_features") or not hasattr(backbone, "num_features"):
         raise ConfigError(f"model.name is {settings.name!r}, which has no forward_features")
-    if hasattr(backbone, "reset_classifier"):
-        backbone.reset_classifier(0)
+    if callable(reset := getattr(backbone, "reset_classifier", None)):
+        reset(0)
     return backbone
 
 

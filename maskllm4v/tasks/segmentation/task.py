@@ -9,19 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints.third_party import dense_state
 from maskllm4v.config import TaskSpec
 from maskllm4v.data import AnnotatedData, open_annotated
-from maskllm4v.data.annotated import IGNORED, AnnotatedBatch
+from maskllm4v.data.annotated import AnnotatedBatch
 from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.base import ExportableModel, JudgeTraining
 from maskllm4v.tasks.classification.models import image_settings
 from maskllm4v.tasks.loading import DataTask
-from maskllm4v.tasks.segmentation.model import build_segmenter
+from maskllm4v.tasks.segmentation.families import family_of
 from maskllm4v.tasks.segmentation.pictures import overlays
 from maskllm4v.tasks.segmentation.scores import SegmentationScores
 from maskllm4v.tasks.segmentation.settings import SegmentationSettings, SegmenterSettings
@@ -43,6 +42,7 @@ class Segmentation(DataTask):
         assert isinstance(spec.task, SegmentationSettings)
         assert isinstance(spec.model, SegmenterSettings)
         self.settings, self.model = spec.task, spec.model
+        self.family = family_of(spec.model)
 
     @cached_property
     def source(self) -> AnnotatedData:
@@ -64,7 +64,7 @@ class Segmentation(DataTask):
         return self.source.manifest
 
     def build_model(self, seed: int, *, pretrained: bool = False) -> nn.Module:
-        return build_segmenter(self.model, seed, pretrained=pretrained).to(self.device)
+        return self.family.build(self.model, seed, pretrained=pretrained).to(self.device)
 
     def read_weights(self, path: Path) -> Mapping[str, Tensor]:
         return dense_state(path)
@@ -88,21 +88,17 @@ class Segmentation(DataTask):
         batches = self.plain_batches(*self.calibration_samples(seed), batch_size)
         return [Calibration((batch.to(self.device) for batch in batches), self.forward)]
 
-    def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
-        """Logits ``[B, K, H, W]``."""
-        logits: Tensor = model(batch.images)
-        return logits
+    def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
+        return self.family.forward(model, batch)
 
-    def loss(self, outputs: Tensor, batch: AnnotatedBatch) -> Tensor:
-        """Mean cross-entropy of the pixels that have a class."""
-        return F.cross_entropy(outputs.float(), batch.masks, ignore_index=IGNORED)
+    def weight(self, batch: AnnotatedBatch) -> Tensor:
+        return self.family.weight(batch)
 
-    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """T²·KL(teacher ‖ student) at temperature T (Hinton et al. 2015), mean over pixels."""
-        student = F.log_softmax(outputs.float() / temperature, 1)
-        target = F.log_softmax(teacher.float() / temperature, 1)
-        divergence = F.kl_div(student, target, log_target=True, reduction="none").sum(1)
-        return temperature**2 * divergence.mean()
+    def loss(self, outputs: Any, batch: AnnotatedBatch) -> Tensor:
+        return self.family.loss(outputs, batch)
+
+    def distillation_loss(self, outputs: Any, teacher: Any, temperature: float, batch: AnnotatedBatch) -> Tensor:
+        return self.family.distillation_loss(outputs, teacher, temperature, batch)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
@@ -113,8 +109,8 @@ class Segmentation(DataTask):
         amp = self.settings.eval_amp
         with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no"):
             for batch in bar(self._split(split), "evaluating"):
-                reference = None if dense is None else self.forward(dense, batch)
-                scores.add(self.forward(model, batch), batch.masks, reference)
+                reference = None if dense is None else self._logits(dense, batch)
+                scores.add(self._logits(model, batch), batch.masks, reference)
         return scores.metrics()
 
     def score(self, model: nn.Module, split: str) -> float:
@@ -127,7 +123,7 @@ class Segmentation(DataTask):
         model.eval()
         chosen = np.arange(min(self.settings.pictured, self.source.count(self.settings.eval_split)))
         batch = self.source.batch(self.settings.eval_split, chosen, None).to(self.device)
-        found = self.forward(model, batch).argmax(1)
+        found = self._logits(model, batch).argmax(1)
         images = self.source.pixels(batch.images).cpu().numpy()
         return {"predictions": overlays(images, batch.masks.cpu().numpy(), found.cpu().numpy())}
 
@@ -138,7 +134,11 @@ class Segmentation(DataTask):
         """``images`` ``[B, C, H, W]``, normalised as the model's data are, to ``logits`` ``[B, K, H, W]``."""
         shape = (batch_size, *image_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return ExportableModel(model, {"images": torch.from_numpy(images)}, ("logits",))
+        return ExportableModel(model, {"images": torch.from_numpy(images)}, self.family.outputs)
+
+    def _logits(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
+        height, width = batch.masks.shape[1:]
+        return self.family.logits(self.forward(model, batch), (height, width))
 
     def _split(self, split: str) -> Iterator[AnnotatedBatch]:
         indices = np.arange(self.source.count(split))
