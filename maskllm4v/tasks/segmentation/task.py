@@ -18,9 +18,9 @@ from maskllm4v.data.annotated import AnnotatedBatch
 from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.base import ExportableModel, JudgeTraining
-from maskllm4v.tasks.classification.models import image_settings
 from maskllm4v.tasks.loading import DataTask
 from maskllm4v.tasks.segmentation.families import family_of
+from maskllm4v.tasks.segmentation.folders import check_names, input_settings
 from maskllm4v.tasks.segmentation.pictures import overlays
 from maskllm4v.tasks.segmentation.scores import SegmentationScores
 from maskllm4v.tasks.segmentation.settings import SegmentationSettings, SegmenterSettings
@@ -57,6 +57,7 @@ class Segmentation(DataTask):
             raise ConfigError(
                 f"model.classes is {self.model.classes}, but the masks of {data.name} have {count} classes"
             )
+        check_names(self.model, data.name, found.mask_classes)
         return found
 
     @property
@@ -131,10 +132,11 @@ class Segmentation(DataTask):
         return {}
 
     def exportable(self, model: nn.Module, batch_size: int) -> ExportableModel:
-        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to ``logits`` ``[B, K, H, W]``."""
-        shape = (batch_size, *image_settings(self.model)["input_size"])
+        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to the family's outputs."""
+        shape = (batch_size, *input_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return ExportableModel(model, {"images": torch.from_numpy(images)}, self.family.outputs)
+        module = self.family.exportable(model)
+        return ExportableModel(module, {"images": torch.from_numpy(images)}, self.family.outputs)
 
     def _logits(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         height, width = batch.masks.shape[1:]
