@@ -19,8 +19,8 @@ from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.base import ExportableModel, JudgeTraining
 from maskllm4v.tasks.classification.models import image_settings
-from maskllm4v.tasks.detection.families import Detections, family_of
-from maskllm4v.tasks.detection.model import generalised_iou
+from maskllm4v.tasks.detection.families import family_of
+from maskllm4v.tasks.detection.model import Detections, generalised_iou
 from maskllm4v.tasks.detection.pictures import drawings
 from maskllm4v.tasks.detection.precision import average_precision
 from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettings
