@@ -19,7 +19,7 @@ from made_diffusion import make_records as make_diffusion_records
 from made_records import DIGITS, make_records, with_controls
 
 from maskllm4v.config import Experiment
-from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.runs.paths import record_file
 from maskllm4v.runs.records import write_record
 from maskllm4v.tracking.publishing import publish
@@ -80,7 +80,7 @@ def test_table_has_its_view(root: Path, experiment: Experiment) -> None:
     publish(root, experiment)
     client = client_of(root)
     found = client.get_experiment_by_name("digits")
-    assert found.tags[TAG] == saved_view(METRICS["classification"])
+    assert found.tags[TAG] == saved_view(metrics_of("classification"))
     client.set_experiment_tag(found.experiment_id, TAG, "of an earlier release")
     publish(root, experiment)
     assert client.get_experiment_by_name("digits").tags == found.tags

@@ -19,8 +19,8 @@ from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.base import ExportableModel, JudgeTraining
 from maskllm4v.tasks.classification.models import image_settings
-from maskllm4v.tasks.detection.families import Detections, family_of
-from maskllm4v.tasks.detection.model import generalised_iou
+from maskllm4v.tasks.detection.families import family_of
+from maskllm4v.tasks.detection.model import Detections, generalised_iou
 from maskllm4v.tasks.detection.pictures import drawings
 from maskllm4v.tasks.detection.precision import average_precision
 from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettings
@@ -108,7 +108,7 @@ class Detection(DataTask):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
-        """``map``, ``map50``, ``map75`` and ``ap/<class>`` in percent, as COCO has them.
+        """What :func:`~maskllm4v.tasks.detection.precision.average_precision` gives.
 
         ``agreement``: of what the dense model is sure of, the share that the model is sure of, too.
         """
@@ -170,7 +170,9 @@ class Detection(DataTask):
         count = self.source.count(split)
         detections = [rows_of_all(torch.cat(part), count).cpu().numpy() for part in zip(*found, strict=True)]
         images = list(zip(*detections, strict=True))
-        return average_precision(list(self.source.annotations(split)), images, self.manifest.classes)
+        return average_precision(
+            list(self.source.annotations(split)), images, self.manifest.classes, self.settings.sizes
+        )
 
 
 TASK = Detection

@@ -210,7 +210,7 @@ class Diffusion:
         """Mean squared error of ε (Ho et al. 2020, Eq. 14)."""
         return F.mse_loss(outputs[:, : batch.noise.shape[1]].float(), batch.noise)
 
-    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float, batch: NoisyBatch) -> Tensor:
         """Mean squared error of all outputs, the variance's included; nothing here has a temperature."""
         return F.mse_loss(outputs.float(), teacher.float())
 

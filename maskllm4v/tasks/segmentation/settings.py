@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from maskllm4v.config.base import Count
+from maskllm4v.config.metrics import Metric, TaskMetrics
 from maskllm4v.config.sections import TaskSettings
 from maskllm4v.config.tasks import TaskSections
 from maskllm4v.tasks.classification.settings import CLASSES, TimmSettings, check_classification
@@ -36,6 +37,7 @@ class SegmentationSettings(TaskSettings):
     """Cross-entropy for each pixel; mean intersection over union."""
 
     name: Literal["segmentation"] = "segmentation"
+    border: Count = 3  # pixels: how far the border between two classes reaches to either side, where it is judged alone
     pictured: Count = 8  # images whose predictions are shown
 
 
@@ -91,4 +93,27 @@ def check_segmentation(experiment: Experiment) -> None:
     check_classification(experiment)
 
 
-SECTIONS = TaskSections(SegmentationSettings, SegmenterSettings, check=check_segmentation)
+METRICS = TaskMetrics(
+    columns=(
+        Metric(
+            "miou",
+            "mIoU (%)",
+            2,
+            "mIoU: mean over classes of intersection over union, all images together",
+            noun="mIoU",
+            percent=True,
+        ),
+        Metric("pixel_accuracy", "Pixel accuracy (%)", 2, percent=True),
+        Metric("agreement", "Agreement (%)", 1, "agreement: pixels with the dense model's class", percent=True),
+    ),
+    figure="quality",
+    bars=("miou",),
+    by_class="iou/",
+    parts=(
+        Metric("miou_border", "near borders", 1, "near borders between classes, within task.border pixels of one"),
+        Metric("miou_inner", "inside", 1, "inside: all other pixels"),
+        Metric("miou_rare", "rare classes", 1, "rare: the third of the classes with the fewest pixels"),
+    ),
+)
+
+SECTIONS = TaskSections(SegmentationSettings, SegmenterSettings, check=check_segmentation, metrics=METRICS)

@@ -106,7 +106,7 @@ class Segmentation(DataTask):
         """See :class:`~maskllm4v.tasks.segmentation.scores.SegmentationScores`."""
         split = split or self.settings.eval_split
         model.eval()
-        scores = SegmentationScores(self.source.mask_classes, self.device)
+        scores = SegmentationScores(self.source.mask_classes, self.settings.border, self.device)
         amp = self.settings.eval_amp
         with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no"):
             for batch in bar(self._split(split), "evaluating"):
