@@ -49,9 +49,7 @@ def check_folded(model: nn.Module, batch: Any, *, forward: Forward = default_for
         if off <= BOUND:
             return
         seen = list[tuple[str, Any]]()
-        with _watched(
-            model, lambda name, output: seen.append((name, tree_map_only(Tensor, Tensor.clone, output)))
-        ):
+        with _watched(model, lambda name, output: seen.append((name, tree_map_only(Tensor, Tensor.clone, output)))):
             forward(model, batch)
         ahead, found = iter(seen), list[str]()
 

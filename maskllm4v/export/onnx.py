@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from maskllm4v.export.graph import about_graph, describe, graph_weights, library, line, read_graph
 from maskllm4v.export.naming import find_weights, name_after
+from maskllm4v.export.tracing import make_constant_, traceable
 from maskllm4v.sparsity.layers import Masked
 from maskllm4v.sparsity.parameters import Matrix, find_matrix
 from maskllm4v.sparsity.patterns import NMPattern
@@ -67,6 +68,7 @@ def export_onnx(
         library(name)
     with torch.no_grad():
         runtime = _Runtime(replace(exportable, module=copy.deepcopy(exportable.module)), half).eval()
+        make_constant_(runtime.module)
         layers = _layers(runtime.module, masks)
         for layer, matrix in layers.items():
             _settle(matrix, masks[layer].cpu(), pattern, layer)
@@ -131,7 +133,7 @@ def _export(runtime: _Runtime, exportable: ExportableModel) -> Any:
     """The exporter's ``ModelProto``."""
     names, batch = list(exportable.inputs), torch.export.Dim("batch")
     try:
-        with warnings.catch_warnings():  # of the axis that all inputs share on purpose
+        with traceable(runtime.module), warnings.catch_warnings():  # of the axis that all inputs share on purpose
             warnings.filterwarnings("ignore", "# The axis name: batch will not be used")
             program = torch.onnx.export(
                 runtime,

@@ -47,6 +47,9 @@ class DetectionFamily(Protocol):
     def learning_mode(self, model: nn.Module) -> None:
         """Put a model into the mode that its masks are learned in."""
 
+    def exportable(self, model: nn.Module) -> nn.Module:
+        """A module that holds the model and gives nothing but :attr:`outputs` of images ``[B, C, H, W]``."""
+
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         """Run the model on a batch."""
 
@@ -86,6 +89,9 @@ class TokenFamily:
 
     def learning_mode(self, model: nn.Module) -> None:
         model.train()
+
+    def exportable(self, model: nn.Module) -> nn.Module:
+        return model
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         """Raw values ``[B, classes + 4, h, w]``; :func:`~maskllm4v.tasks.detection.model.decode` reads them."""

@@ -24,6 +24,7 @@ from maskllm4v.tasks.detection.matching import (
 from maskllm4v.tasks.detection.model import Detections, centred, cornered
 from maskllm4v.tasks.detection.selection import SelectedTokens, paired
 from maskllm4v.tasks.detection.settings import MASKED, DetectionSettings, DetectorSettings
+from maskllm4v.tasks.named_outputs import NamedOutputs
 from maskllm4v.tasks.transformers_folder import CONFIG, build, label_names, num_labels
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.text import few
@@ -88,6 +89,9 @@ class Queries:
     def learning_mode(self, model: nn.Module) -> None:
         """The mode that masks are learned in: that of use, without dropout and without further groups of queries."""
         model.eval()
+
+    def exportable(self, model: nn.Module) -> nn.Module:
+        return NamedOutputs(model, self.outputs)
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Outputs:
         found = self._run(model, batch)
