@@ -79,7 +79,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def save(name: str, folder: Path, **changed: Any) -> Path:
-    """A folder of one of :data:`CONFIGS`; returns it."""
+    """A folder of one of :data:`CONFIGS`, with ``changed`` arguments; returns it."""
     import transformers
 
     kind = re.sub("(For(Semantic|Universal)Segmentation|Model)$", "", name)
@@ -93,6 +93,8 @@ def save(name: str, folder: Path, **changed: Any) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, name)(config)
+        for parameter in model.parameters():  # as far from its initialisation as training would bring it
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     transformers.utils.logging.enable_progress_bar()

@@ -87,7 +87,8 @@ class Segmentation(DataTask):
 
     def calibration(self, batch_size: int, seed: int) -> Sequence[Calibration]:
         batches = self.plain_batches(*self.calibration_samples(seed), batch_size)
-        return [Calibration((batch.to(self.device) for batch in batches), self.forward)]
+        # On the CPU until they are used: calibration holds all of them.
+        return [Calibration(batches, lambda model, batch: self.forward(model, batch.to(self.device)))]
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         return self.family.forward(model, batch)
