@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from maskllm4v.tasks.segmentation.scores import rarest
+from maskllm4v.config.metrics import rarest
 from maskllm4v.utils.errors import ConfigError
 
 STATS = ("map", "map50", "map75", "map_small", "map_medium", "map_large")  # the first of pycocotools' summary
