@@ -12,7 +12,6 @@ Scores mean nothing. Takes some minutes on two cores.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import made_pictures
@@ -55,8 +54,6 @@ def main() -> None:
     overrides = shortened(params, arguments.steps, arguments.batch_size)
     with rehearsal.project(arguments.recipe) as project:
         made_pictures.lay_out(params, project)
-        model = params["model"]
-        tiny_models.save(model["name"], model["classes"], project / Path(model["folder"]))
         rehearsal.run(project, rehearsal.overridden(params, overrides, arguments.overrides))
 
 

@@ -1,22 +1,24 @@
-"""Pictures of coloured rectangles with masks or boxes, laid out as a recipe's ``data`` section says.
+"""Pictures of coloured rectangles with masks or boxes, and a tiny random model, where a recipe looks for them.
 
-    python scripts/made_pictures.py RECIPE FOLDER
+    python scripts/made_pictures.py RECIPE [--folder .]
 
 RECIPE is a table of ``experiments/`` whose ``data.source`` is ``masks`` or ``coco``; its paths are made below FOLDER.
 Twenty pictures to train on and eight to test on, of several sizes; the first of each split shows nothing. The same
-files each time.
+files each time. What is there already stays: then nothing is made.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import rehearsal
+import tiny_models
 from PIL import Image
 
 COUNTS = {"train": 20, "test": 8}
@@ -49,10 +51,21 @@ def made(split: str, classes: int) -> Iterator[Made]:
 
 
 def lay_out(params: dict[str, Any], folder: Path) -> None:
-    """Write both splits below a folder, where the recipe looks for them; what is there stays."""
-    data = params["data"]
-    root = folder / data["root"]
+    """Write pictures and model below a folder.
+
+    Raises:
+        SystemExit: the pictures' or the model's folder is there, or the recipe is of another kind.
+    """
+    data, model = params["data"], params["model"]
+    if data["source"] not in ("masks", "coco"):
+        sys.exit(f"data.source is {data['source']!r}; pictures are made for 'masks' and 'coco'")
+    root, weights = folder / data["root"], folder / model["folder"]
+    for path in (root, weights):
+        if path.exists():
+            sys.exit(f"{path} is there; nothing was made")
     (lay_out_masks if data["source"] == "masks" else lay_out_boxes)(params, root)
+    tiny_models.save(model["name"], model["classes"], weights)
+    print(f"{root}: {COUNTS['train']} pictures to train on, {COUNTS['test']} to test on; {weights}: {model['name']}")
 
 
 def lay_out_masks(params: dict[str, Any], root: Path) -> None:
@@ -102,7 +115,7 @@ def save(path: Path, pixels: np.ndarray) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path("."))
     arguments = parser.parse_args()
     lay_out(rehearsal.experiment(arguments.recipe), arguments.folder)
 
