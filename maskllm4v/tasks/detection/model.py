@@ -6,6 +6,7 @@ No anchors, no matching, no suppression of doubles: a token has one object at mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,14 @@ def owners(batch: AnnotatedBatch, grid: tuple[int, int]) -> Owners:
     boxes = shares.new_zeros(len(there), *grid, BOX)
     classes[image, y, x], boxes[image, y, x] = batch.classes[there], shares[there]
     return Owners(classes, boxes)
+
+
+class Detections(NamedTuple):
+    """The surest detections of images: boxes ``[B, K, 4]`` by corners in pixels, classes and scores ``[B, K]``."""
+
+    boxes: Tensor
+    classes: Tensor
+    scores: Tensor
 
 
 def centred(boxes: Tensor) -> Tensor:

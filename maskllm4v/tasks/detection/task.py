@@ -19,8 +19,8 @@ from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.base import ExportableModel, JudgeTraining
 from maskllm4v.tasks.classification.models import image_settings
-from maskllm4v.tasks.detection.families import Detections, family_of
-from maskllm4v.tasks.detection.model import generalised_iou
+from maskllm4v.tasks.detection.families import family_of
+from maskllm4v.tasks.detection.model import Detections, generalised_iou
 from maskllm4v.tasks.detection.pictures import drawings
 from maskllm4v.tasks.detection.precision import average_precision
 from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettings
@@ -149,10 +149,10 @@ class Detection(DataTask):
         return {}
 
     def exportable(self, model: nn.Module, batch_size: int) -> ExportableModel:
-        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to raw values (:func:`decode`)."""
+        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to the family's outputs."""
         shape = (batch_size, *image_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return ExportableModel(model, {"images": torch.from_numpy(images)}, *self.family.outputs)
+        return ExportableModel(self.family.exportable(model), {"images": torch.from_numpy(images)}, self.family.outputs)
 
     def _split(self, split: str) -> Iterator[AnnotatedBatch]:
         indices = np.arange(self.source.count(split))

@@ -144,7 +144,7 @@ class Segmentation(DataTask):
         shape = (batch_size, *input_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
         module = self.family.exportable(model)
-        return ExportableModel(module, {"images": torch.from_numpy(images)}, *self.family.outputs)
+        return ExportableModel(module, {"images": torch.from_numpy(images)}, self.family.outputs)
 
     def _logits(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         height, width = batch.masks.shape[1:]
