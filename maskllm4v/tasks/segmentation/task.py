@@ -52,7 +52,7 @@ class Segmentation(DataTask):
             ConfigError: the masks have another number of classes than the model.
         """
         data, folder = self.opened()
-        found = open_annotated(folder, data, self.settings, image_settings(self.model), needs="masks")
+        found = open_annotated(folder, data, self.settings, input_settings(self.model), needs="masks")
         if (count := len(found.mask_classes)) != self.model.classes:
             raise ConfigError(
                 f"model.classes is {self.model.classes}, but the masks of {data.name} have {count} classes"
