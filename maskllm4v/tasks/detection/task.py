@@ -19,8 +19,8 @@ from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.base import ExportableModel, JudgeTraining
 from maskllm4v.tasks.classification.models import image_settings
-from maskllm4v.tasks.detection.families import Detections, family_of
-from maskllm4v.tasks.detection.model import generalised_iou
+from maskllm4v.tasks.detection.families import family_of
+from maskllm4v.tasks.detection.model import Detections, generalised_iou
 from maskllm4v.tasks.detection.pictures import drawings
 from maskllm4v.tasks.detection.precision import average_precision
 from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettings
@@ -55,7 +55,7 @@ class Detection(DataTask):
             ConfigError: the objects have another number of classes than the model.
         """
         data, folder = self.opened()
-        found = open_annotated(folder, data)
+        found = open_annotated(folder, data, self.settings, image_settings(self.model), needs="boxes")
         if (count := len(found.manifest.classes)) != self.model.classes:
             raise ConfigError(f"model.classes is {self.model.classes}, but {data.name} has objects of {count} classes")
         return found
@@ -143,16 +143,16 @@ class Detection(DataTask):
         classes = torch.where(found.scores >= self.settings.sure, found.classes, NONE)
         images = self.source.pixels(batch.images).cpu().numpy()
         true, seen = ((b.cpu().numpy(), c.cpu().numpy()) for b, c in (batch[2:], (found.boxes, classes)))
-        return {"predictions": drawings(images, true, seen)}
+        return {"predictions": drawings(images, true, seen, self.manifest.classes)}
 
     def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
         return {}
 
     def exportable(self, model: nn.Module, batch_size: int) -> ExportableModel:
-        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to raw values (:func:`decode`)."""
+        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to the family's outputs."""
         shape = (batch_size, *image_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return ExportableModel(model, {"images": torch.from_numpy(images)}, *self.family.outputs)
+        return ExportableModel(self.family.exportable(model), {"images": torch.from_numpy(images)}, self.family.outputs)
 
     def _split(self, split: str) -> Iterator[AnnotatedBatch]:
         indices = np.arange(self.source.count(split))
