@@ -71,7 +71,7 @@ class TokenFamily:
         model: how many classes there are.
     """
 
-    outputs = ("raw",)
+    outputs: tuple[str, ...] = ("raw",)
     paired = True
 
     def __init__(self, settings: DetectionSettings, model: DetectorSettings) -> None:

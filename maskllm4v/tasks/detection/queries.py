@@ -41,7 +41,7 @@ class Queries:
         model: which model, from which folder.
     """
 
-    outputs = ("logits", "pred_boxes")
+    outputs: tuple[str, ...] = ("logits", "pred_boxes")
     paired = True
 
     def __init__(self, settings: DetectionSettings, model: DetectorSettings) -> None:
@@ -81,7 +81,7 @@ class Queries:
             return
         if unknown := [name for name in names if name not in known]:
             raise ConfigError(
-                f"{self.folder / CONFIG}: id2label has no {few(unknown)}, but {data} has objects of it; there are {few(known)}"
+                f"{self.folder / CONFIG}: id2label has no {few(unknown)}, of which {data} has objects; it has {few(known)}"
             )
         self._labels = [known.index(name) for name in names]
 
@@ -184,7 +184,7 @@ class LearnedQueries(Queries):
 
 
 class SelectedQueries(Queries):
-    """RT-DETR (Zhao et al. 2024), RT-DETR v2, D-FINE and RF-DETR: queries of the encoder's surest tokens, no "no object"."""
+    """RT-DETR (Zhao et al. 2024), its v2, D-FINE, RF-DETR: queries are the encoder's surest tokens; no "no object"."""
 
     paired = False  # pruning moves queries
 

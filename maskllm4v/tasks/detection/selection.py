@@ -1,4 +1,4 @@
-"""Detectors that take their queries from the encoder's surest tokens: which tokens, and which queries have the same one.
+"""Detectors whose queries are the encoder's surest tokens: which tokens, and which queries have the same one.
 
 Pruning moves a few queries to other tokens, and others to other places among the queries, so that the i-th query of a
 pruned model and the i-th one of the dense model need not have to do with each other.
@@ -55,5 +55,5 @@ class Pairs(NamedTuple):
 
 
 def paired(tokens: Tensor, others: Tensor) -> Pairs:
-    """The queries of both whose tokens ``[B, Q]`` are the same; within a network, no two queries of an image share one."""
+    """The queries of both whose tokens ``[B, Q]`` are the same; a network selects no token of an image twice."""
     return Pairs(*(tokens[:, :, None] == others[:, None]).nonzero(as_tuple=True))

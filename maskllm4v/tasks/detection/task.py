@@ -52,12 +52,11 @@ class Detection(DataTask):
         """Opened when first needed.
 
         Raises:
-            ConfigError: the objects have another number of classes than the model.
+            ConfigError: the objects have other classes than the model.
         """
         data, folder = self.opened()
         found = open_annotated(folder, data)
-        if (count := len(found.manifest.classes)) != self.model.classes:
-            raise ConfigError(f"model.classes is {self.model.classes}, but {data.name} has objects of {count} classes")
+        self.family.name_classes(found.manifest.classes, data.name)
         return found
 
     @property
@@ -72,6 +71,9 @@ class Detection(DataTask):
 
     def train_mode(self, model: nn.Module) -> None:
         model.train()
+
+    def learning_mode(self, model: nn.Module) -> None:
+        self.family.learning_mode(model)
 
     def resized(self, size: int) -> Detection:
         raise ConfigError("dense.progressive is not for detection, whose models have one size")
