@@ -11,7 +11,7 @@ from maskllm4v.config.tasks import task_names, task_sections
 from maskllm4v.reporting.metrics import by_timestep, metrics_of
 from maskllm4v.utils.errors import ConfigError
 
-EACH = pytest.mark.parametrize("task", map(metrics_of, task_names()), ids=task_names())
+EACH = pytest.mark.parametrize("task", [metrics_of(name) for name in task_names()], ids=task_names())
 
 
 def test_a_task_without_metrics_makes_no_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from maskllm4v.tracking.publishing import publish
 from maskllm4v.tracking.runs import LARGEST_ARTIFACT, flatten
 from maskllm4v.tracking.views import TAG, saved_view
 from maskllm4v.utils.images import read_picture
-from maskllm4v.utils.io import read_json, value_digest, write_json
+from maskllm4v.utils.io import read_json, value_digest
 
 ROWS = ("digits-dense", "digits-magnitude", "digits-maskllm-short-magnitude")
 
@@ -196,7 +196,7 @@ def variant_of(experiment: Experiment, row: str, root: Path, lr: float) -> Exper
     changed = Experiment.model_validate(raw)
     path = record_file(experiment.table, row, root / "reports")
     settings = changed.row(row).record_settings()
-    write_json(path, {**read_json(path), "settings": settings, "settings_digest": value_digest(settings)})
+    write_record(path, {**read_json(path), "settings": settings, "settings_digest": value_digest(settings)})
     return changed
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,3 +84,10 @@ class TaskMetrics:
     def captions(self) -> list[str]:
         """What captions say on the columns."""
         return [metric.about for metric in self.columns if metric.about]
+
+
+def rarest(counts: Mapping[str, int]) -> list[str]:
+    """The third of the classes, rounded up, of which there are fewest but some; of equal ones, the first."""
+    there = sorted((count, place) for place, count in enumerate(counts.values()) if count)
+    names = list(counts)
+    return [names[place] for _, place in there[: math.ceil(len(there) / 3)]]

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from maskllm4v.utils.errors import CheckpointError, ConfigError
+from maskllm4v.utils.errors import CheckpointError, ConfigError, UserError
 from maskllm4v.utils.rng import torch_seed
 from maskllm4v.utils.text import few, one_line
 
@@ -108,36 +108,44 @@ def build(name: str, folder: Path, seed: int, *, pretrained: bool, fused_attenti
 
     Raises:
         ConfigError: transformers is not installed or has no such class, or the folder is another class's.
-        CheckpointError: see :func:`check_folder`; or tensors are missing, left over, or of other sizes than the model's.
+        CheckpointError: see :func:`check_folder`; or tensors are missing, left over, or of other sizes than the model
+            has them.
     """
-    architecture = _architecture(name)
-    config = read_config(folder)
-    _check_class(name, architecture, folder, config)
+    settings, architecture = load_config(name, folder), _architecture(name)
     if pretrained:
         check_folder(folder)
     how = {} if fused_attention else {"attn_implementation": "eager"}
-    with torch.random.fork_rng(devices=[]), _alone():
+    with torch.random.fork_rng(devices=[]), _alone(), _explained(f"{folder} is no {name}"):
         torch.manual_seed(torch_seed(seed, "weights"))
-        try:
-            if pretrained:
-                model, told = architecture.from_pretrained(
-                    str(folder),
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    use_safetensors=True,
-                    dtype=torch.float32,
-                    ignore_mismatched_sizes=True,  # told, and refused below, with all their names
-                    output_loading_info=True,
-                    **how,
-                )
-            else:
-                known = architecture.config_class.from_pretrained(str(folder), local_files_only=True)
-                model, told = architecture._from_config(known, dtype=torch.float32, **how), {}
-        except Exception as error:  # whatever a configuration makes a model's parts stumble over
-            raise CheckpointError(f"{folder} is no {name}: {one_line(error)[:300]}") from error
+        if pretrained:
+            model, told = architecture.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # told, and refused below, with all their names
+                output_loading_info=True,
+                **how,
+            )
+        else:
+            model, told = architecture._from_config(settings, dtype=torch.float32, **how), {}
     _check_loaded(folder, told)
     model.eval()
     return model  # type: ignore[no-any-return]
+
+
+def load_config(name: str, folder: Path) -> Any:
+    """``config.json`` as transformers has it, with its defaults.
+
+    Raises:
+        ConfigError: as :func:`build`.
+        CheckpointError: see :func:`read_config`; or transformers refuses a value.
+    """
+    architecture, raw = _architecture(name), read_config(folder)
+    _check_class(name, architecture, folder, raw)
+    with _alone(), _explained(str(folder / CONFIG)):
+        return architecture.config_class.from_pretrained(str(folder), local_files_only=True)
 
 
 def preprocessing(folder: Path) -> dict[str, Any]:
@@ -247,6 +255,17 @@ def _check_loaded(folder: Path, told: Mapping[str, Any]) -> None:
     if any(faults.values()):
         said = "; ".join(f"{what} {names}" for what, names in faults.items() if names)
         raise CheckpointError(f"{folder} does not fit the model: {said}")
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Inside, an error of transformers is one of ours: a configuration makes a model's parts stumble in any way."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what}: {one_line(error)[:300]}") from error
 
 
 @contextmanager

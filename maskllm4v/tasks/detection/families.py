@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.data.annotated import NONE, AnnotatedBatch
+from maskllm4v.sparsity.calibration import Tokens
 from maskllm4v.tasks.detection.model import (
     Detections,
     build_detector,
@@ -28,11 +29,14 @@ class DetectionFamily(Protocol):
 
     Attributes:
         outputs: the names of what the model gives, for export.
-        paired: whether its tokens, pruned or not, stand for the same things, one by one.
+        paired_layers: name patterns of those whose tokens stand for the same things in a dense and in a pruned model,
+            one by one.
+        tokens: which tokens count in calibration (:class:`~maskllm4v.sparsity.calibration.Calibration`).
     """
 
     outputs: tuple[str, ...]
-    paired: bool
+    paired_layers: tuple[str, ...]
+    tokens: Tokens | None
 
     def build(self, settings: DetectorSettings, seed: int, *, pretrained: bool) -> nn.Module:
         """The model in evaluation mode, its weights drawn from the seed where none are loaded."""
@@ -72,7 +76,8 @@ class TokenFamily:
     """
 
     outputs: tuple[str, ...] = ("raw",)
-    paired = True
+    paired_layers: tuple[str, ...] = ("*",)
+    tokens: Tokens | None = None
 
     def __init__(self, settings: DetectionSettings, model: DetectorSettings) -> None:
         self.settings, self.model = settings, model

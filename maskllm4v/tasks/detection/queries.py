@@ -42,7 +42,7 @@ class Queries:
     """
 
     outputs: tuple[str, ...] = ("logits", "pred_boxes")
-    paired = True
+    paired_layers: tuple[str, ...] = ("*",)
 
     def __init__(self, settings: DetectionSettings, model: DetectorSettings) -> None:
         assert model.folder is not None
@@ -81,7 +81,7 @@ class Queries:
             return
         if unknown := [name for name in names if name not in known]:
             raise ConfigError(
-                f"{self.folder / CONFIG}: id2label has no {few(unknown)}, of which {data} has objects; it has {few(known)}"
+                f"{self.folder / CONFIG}: id2label has no {few(unknown)}, but {data} has; allowed: {few(known)}"
             )
         self._labels = [known.index(name) for name in names]
 
@@ -186,7 +186,8 @@ class LearnedQueries(Queries):
 class SelectedQueries(Queries):
     """RT-DETR (Zhao et al. 2024), its v2, D-FINE, RF-DETR: queries are the encoder's surest tokens; no "no object"."""
 
-    paired = False  # pruning moves queries
+    # Not those of queries, which pruning moves.
+    paired_layers: tuple[str, ...] = ("model.backbone.*", "model.encoder.*", "*.value_proj")
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Outputs:
         """Also ``auxiliary_logits`` and ``auxiliary_boxes`` ``[B, L, Q, ...]``, and ``tokens`` ``[B, G, Q]``.

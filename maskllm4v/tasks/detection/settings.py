@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from maskllm4v.config.base import Count, FirstLast, NonNegative, Share
 from maskllm4v.config.metrics import Metric, TaskMetrics
-from maskllm4v.config.sections import TaskSettings
+from maskllm4v.config.sections import JointAugmentationSettings, TaskSettings
 from maskllm4v.config.tasks import TaskSections
 from maskllm4v.tasks.classification.settings import CLASSES, TimmSettings, check_classification
 
@@ -49,8 +49,13 @@ MASKED = ("DetrForObjectDetection", "RfDetrForObjectDetection")  # that are told
 OF_TOKENS = ("alpha", "gamma", "l1", "giou")  # settings of a loss that models of transformers do not have
 
 
+<<<<<<< HEAD
 class DetectionSettings(TaskSettings):
     """Average precision as COCO has it; the loss of tokens, that of transformers' models being their papers' own."""
+=======
+class DetectionSettings(JointAugmentationSettings, TaskSettings):
+    """Focal loss of classes, L1 and generalised IoU of boxes; average precision as COCO has it."""
+>>>>>>> 35cf225b7cb2ae65fa6d955073a01a5b0907e6f9
 
     name: Literal["detection"] = "detection"
     alpha: Share = 0.5  # of the focal loss: the weight of what is there, 1 - alpha of what is not

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskllm4v.config.metrics import rarest
 from maskllm4v.data.annotated import IGNORED
 from maskllm4v.utils import distributed
 
@@ -82,13 +82,6 @@ def near_border(masks: Tensor, reach: int) -> Tensor:
         for sign in (1, -1)
     )
     return largest != -smallest
-
-
-def rarest(counts: Mapping[str, int]) -> list[str]:
-    """The third of the classes, rounded up, of which there are fewest but some; of equal ones, the first."""
-    there = sorted((count, place) for place, count in enumerate(counts.values()) if count)
-    names = list(counts)
-    return [names[place] for _, place in there[: math.ceil(len(there) / 3)]]
 
 
 def _mean(values: Mapping[str, float]) -> float:
