@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 CLASSES = 10
-SIZE = 32  # pixels a side, of one channel: scenes of digits
+SIZE = 64  # pixels a side, of one channel: scenes of digits
 QUERIES = 8
 
 _RESNET = {"num_channels": 1, "embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]}
@@ -52,7 +52,7 @@ def _settings() -> dict[str, tuple[str, dict[str, Any]]]:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "image_size": SIZE,
-        "patch_size": 4,
+        "patch_size": 8,
         "num_windows": 2,
         "out_indices": [1, 2],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -65,6 +66,9 @@ class DetectionFamily(Protocol):
 
     def distillation_loss(self, outputs: Any, teacher: Any, temperature: float, batch: AnnotatedBatch) -> Tensor:
         """How far the outputs are from the dense model's, a scalar sum."""
+
+    def kept(self, outputs: Any, dense: Any) -> Tensor:
+        """How many of the dense model's queries the model has, too; and how many there are: int64 ``[2]``."""
 
 
 class TokenFamily:
@@ -135,6 +139,9 @@ class TokenFamily:
         apart = (weight[..., None] * (boxes - wanted).abs()).sum()
         misfit = (weight * (1 - generalised_iou(cornered(boxes), cornered(wanted)))).sum()
         return focal + settings.l1 * apart + settings.giou * misfit
+
+    def kept(self, outputs: Tensor, dense: Tensor) -> Tensor:
+        return torch.tensor([dense[:, 0].numel()] * 2, device=dense.device)
 
 
 def family_of(settings: DetectionSettings, model: DetectorSettings) -> DetectionFamily:

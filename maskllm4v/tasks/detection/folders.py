@@ -15,8 +15,8 @@ def input_settings(settings: DetectorSettings) -> dict[str, Any]:
     """``input_size`` ``(C, H, W)``, ``mean``, ``std``, ``interpolation`` and ``mode`` of a model's images.
 
     Of a timm model as :func:`~maskllm4v.tasks.classification.models.image_settings` has them; of one of transformers
-    from ``preprocessor_config.json`` and, where that says nothing, ImageNet's; ``model.input`` overrules both. YOLOS and
-    DETR keep a picture's shape (letterbox), the others do not (squash), as their papers have it.
+    from ``preprocessor_config.json`` and, where that says nothing, ImageNet's; ``model.input`` overrules both. For
+    YOLOS and DETR a picture keeps its shape (letterbox), for the others it does not (squash), as they were trained.
 
     Raises:
         ConfigError: nothing says how large images are, or the model takes no images of this size.

@@ -113,6 +113,10 @@ class Queries:
         objects = Targets(*(part.repeat_interleave(logits.shape[1] * groups, 0) for part in self._targets(batch)))
         return self._set_loss(logits.flatten(0, 2), boxes.flatten(0, 2), objects) / groups
 
+    def kept(self, outputs: Outputs, dense: Outputs) -> Tensor:
+        """All of them, where queries are learned."""
+        return torch.tensor([dense["logits"].shape[:2].numel()] * 2, device=dense["logits"].device)
+
     def _run(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         if self.model.name not in MASKED:
             return model(pixel_values=batch.images)

@@ -49,13 +49,8 @@ MASKED = ("DetrForObjectDetection", "RfDetrForObjectDetection")  # that are told
 OF_TOKENS = ("alpha", "gamma", "l1", "giou")  # settings of a loss that models of transformers do not have
 
 
-<<<<<<< HEAD
-class DetectionSettings(TaskSettings):
-    """Average precision as COCO has it; the loss of tokens, that of transformers' models being their papers' own."""
-=======
 class DetectionSettings(JointAugmentationSettings, TaskSettings):
-    """Focal loss of classes, L1 and generalised IoU of boxes; average precision as COCO has it."""
->>>>>>> 35cf225b7cb2ae65fa6d955073a01a5b0907e6f9
+    """Average precision as COCO has it; the loss of tokens, that of transformers' models being their papers' own."""
 
     name: Literal["detection"] = "detection"
     alpha: Share = 0.5  # of the focal loss: the weight of what is there, 1 - alpha of what is not

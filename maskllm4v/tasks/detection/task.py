@@ -126,9 +126,9 @@ class Detection(DataTask):
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
         """What :func:`~maskllm4v.tasks.detection.precision.average_precision` gives.
 
-        ``agreement``: of what the dense model is sure of, the share that the model is sure of, too. ``kept_queries``, of
-        models that select their queries: of the dense model's, the share that the model has, too; others cannot be
-        compared, nor learned from the dense model.
+        ``agreement``: of what the dense model is sure of, the share that the model is sure of, too. ``kept_queries``,
+        of models that select their queries: of the dense model's, the share that the model selects, too; nothing can
+        be learned from the others.
         """
         split = split or self.settings.eval_split
         model.eval()
