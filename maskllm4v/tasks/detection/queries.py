@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.data.annotated import NONE, AnnotatedBatch
+from maskllm4v.sparsity.calibration import Tokens
 from maskllm4v.tasks.detection.matching import (
     Targets,
     box_cost,
@@ -24,10 +26,11 @@ from maskllm4v.tasks.detection.matching import (
 from maskllm4v.tasks.detection.model import Detections, centred, cornered
 from maskllm4v.tasks.detection.selection import SelectedTokens, paired
 from maskllm4v.tasks.detection.settings import MASKED, DetectionSettings, DetectorSettings
-from maskllm4v.tasks.transformers_folder import CONFIG, build, label_names, num_labels
+from maskllm4v.tasks.transformers_folder import CONFIG, build, label_names, load_config, num_labels
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.text import few
 
+STRIDES = (4, 8, 14, 16, 32, 64)  # pixels between tokens, of which one is a model's own
 NO_OBJECT = 0.1  # weight of the cross-entropy where there is no object (Carion et al. 2020, Section A.4)
 
 Outputs = dict[str, Tensor]  # "logits" [B, Q, classes], "boxes" [B, Q, 4]: centre and sides in shares of the image
@@ -43,6 +46,7 @@ class Queries:
 
     outputs: tuple[str, ...] = ("logits", "pred_boxes")
     paired_layers: tuple[str, ...] = ("*",)
+    tokens: Tokens | None = None
 
     def __init__(self, settings: DetectionSettings, model: DetectorSettings) -> None:
         assert model.folder is not None
@@ -120,11 +124,7 @@ class Queries:
     def _run(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         if self.model.name not in MASKED:
             return model(pixel_values=batch.images)
-        height, width = batch.images.shape[2:]
-        sides = _sides(batch)
-        across = torch.arange(width, device=sides.device) < sides[:, :1]
-        down = torch.arange(height, device=sides.device) < sides[:, 1:]
-        return model(pixel_values=batch.images, pixel_mask=(down[:, :, None] & across[:, None]).long())
+        return model(pixel_values=batch.images, pixel_mask=_inside(batch).long())
 
     def _groups(self, outputs: Outputs) -> int:
         return 1
@@ -151,6 +151,28 @@ class Queries:
 
 class LearnedQueries(Queries):
     """YOLOS (Fang et al. 2021) and DETR (Carion et al. 2020): learned queries, and a class that says "no object"."""
+
+    def tokens(self, name: str, shape: torch.Size, batch: AnnotatedBatch) -> Tensor | None:
+        """All but those of patches that are padding, as DETR has it: it looks at a patch's first pixel.
+
+        Raises:
+            ConfigError: these are not the tokens of a grid over the images.
+        """
+        height, width = batch.images.shape[2:]
+        of_queries = ".decoder." in name and not name.endswith((".encoder_attn.k_proj", ".encoder_attn.v_proj"))
+        if of_queries or bool((batch.valid.cpu() == torch.tensor([height, width])).all()):
+            return None
+        before, after = (1, self._config.num_detection_tokens) if self._config.model_type == "yolos" else (0, 0)
+        for step in STRIDES:
+            grid = -(-height // step), -(-width // step)
+            if grid[0] * grid[1] == shape[1] - before - after:
+                inside = F.interpolate(_inside(batch)[:, None].float(), grid)[:, 0].flatten(1).bool()
+                return F.pad(inside, (before, after), value=True)
+        raise ConfigError(f"calibration: layer {name!r} sees {shape[1]} tokens; which of them are padding is not known")
+
+    @cached_property
+    def _config(self) -> Any:
+        return load_config(self.model.name, self.folder)
 
     def detections(self, outputs: Outputs, batch: AnnotatedBatch) -> Detections:
         """Each query gives its likeliest class, as DETR's authors have it."""
@@ -262,3 +284,11 @@ class SelectedQueries(Queries):
 def _sides(batch: AnnotatedBatch) -> Tensor:
     """Width and height of images without padding, in pixels, int64 ``[B, 2]``."""
     return batch.valid.flip(1)
+
+
+def _inside(batch: AnnotatedBatch) -> Tensor:
+    """Where images are, and not padding, bool ``[B, H, W]``."""
+    height, width = batch.images.shape[2:]
+    down = torch.arange(height, device=batch.valid.device) < batch.valid[:, :1]
+    across = torch.arange(width, device=batch.valid.device) < batch.valid[:, 1:]
+    return down[:, :, None] & across[:, None]
