@@ -28,14 +28,29 @@ class ExportableModel:
     """A model as other runtimes see it.
 
     Attributes:
-        module: takes the inputs in their order, and gives one tensor whose first dimension is the batch.
+        module: takes the inputs in their order, and gives a tensor, or several: a tuple of them, or a dict by name.
         inputs: an example by name, on the CPU; the first dimension of each is the batch.
-        output: what the module gives, by name.
+        outputs: the names of what the module gives, in the order of the tuple, or as other runtimes are to have them;
+            the first dimension of each is the batch.
     """
 
     module: nn.Module
     inputs: dict[str, Tensor]
-    output: str
+    outputs: tuple[str, ...]
+
+    def named(self, given: Any) -> dict[str, Tensor]:
+        """What the module gave, by name and in the order of ``outputs``.
+
+        Raises:
+            ConfigError: it is something else than these outputs.
+        """
+        if isinstance(given, Tensor):
+            given = (given,)
+        found = dict(given) if isinstance(given, Mapping) else dict(zip(self.outputs, given, strict=False))
+        if found.keys() != set(self.outputs) or len(given) != len(self.outputs):
+            said = ", ".join(map(str, given)) if isinstance(given, Mapping) else f"{len(given)} tensors"
+            raise ConfigError(f"{type(self.module).__name__} gives {said}; its outputs are {', '.join(self.outputs)}")
+        return {name: found[name] for name in self.outputs}
 
 
 @dataclass(frozen=True)

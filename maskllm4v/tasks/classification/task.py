@@ -161,7 +161,7 @@ class Classification:
         """``images`` ``[B, C, H, W]``, normalised as the model's data are, to ``logits`` ``[B, classes]``."""
         shape = (batch_size, *image_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return ExportableModel(model, {"images": torch.from_numpy(images)}, "logits")
+        return ExportableModel(model, {"images": torch.from_numpy(images)}, ("logits",))
 
     @cached_property
     def _mix(self) -> Any:

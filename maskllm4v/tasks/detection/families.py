@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from maskllm4v.data.annotated import NONE, AnnotatedBatch
 from maskllm4v.sparsity.calibration import Tokens
+from maskllm4v.tasks.detection.learned import LearnedQueries
 from maskllm4v.tasks.detection.model import (
     Detections,
     build_detector,
@@ -20,7 +21,7 @@ from maskllm4v.tasks.detection.model import (
     generalised_iou,
     owners,
 )
-from maskllm4v.tasks.detection.queries import LearnedQueries, SelectedQueries
+from maskllm4v.tasks.detection.selected import SelectedQueries
 from maskllm4v.tasks.detection.settings import LEARNED, DetectionSettings, DetectorSettings
 from maskllm4v.utils.errors import ConfigError
 
@@ -51,6 +52,9 @@ class DetectionFamily(Protocol):
 
     def learning_mode(self, model: nn.Module) -> None:
         """Put a model into the mode that its masks are learned in."""
+
+    def exportable(self, model: nn.Module) -> nn.Module:
+        """A module that holds the model and gives nothing but :attr:`outputs` of images ``[B, C, H, W]``."""
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         """Run the model on a batch."""
@@ -95,6 +99,9 @@ class TokenFamily:
 
     def learning_mode(self, model: nn.Module) -> None:
         model.train()
+
+    def exportable(self, model: nn.Module) -> nn.Module:
+        return model
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         """Raw values ``[B, classes + 4, h, w]``; :func:`~maskllm4v.tasks.detection.model.decode` reads them."""

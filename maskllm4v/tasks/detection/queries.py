@@ -1,37 +1,23 @@
-"""Detectors of transformers: each query gives the classes and the box of one object, or of none."""
+"""What detectors of transformers have alike: each query gives the classes and the box of one object, or of none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.data.annotated import NONE, AnnotatedBatch
 from maskllm4v.sparsity.calibration import Tokens
-from maskllm4v.tasks.detection.matching import (
-    Targets,
-    box_cost,
-    box_loss,
-    focal_cost,
-    match,
-    overlap,
-    softmax_cost,
-    varifocal_loss,
-)
+from maskllm4v.tasks.detection.matching import Targets
 from maskllm4v.tasks.detection.model import Detections, centred, cornered
-from maskllm4v.tasks.detection.selection import SelectedTokens, paired
 from maskllm4v.tasks.detection.settings import MASKED, DetectionSettings, DetectorSettings
-from maskllm4v.tasks.transformers_folder import CONFIG, build, label_names, load_config, num_labels
+from maskllm4v.tasks.named_outputs import NamedOutputs
+from maskllm4v.tasks.transformers_folder import CONFIG, build, label_names, num_labels
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.text import few
-
-STRIDES = (4, 8, 14, 16, 32, 64)  # pixels between tokens, of which one is a model's own
-NO_OBJECT = 0.1  # weight of the cross-entropy where there is no object (Carion et al. 2020, Section A.4)
 
 Outputs = dict[str, Tensor]  # "logits" [B, Q, classes], "boxes" [B, Q, 4]: centre and sides in shares of the image
 
@@ -93,6 +79,9 @@ class Queries:
         """The mode that masks are learned in: that of use, without dropout and without further groups of queries."""
         model.eval()
 
+    def exportable(self, model: nn.Module) -> nn.Module:
+        return NamedOutputs(model, self.outputs)
+
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Outputs:
         found = self._run(model, batch)
         return {"logits": found.logits, "boxes": found.pred_boxes}
@@ -124,7 +113,7 @@ class Queries:
     def _run(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         if self.model.name not in MASKED:
             return model(pixel_values=batch.images)
-        return model(pixel_values=batch.images, pixel_mask=_inside(batch).long())
+        return model(pixel_values=batch.images, pixel_mask=inside(batch).long())
 
     def _groups(self, outputs: Outputs) -> int:
         return 1
@@ -138,7 +127,7 @@ class Queries:
         if self._labels is not None:
             labels = torch.tensor(self._labels, device=classes.device)
             classes = torch.where(classes == NONE, NONE, labels[classes.clamp(min=0)])
-        return Targets(classes, centred(batch.boxes) / _sides(batch).repeat(1, 2)[:, None])
+        return Targets(classes, centred(batch.boxes) / sides(batch).repeat(1, 2)[:, None])
 
     def _known(self, scores: Tensor) -> Tensor:
         """Of scores ``[..., labels]`` those of the data's classes, in their order."""
@@ -149,144 +138,12 @@ class Queries:
         return Detections(cornered(chosen) * sides.repeat(1, 2)[:, None], classes, scores)
 
 
-class LearnedQueries(Queries):
-    """YOLOS (Fang et al. 2021) and DETR (Carion et al. 2020): learned queries, and a class that says "no object"."""
-
-    def tokens(self, name: str, shape: torch.Size, batch: AnnotatedBatch) -> Tensor | None:
-        """All but those of patches that are padding, as DETR has it: it looks at a patch's first pixel.
-
-        Raises:
-            ConfigError: these are not the tokens of a grid over the images.
-        """
-        height, width = batch.images.shape[2:]
-        of_queries = ".decoder." in name and not name.endswith((".encoder_attn.k_proj", ".encoder_attn.v_proj"))
-        if of_queries or bool((batch.valid.cpu() == torch.tensor([height, width])).all()):
-            return None
-        before, after = (1, self._config.num_detection_tokens) if self._config.model_type == "yolos" else (0, 0)
-        for step in STRIDES:
-            grid = -(-height // step), -(-width // step)
-            if grid[0] * grid[1] == shape[1] - before - after:
-                inside = F.interpolate(_inside(batch)[:, None].float(), grid)[:, 0].flatten(1).bool()
-                return F.pad(inside, (before, after), value=True)
-        raise ConfigError(f"calibration: layer {name!r} sees {shape[1]} tokens; which of them are padding is not known")
-
-    @cached_property
-    def _config(self) -> Any:
-        return load_config(self.model.name, self.folder)
-
-    def detections(self, outputs: Outputs, batch: AnnotatedBatch) -> Detections:
-        """Each query gives its likeliest class, as DETR's authors have it."""
-        found, classes = self._known(outputs["logits"].float().softmax(-1)[..., :-1]).max(-1)
-        scores, queries = found.topk(min(self.settings.detections, found.shape[1]), 1)
-        return self._detections(outputs["boxes"], queries, classes.gather(1, queries), scores, _sides(batch))
-
-    def distillation_loss(
-        self, outputs: Outputs, teacher: Outputs, temperature: float, batch: AnnotatedBatch
-    ) -> Tensor:
-        """T²·KL(teacher ‖ student) of classes at temperature T (Hinton et al. 2015), and the boxes' loss.
-
-        The i-th query is a parameter, so it is the same one in both. As in training, the teacher's "no object" weighs
-        little: :data:`NO_OBJECT` in the KL, nothing in the boxes' loss.
-        """
-        student, target = (F.log_softmax(found["logits"].float() / temperature, -1) for found in (outputs, teacher))
-        divergence = F.kl_div(student, target, log_target=True, reduction="none").sum(-1)
-        sure = 1 - teacher["logits"].float().softmax(-1)[..., -1]
-        classes = ((sure + NO_OBJECT * (1 - sure)) * divergence).sum()
-        return temperature**2 * classes + box_loss(outputs["boxes"].float(), teacher["boxes"].float(), sure)
-
-    def _set_loss(self, logits: Tensor, boxes: Tensor, objects: Targets) -> Tensor:
-        """Cross-entropy of all queries' classes, and the loss of the matched ones' boxes (Carion et al. 2020, Eq. 2).
-
-        All is divided by the number of objects in the end, the cross-entropy too, which DETR divides by the sum of its
-        weights: that is not known of a whole step before its parts are run.
-        """
-        found = match(softmax_cost(logits, objects.classes) + box_cost(boxes, objects.boxes), objects)
-        wanted = torch.full(logits.shape[:2], logits.shape[2] - 1, device=logits.device)
-        wanted[found.image, found.query] = objects.classes[found.image, found.object]
-        weight = logits.new_ones(logits.shape[2])
-        weight[-1] = NO_OBJECT
-        entropy = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weight, reduction="sum")
-        return entropy + box_loss(boxes[found.image, found.query], objects.boxes[found.image, found.object])
-
-
-class SelectedQueries(Queries):
-    """RT-DETR (Zhao et al. 2024), its v2, D-FINE, RF-DETR: queries are the encoder's surest tokens; no "no object"."""
-
-    # Not those of queries, which pruning moves.
-    paired_layers: tuple[str, ...] = ("model.backbone.*", "model.encoder.*", "*.value_proj")
-
-    def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Outputs:
-        """Also ``auxiliary_logits`` and ``auxiliary_boxes`` ``[B, L, Q, ...]``, and ``tokens`` ``[B, G, Q]``.
-
-        Those of the decoder's layers, as far as the model gives them, and of the encoder, whose tokens are selected.
-        In training mode RF-DETR has G groups of queries, which stand one after the other.
-        """
-        with SelectedTokens() as selected:
-            found = self._run(model, batch)
-        if "enc_topk_logits" in found:
-            layers, places = found.intermediate_logits[:, :-1], found.intermediate_reference_points[:, :-1]
-            logits, boxes = found.enc_topk_logits, found.enc_topk_bboxes
-            others = torch.cat([layers, logits[:, None]], 1), torch.cat([places, boxes[:, None]], 1)
-        else:
-            others = found.enc_outputs_class[:, None], found.enc_outputs_coord_logits[:, None]
-        return {
-            "logits": found.logits,
-            "boxes": found.pred_boxes,
-            "auxiliary_logits": others[0],
-            "auxiliary_boxes": others[1],
-            "tokens": selected.tokens,
-        }
-
-    def detections(self, outputs: Outputs, batch: AnnotatedBatch) -> Detections:
-        """The surest pairs of a query and a class, as RT-DETR's authors have it."""
-        found = self._known(outputs["logits"].float().sigmoid())
-        scores, places = found.flatten(1).topk(min(self.settings.detections, found[0].numel()), 1)
-        queries, classes = places // found.shape[2], places % found.shape[2]
-        return self._detections(outputs["boxes"], queries, classes, scores, _sides(batch))
-
-    def distillation_loss(
-        self, outputs: Outputs, teacher: Outputs, temperature: float, batch: AnnotatedBatch
-    ) -> Tensor:
-        """T²·KL(teacher ‖ student) of each class's score at temperature T, and the boxes' loss.
-
-        Of queries that come from the same token in both; others are left out (:meth:`kept`). A box weighs as much as
-        the teacher is sure of its likeliest class.
-        """
-        pairs = paired(outputs["tokens"][:, 0], teacher["tokens"][:, 0])
-        own, dense = (
-            {name: found[name].float()[pairs.image, query] for name in ("logits", "boxes")}
-            for found, query in ((outputs, pairs.query), (teacher, pairs.other))
-        )
-        logits, target = own["logits"] / temperature, dense["logits"] / temperature
-        there = target.sigmoid() * (F.logsigmoid(target) - F.logsigmoid(logits))
-        absent = (-target).sigmoid() * (F.logsigmoid(-target) - F.logsigmoid(-logits))
-        sure = dense["logits"].sigmoid().amax(-1)
-        return temperature**2 * (there + absent).sum() + box_loss(own["boxes"], dense["boxes"], sure)
-
-    def kept(self, outputs: Outputs, dense: Outputs) -> Tensor:
-        """How many of the dense model's queries the model has, too, of the same tokens; and how many there are."""
-        tokens, others = outputs["tokens"], dense["tokens"]
-        count = paired(tokens[:, 0], others[:, 0]).image.numel()
-        return torch.tensor([count, others.numel()], device=others.device)
-
-    def _groups(self, outputs: Outputs) -> int:
-        return outputs["tokens"].shape[1]
-
-    def _set_loss(self, logits: Tensor, boxes: Tensor, objects: Targets) -> Tensor:
-        """Varifocal loss of all queries' scores, and the loss of the matched ones' boxes, as RT-DETR has it."""
-        found = match(focal_cost(logits, objects.classes) + box_cost(boxes, objects.boxes), objects)
-        own, true = boxes[found.image, found.query], objects.boxes[found.image, found.object]
-        target = torch.zeros_like(logits)
-        target[found.image, found.query, objects.classes[found.image, found.object]] = overlap(own.detach(), true)
-        return varifocal_loss(logits, target) + box_loss(own, true)
-
-
-def _sides(batch: AnnotatedBatch) -> Tensor:
+def sides(batch: AnnotatedBatch) -> Tensor:
     """Width and height of images without padding, in pixels, int64 ``[B, 2]``."""
     return batch.valid.flip(1)
 
 
-def _inside(batch: AnnotatedBatch) -> Tensor:
+def inside(batch: AnnotatedBatch) -> Tensor:
     """Where images are, and not padding, bool ``[B, H, W]``."""
     height, width = batch.images.shape[2:]
     down = torch.arange(height, device=batch.valid.device) < batch.valid[:, :1]

@@ -235,7 +235,9 @@ class Diffusion:
             "timestep": rng.integers(0, len(self.alphas), batch_size),
             "class_labels": rng.integers(0, self.classes + 1, batch_size),
         }
-        return ExportableModel(Denoiser(model), {name: torch.from_numpy(v) for name, v in drawn.items()}, "noise_pred")
+        return ExportableModel(
+            Denoiser(model), {name: torch.from_numpy(v) for name, v in drawn.items()}, ("noise_pred",)
+        )
 
     def clean(self, images: Tensor, drawn: np.ndarray) -> Tensor:
         """x₀ of real images; ``drawn``: normal noise ``[B, C, H, W]`` for an autoencoder."""

@@ -37,19 +37,6 @@ class SamBackbone(nn.Module):
         return found.permute(0, 2, 3, 1)
 
 
-class NamedOutputs(nn.Module):
-    """A model of transformers from images to some of its outputs, and no others: a tensor, or a tuple of them."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, tuple(names)
-
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        found = self.model(pixel_values=images)
-        outputs = tuple(found[name] for name in self.names)
-        return outputs[0] if len(outputs) == 1 else outputs
-
-
 def build_from_folder(settings: SegmenterSettings, seed: int, *, pretrained: bool) -> nn.Module:
     """The model in evaluation mode, without heads that serve its training from scratch alone.
 

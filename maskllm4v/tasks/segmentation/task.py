@@ -52,7 +52,7 @@ class Segmentation(DataTask):
             ConfigError: the masks have another number of classes than the model.
         """
         data, folder = self.opened()
-        found = open_annotated(folder, data, self.settings, image_settings(self.model), needs="masks")
+        found = open_annotated(folder, data, self.settings, input_settings(self.model), needs="masks")
         if (count := len(found.mask_classes)) != self.model.classes:
             raise ConfigError(
                 f"model.classes is {self.model.classes}, but the masks of {data.name} have {count} classes"
@@ -144,7 +144,7 @@ class Segmentation(DataTask):
         shape = (batch_size, *input_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
         module = self.family.exportable(model)
-        return ExportableModel(module, {"images": torch.from_numpy(images)}, *self.family.outputs)
+        return ExportableModel(module, {"images": torch.from_numpy(images)}, self.family.outputs)
 
     def _logits(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         height, width = batch.masks.shape[1:]
