@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 
+from maskllm4v.config import DataSettings, RuntimeSettings, TaskSpec
+from maskllm4v.data import prepare
+from maskllm4v.tasks.base import open_task
+from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettings
+
 CLASSES = 10
 SIZE = 64  # pixels a side, of one channel: scenes of digits
 QUERIES = 8
@@ -106,8 +111,8 @@ def _settings() -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
-def save_detector(name: str, folder: Path, **changed: Any) -> Path:
-    """A model of that class, its weights the same each time; ``changed`` are keys of its configuration."""
+def save(name: str, folder: Path, **changed: Any) -> Path:
+    """A folder of the class of that name, its weights the same each time; ``changed`` are keys of its configuration."""
     import transformers
 
     config, settings = _settings()[name]
@@ -115,8 +120,25 @@ def save_detector(name: str, folder: Path, **changed: Any) -> Path:
         torch.manual_seed(0)
         known = getattr(transformers, config)(**{"num_labels": CLASSES, **settings, **changed})
         model = getattr(transformers, name)(known)
-        for parameter in model.parameters():  # so that scores differ from query to query, as those of trained models do
-            if parameter.ndim == 2 and parameter.std() < 0.1:
-                torch.nn.init.normal_(parameter, std=0.3)
+        for parameter in model.parameters():  # as far from its initialisation as training would bring it
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
+    transformers.utils.logging.enable_progress_bar()
     return folder
+
+
+def task(name: str, folder: Path, data: Path, **model: Any) -> Any:
+    """Detection in scenes by the model in a folder, the data prepared."""
+    own = {"name": name, "folder": str(folder), "classes": CLASSES, "input": {"img_size": SIZE}}
+    scenes = {"train": 24, "test": 8, "size": SIZE}
+    made = TaskSpec(
+        task=DetectionSettings(eval_batch_size=8),
+        model=DetectorSettings.model_validate(own | model),
+        data=DataSettings.model_validate({"name": "s", "source": "scenes", "scenes": scenes, "calibration": 16}),
+        runtime=RuntimeSettings(device="cpu"),
+    )
+    assert made.data is not None
+    if not (data / "manifest.json").exists():
+        prepare(made.data, data)
+    return open_task(made, data)
