@@ -26,8 +26,10 @@ SECTIONS = {
         *("learned", "updated", "finetuned", "rows", "evaluation", "exports", "runtime"),
     ],
     "data": [
-        *("name", "source", "root", "dataset", "train", "test", "classes", "hash_files", "in_memory", "holdout"),
-        *("test_fraction", "split_seed", "calibration", "calibration_seed", "calibration_sets", "calibration_split"),
+        *("name", "source", "root", "dataset", "train", "test", "classes", "masks", "annotations", "ignored"),
+        *("zero_is_ignored", "suffix", "image_suffix", "empty_boxes", "hash_files", "in_memory", "holdout"),
+        *("test_fraction", "scenes", "split_seed", "calibration", "calibration_seed", "calibration_sets"),
+        "calibration_split",
     ],
     "task": [
         *("name", "eval_batch_size", "eval_amp", "eval_split", "shift", "shift_probability", "hflip", "crop_scale"),

@@ -103,11 +103,13 @@ def save(name: str, folder: Path, **changed: Any) -> Path:
 
 def spec(name: str, folder: Path, **model: Any) -> TaskSpec:
     """Segmentation of scenes by the model in a folder."""
-    own = {"stride": 1} if name == "SamModel" else {}
+    own: dict[str, Any] = {"input": {"img_size": SIZE}} | ({"stride": 1} if name == "SamModel" else {})
     scenes = {"train": 24, "test": 8}
     return TaskSpec(
         task=SegmentationSettings(eval_batch_size=8),
-        model=SegmenterSettings(name=name, folder=str(folder), classes=CLASSES, **own | model),
+        model=SegmenterSettings.model_validate(
+            {"name": name, "folder": str(folder), "classes": CLASSES, **own, **model}
+        ),
         data=DataSettings.model_validate({"name": "s", "source": "scenes", "scenes": scenes, "calibration": 8}),
         runtime=RuntimeSettings(device="cpu"),
     )

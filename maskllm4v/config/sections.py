@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from maskllm4v.config.base import (
     Betas,
@@ -44,7 +45,14 @@ Permutation = Literal["none", "greedy"]
 UNPERMUTED: Any = Field("none", exclude_if=lambda value: value == "none")
 
 
+def _unwritten(default: Any) -> Any:
+    """A setting of one source of data: at its default it is not written down, as before there was that source."""
+    return Field(default, exclude_if=lambda value: value == default)
+
+
 EMBEDDED = {"digits", "scenes"}  # sources that need no files of the user
+ANNOTATED = ("coco", "masks")  # sources of the user's files that have no label, but boxes or masks
+OWN_KEYS = {"masks": ("ignored", "zero_is_ignored", "suffix", "image_suffix"), "coco": ("empty_boxes",)}
 
 
 class SceneSettings(Settings):
@@ -65,21 +73,55 @@ class SceneSettings(Settings):
         return self
 
 
+class SplitPaths(Settings):
+    """What both splits have one of: a folder or a file below ``data.root``."""
+
+    train: str
+    test: str
+
+
+def _count_or_names(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, list) and names and all(isinstance(name, str) and name.strip() for name in names):
+        return value
+    if value is None or (type(value) is int and value > 0):
+        return value
+    raise PydanticCustomError("classes", "allowed: a number, a list of names, or a file with one name per line")
+
+
+Classes = Annotated[int | list[str] | str | None, BeforeValidator(_count_or_names)]
+
+
 class DataSettings(Settings):
     """Where the images come from, and how they are split."""
 
     name: Slug  # of the folder artifacts/data/<name>/
-    source: Literal["digits", "folder", "scenes", "timm"]
-    root: str | None = None  # folder: holds one folder a split, which hold one folder a class; timm: as timm reads it
+    source: Literal["coco", "digits", "folder", "masks", "scenes", "timm"]
+    # folder: holds one folder a split, which hold one folder a class; timm: as timm reads it; masks, coco: holds all
+    # that the keys below name
+    root: str | None = None
     dataset: str | None = None  # timm: as in timm.data.create_dataset, e.g. "torch/cifar10" or "hfds/org/name"
-    train: str = "train"
+    train: str = "train"  # masks, coco: the folder of the pictures
     test: str = "val"
-    classes: Count | None = None  # how many there have to be; an error if there are others
-    hash_files: bool = False  # folder: read every image, check that it is one, and take its SHA-256
+    # How many there have to be; an error if there are others. masks: their names in the order of the values, or a text
+    # file below root with one name per line; coco names them itself.
+    classes: Classes = None
+    masks: SplitPaths | None = _unwritten(None)  # masks: folders of the masks, laid out as those of the pictures
+    annotations: SplitPaths | None = _unwritten(None)  # coco: JSON files, both with the same categories
+    ignored: Annotated[int, Field(ge=0, le=255)] = _unwritten(255)  # masks: the value of pixels that belong to no class
+    zero_is_ignored: bool = _unwritten(
+        False
+    )  # masks: 0 is ignored, too, and classes begin at 1 (ADE20K's reduced zero label)
+    suffix: str = _unwritten(".png")  # masks: how a mask's name goes on after its picture's
+    image_suffix: str | None = _unwritten(
+        None
+    )  # masks: how pictures' names end, e.g. _leftImg8bit.png; None: any image type
+    empty_boxes: Literal["error", "drop"] = _unwritten("error")  # coco: those without area; COCO itself has some
+    hash_files: bool = False  # folder, masks, coco: read every file, check that it is an image, and take its SHA-256
     in_memory: Count | None = None  # folder, timm: decode once, to squares of so many pixels, and keep them
     holdout: Number = 0  # images taken out of the training split, to choose settings or checkpoints on
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5  # digits
-    scenes: SceneSettings = SceneSettings()  # scenes
+    scenes: SceneSettings = _unwritten(SceneSettings())  # scenes
     split_seed: Seed = 0  # digits, scenes, and which images are held out
     calibration: Count = 128  # images a calibration set
     calibration_seed: int = 0
@@ -88,8 +130,8 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _keys_go_with_source(self) -> DataSettings:
-        if (self.source == "folder") and self.root is None:
-            raise ValueError("root is needed for source 'folder'")
+        if self.source in ("folder", *ANNOTATED) and self.root is None:
+            raise ValueError(f"root is needed for source {self.source!r}")
         if self.source in EMBEDDED and self.root is not None:
             raise ValueError(f"root is not for source {self.source!r}, which comes with scikit-learn")
         if self.source in EMBEDDED and self.in_memory is not None:
@@ -98,7 +140,27 @@ class DataSettings(Settings):
             raise ValueError(f"scenes is for source 'scenes' only; found source {self.source!r}")
         if (self.source == "timm") != (self.dataset is not None):
             raise ValueError(f"dataset is needed for source 'timm' and for no other; found source {self.source!r}")
+        self._keys_go_with_annotations()
         return self
+
+    def _keys_go_with_annotations(self) -> None:
+        for key, source in (("masks", "masks"), ("annotations", "coco")):
+            if (getattr(self, key) is not None) != (self.source == source):
+                raise ValueError(
+                    f"{key} is needed for source {source!r} and for no other; found source {self.source!r}"
+                )
+        for source, keys in OWN_KEYS.items():
+            given = [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+            if given and self.source != source:
+                raise ValueError(f"{given[0]} is for source {source!r} only; found source {self.source!r}")
+        if self.source == "masks" and not isinstance(self.classes, str | list):
+            raise ValueError("classes is needed for source 'masks': a list of names, or a file with one name per line")
+        if self.source != "masks" and not isinstance(self.classes, int | None):
+            raise ValueError(f"classes is {self.classes!r}; allowed for source {self.source!r}: how many there are")
+        if self.source in ANNOTATED and self.in_memory is not None:
+            raise ValueError(f"in_memory is not for source {self.source!r}")
+        if self.annotations is not None and self.annotations.train == self.annotations.test:
+            raise ValueError(f"annotations.train and annotations.test are both {self.annotations.train!r}")
 
 
 class AugmentationSettings(Settings):
@@ -116,6 +178,28 @@ class AugmentationSettings(Settings):
     auto_augment: str | None = None  # e.g. rand-m8-inc1-mstd101
     random_erasing: Share = 0.0
     erasing_mode: Literal["const", "rand", "pixel"] = "const"
+
+
+class JointAugmentationSettings(Settings):
+    """What is done to training images and their masks and boxes together; nothing by default. Not for ``scenes``."""
+
+    hflip: Share = 0.0
+    # One of the two, or images are brought to the model's size as in evaluation.
+    crop_scale: FirstLast | None = None  # random resized crop: of its area
+    crop_ratio: FirstLast = (0.75, 4 / 3)
+    scale_jitter: FirstLast | None = None  # of the size at which an image fits the model's; then cropped or padded
+    color_jitter: NonNegative = 0.0  # of brightness, contrast and saturation
+
+    @model_validator(mode="after")
+    def _one_way_to_crop(self) -> Self:
+        if self.crop_scale is not None and self.scale_jitter is not None:
+            raise ValueError("one of crop_scale and scale_jitter, not both")
+        for key in ("crop_scale", "crop_ratio", "scale_jitter"):
+            if (values := getattr(self, key)) is not None and values[0] > values[1]:
+                raise ValueError(f"{key} is {list(values)}: first the least, then the most")
+        if self.crop_scale is not None and self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale is {list(self.crop_scale)}; allowed: shares of an image's area, up to 1")
+        return self
 
 
 class TaskSettings(Settings):

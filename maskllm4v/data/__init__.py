@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from maskllm4v.config import AugmentationSettings, DataSettings
-from maskllm4v.config.sections import EMBEDDED
+from maskllm4v.config.sections import EMBEDDED, JointAugmentationSettings
 from maskllm4v.data.annotated import AnnotatedData
 from maskllm4v.data.manifest import Manifest, read_manifest
 from maskllm4v.utils.errors import ConfigError, DataError
+
+KINDS = {"coco": ("boxes",), "masks": ("masks",), "scenes": ("boxes", "masks")}  # what annotated sources have
 
 __all__ = ["AnnotatedData", "ImageData", "Manifest", "open_annotated", "open_data", "prepare", "read_manifest"]
 
@@ -59,7 +61,8 @@ def prepare(settings: DataSettings, folder: Path, *, one_split: bool = False) ->
         ConfigError: training and reported images are the same, though both are needed.
         DataError: the source is missing, empty, or has unreadable files.
     """
-    if settings.source not in EMBEDDED and not one_split and settings.train == settings.test:
+    own_folders = settings.source not in (*EMBEDDED, "coco")  # coco: one folder may hold the pictures of both splits
+    if own_folders and not one_split and settings.train == settings.test:
         raise ConfigError(
             f"data.train and data.test are both {settings.train!r}: the reported images would be trained on"
         )
@@ -75,6 +78,14 @@ def prepare(settings: DataSettings, folder: Path, *, one_split: bool = False) ->
         from maskllm4v.data.timm_datasets import prepare_timm
 
         return prepare_timm(settings, folder)
+    if settings.source == "masks":
+        from maskllm4v.data.index_masks import prepare_masks
+
+        return prepare_masks(settings, folder)
+    if settings.source == "coco":
+        from maskllm4v.data.coco import prepare_coco
+
+        return prepare_coco(settings, folder)
     from maskllm4v.data.folder import prepare_folder
 
     return prepare_folder(settings, folder)
@@ -95,8 +106,8 @@ def open_data(
         DataError: the manifest is missing, damaged or of another source, or the source is not what it says.
     """
     manifest = _manifest(folder, data)
-    if data.source == "scenes":
-        raise ConfigError("data.source is 'scenes', whose images have masks and boxes, but no label")
+    if data.source in KINDS:
+        raise ConfigError(f"data.source is {data.source!r}, whose images have masks or boxes, but no label")
     if data.source == "digits":
         from maskllm4v.data.digits import open_digits
 
@@ -113,19 +124,42 @@ def open_data(
     return DecodedImages(manifest, read, augmentation, transform)
 
 
-def open_annotated(folder: Path, data: DataSettings) -> AnnotatedData:
+def open_annotated(
+    folder: Path,
+    data: DataSettings,
+    augmentation: JointAugmentationSettings,
+    transform: Mapping[str, Any],
+    *,
+    needs: Literal["masks", "boxes"],
+) -> AnnotatedData:
     """The images with masks or boxes behind a prepared manifest.
 
+    Args:
+        folder: of the manifest.
+        data: which source it is of.
+        augmentation: of training images.
+        transform: what the model takes: ``input_size`` (channels, height, width), ``mean`` and ``std``, and if there
+            are any ``mode`` (squash or letterbox) and ``interpolation``. See :class:`maskllm4v.data.joint.ModelInput`.
+        needs: what the task cannot do without.
+
     Raises:
-        ConfigError: the source has labels only.
+        ConfigError: the source has no masks or boxes, cannot be augmented, or is not of the model's size.
         DataError: the manifest is missing, damaged or of another source, or the source is not what it says.
     """
     manifest = _manifest(folder, data)
-    if data.source != "scenes":
-        raise ConfigError(f"data.source is {data.source!r}, which has neither masks nor boxes; allowed: scenes")
-    from maskllm4v.data.scenes import open_scenes
+    if data.source not in (able := [source for source, kinds in KINDS.items() if needs in kinds]):
+        raise ConfigError(f"data.source is {data.source!r}, which has no {needs}; allowed: {', '.join(able)}")
+    if data.source == "scenes":
+        from maskllm4v.data.scenes import open_scenes
 
-    return open_scenes(manifest, folder)
+        return open_scenes(manifest, folder, data.scenes, augmentation, transform)
+    if data.source == "masks":
+        from maskllm4v.data.index_masks import open_masks
+
+        return open_masks(manifest, folder, augmentation, transform)
+    from maskllm4v.data.coco import open_coco
+
+    return open_coco(manifest, folder, augmentation, transform)
 
 
 def _manifest(folder: Path, data: DataSettings) -> Manifest:

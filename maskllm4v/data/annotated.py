@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -20,22 +20,58 @@ NONE = -1  # the class of rows that only fill a batch of boxes up
 
 
 class AnnotatedBatch(NamedTuple):
-    """A batch of pictures and what is known of them.
+    """A batch of pictures and what is known of them, at the size that a model takes, padded on the right and below.
 
     Attributes:
-        images: normalised, float32 ``[B, C, H, W]``.
-        masks: int64 ``[B, H, W]``, a class for each pixel or :data:`IGNORED`.
-        boxes: float32 ``[B, K, 4]``: left, top, right, bottom in pixels; K is the batch's largest count.
+        images: normalised, float32 ``[B, C, H, W]``; padding is 0, the mean colour.
+        masks: int64 ``[B, H, W]``, a class for each pixel or :data:`IGNORED`, as padding is; ``[B, 0, 0]`` of a source
+            without masks.
+        boxes: float32 ``[B, K, 4]``: left, top, right, bottom in pixels of ``images``; K is the batch's largest count.
+            Crowds are not among them.
         classes: int64 ``[B, K]``; :data:`NONE` from the image's last box on.
+        valid: int64 ``[B, 2]``: height and width without padding.
+        sizes: int64 ``[B, 2]``: height and width of the pictures as they are stored; scores are taken at this size.
+        truth: int64 ``[B, H', W']``: for scores, the masks as they are stored, padded with :data:`IGNORED` to the
+            largest of the batch. In training, and where pictures have the model's size, the same as ``masks``.
     """
 
     images: Tensor
     masks: Tensor
     boxes: Tensor
     classes: Tensor
+    valid: Tensor
+    sizes: Tensor
+    truth: Tensor
 
     def to(self, device: torch.device) -> AnnotatedBatch:
         return AnnotatedBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+    def at_full_size(self, boxes: Tensor) -> Tensor:
+        """Boxes ``[B, ..., 4]`` in pixels of ``images``, in pixels of the pictures as they are stored."""
+        factors = (self.sizes / self.valid).flip(1).repeat(1, 2).to(boxes)  # of x, y, x, y
+        return boxes * factors.view(len(boxes), *[1] * (boxes.ndim - 2), 4)
+
+
+class Objects(NamedTuple):
+    """What an image shows, for average precision; all in pixels of the picture as it is stored.
+
+    Attributes:
+        boxes: float64 ``[n, 4]``: left, top, right, bottom.
+        classes: int64 ``[n]``.
+        crowds: bool ``[n]``: a box of many objects; what is found there is neither right nor wrong.
+        areas: float64 ``[n]``, in pixels; average precision by size goes by them.
+    """
+
+    boxes: np.ndarray
+    classes: np.ndarray
+    crowds: np.ndarray
+    areas: np.ndarray
+
+    @classmethod
+    def of(cls, boxes: np.ndarray, classes: np.ndarray) -> Objects:
+        """Without crowds, as large as their boxes."""
+        corners = boxes.astype(np.float64)
+        return cls(corners, classes, np.zeros(len(classes), bool), np.prod(corners[:, 2:] - corners[:, :2], 1))
 
 
 class AnnotatedData(Protocol):
@@ -43,7 +79,7 @@ class AnnotatedData(Protocol):
 
     Attributes:
         manifest: of the source; its classes are those of boxes.
-        mask_classes: the names of pixels' classes.
+        mask_classes: the names of pixels' classes; empty if there are no masks.
     """
 
     manifest: Manifest
@@ -57,8 +93,8 @@ class AnnotatedData(Protocol):
     ) -> AnnotatedBatch:
         """The images ``indices[part]``, augmented if a generator is given."""
 
-    def annotations(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Boxes ``[n, 4]`` and classes ``[n]`` of each image, in order; no image is read."""
+    def annotations(self, split: str) -> Iterator[Objects]:
+        """The objects of each image, in order; no image is read."""
 
     def pixels(self, images: Tensor) -> Tensor:
         """Normalised images ``[B, C, H, W]`` as they were, uint8."""
@@ -115,17 +151,17 @@ def annotated_entries(arrays: AnnotatedArrays) -> list[Entry]:
     return [Entry(str(i), int(counts[i]), arrays.images[i].nbytes, digest(i)) for i in range(len(arrays))]
 
 
-def save_arrays(path: Path, arrays: AnnotatedArrays) -> str:
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
     """Write them as safetensors; returns the file's SHA-256."""
     from safetensors.numpy import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as target:
-        save_file(vars(arrays), target)
+        save_file(dict(arrays), target)
     return file_digest(path)
 
 
-def load_arrays(path: Path, digest: str) -> AnnotatedArrays:
+def load_arrays(path: Path, digest: str) -> dict[str, np.ndarray]:
     """Read what :func:`save_arrays` wrote.
 
     Raises:
@@ -135,7 +171,7 @@ def load_arrays(path: Path, digest: str) -> AnnotatedArrays:
 
     if not path.exists() or file_digest(path) != digest:
         raise DataError(f"{path} is missing or is not the one its manifest describes; run the prepare stage again")
-    return AnnotatedArrays(**load_file(path))
+    return load_file(path)
 
 
 class ArraysInMemory:
@@ -166,12 +202,14 @@ class ArraysInMemory:
         found = self.arrays(split).subset(indices[part])
         images = torch.from_numpy(found.images).float().div_(255).sub_(self.mean).div_(self.std)
         masks = torch.from_numpy(found.masks).long()
-        return AnnotatedBatch(images, masks, torch.from_numpy(found.boxes).float(), torch.from_numpy(found.classes))
+        boxes, classes = torch.from_numpy(found.boxes).float(), torch.from_numpy(found.classes)
+        sizes = torch.tensor(images.shape[2:]).repeat(len(images), 1)
+        return AnnotatedBatch(images, masks, boxes, classes, valid=sizes, sizes=sizes, truth=masks)
 
-    def annotations(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def annotations(self, split: str) -> Iterator[Objects]:
         arrays = self.arrays(split)
         for boxes, classes in zip(arrays.boxes, arrays.classes, strict=True):
-            yield boxes[classes != NONE], classes[classes != NONE]
+            yield Objects.of(boxes[classes != NONE], classes[classes != NONE])
 
     def pixels(self, images: Tensor) -> Tensor:
         return (images * self.std + self.mean).mul(255).round().clamp(0, 255).byte()

@@ -18,6 +18,8 @@ from maskllm4v.utils.errors import ConfigError, DataError
 from maskllm4v.utils.progress import bar
 from maskllm4v.utils.text import one_line
 
+ORIENTATION = 0x0112  # of EXIF
+TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 Read = Callable[[Entry], tuple[Any, str]]  # a file, path or PIL image, and its name for messages
 
 
@@ -116,12 +118,12 @@ def training_transform(transform: Mapping[str, Any], augmentation: AugmentationS
 
 
 def decode(read: Read, entry: Entry, mode: str) -> Any:
-    """A PIL image in ``mode``.
+    """A PIL image in ``mode``, turned as its EXIF orientation says.
 
     Raises:
         DataError: it is missing, no image, too large for PIL, or has more than 8 bits a channel.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     source, name = read(entry)
     try:
@@ -129,6 +131,7 @@ def decode(read: Read, entry: Entry, mode: str) -> Any:
         with image:
             if image.mode.startswith("I"):  # converting would clip nearly all of it to white
                 raise DataError(f"{name} has more than 8 bits a channel; convert it first")
+            image = ImageOps.exif_transpose(image)
             if "transparency" in image.info:
                 return image.convert("RGBA").convert(mode)
             return image.convert(mode)
@@ -136,6 +139,12 @@ def decode(read: Read, entry: Entry, mode: str) -> Any:
         raise
     except Exception as error:  # decoders raise whatever they like
         raise DataError(f"{name} cannot be read as an image: {one_line(error)}") from error
+
+
+def shown_size(image: Any) -> tuple[int, int]:
+    """Width and height of a PIL image as :func:`decode` gives it."""
+    width, height = image.size
+    return (height, width) if image.getexif().get(ORIENTATION) in TURNED else (width, height)
 
 
 @contextmanager

@@ -35,14 +35,14 @@ def prepare_folder(settings: DataSettings, folder: Path) -> Manifest:
         DataError: a folder is missing or empty, files cannot be read, or the splits' classes differ.
     """
     root = Path(settings.root or "")
-    if fault := _not_utf8(root):
+    if fault := not_utf8(root):
         raise DataError(fault)
     classes = _classes(root / settings.train)
     if (other := _classes(root / settings.test)) != classes:
         odd = sorted(set(classes) ^ set(other))
         raise DataError(
             f"{root}: {settings.train} has {len(classes)} classes and {settings.test} {len(other)}; "
-            f"they differ in {_few(odd)}"
+            f"they differ in {few_faults(odd)}"
         )
     if settings.classes not in (None, len(classes)):
         raise DataError(f"data.classes is {settings.classes}, but {root / settings.train} has {len(classes)} classes")
@@ -62,8 +62,12 @@ def reader(manifest: Manifest, settings: DataSettings) -> Callable[[Entry], tupl
     Raises:
         DataError: one of the files that were looked at more closely has changed.
     """
-    root = Path(manifest.extra["root"])
     verify(manifest.looks)
+    return file_reader(Path(manifest.extra["root"]))
+
+
+def file_reader(root: Path) -> Callable[[Entry], tuple[Any, str]]:
+    """What opens files below a folder, see :func:`reader`."""
 
     def read(entry: Entry) -> tuple[Any, str]:
         path = root / entry.path
@@ -85,8 +89,8 @@ def _classes(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; expected {folder}/<class>/<image>")
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if faults := [fault for name in classes if (fault := _not_utf8(folder / name))]:
-        raise DataError(_few(faults))
+    if faults := [fault for name in classes if (fault := not_utf8(folder / name))]:
+        raise DataError(few_faults(faults))
     if not classes:
         raise DataError(f"{folder} has no class folders; expected {folder}/<class>/<image>")
     return classes
@@ -107,7 +111,7 @@ def _entries(root: Path, split: str, classes: list[str], hash_files: bool) -> li
         others += own_others
         for file in files:
             path, digest = Path(file.path), ""
-            if fault := _not_utf8(path):
+            if fault := not_utf8(path):
                 faults.append(fault)
                 continue
             try:
@@ -119,14 +123,14 @@ def _entries(root: Path, split: str, classes: list[str], hash_files: bool) -> li
                 if not os.access(path, os.R_OK):
                     raise OSError("cannot be read: permission denied")
                 if hash_files:
-                    _verify(path)
+                    verify_image(path)
                     digest = file_digest(path)
             except OSError as error:
                 faults.append(f"{path} {error.strerror or error}")
                 continue
             found.append(Entry(path.relative_to(root).as_posix(), label, size, digest))
     if faults:
-        raise DataError(_few(faults))
+        raise DataError(few_faults(faults))
     warn_of_others(root / split, others)
     return found
 
@@ -146,7 +150,7 @@ def warn_of_others(folder: Path, names: Sequence[str]) -> None:
         )
 
 
-def _not_utf8(path: Path) -> str:
+def not_utf8(path: Path) -> str:
     """What is wrong with a name that is not UTF-8, which no manifest can hold; empty if nothing is."""
     try:
         str(path).encode()
@@ -155,7 +159,7 @@ def _not_utf8(path: Path) -> str:
     return ""
 
 
-def _verify(path: Path) -> None:
+def verify_image(path: Path) -> None:
     from PIL import Image
 
     try:
@@ -165,6 +169,6 @@ def _verify(path: Path) -> None:
         raise OSError(f"cannot be read as an image: {one_line(error)}") from error
 
 
-def _few(items: list[str]) -> str:
+def few_faults(items: list[str]) -> str:
     more = f", and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more

@@ -129,23 +129,22 @@ def write_manifest(
     splits: Mapping[str, Sequence[Entry]],
     extra: Mapping[str, Any],
     files: Path | None = None,
+    beside: Sequence[Path] = (),
 ) -> Manifest:
     """Hold out, choose calibration images, write it all down, seal it, and read it back.
 
     ``files``: the folder that entries are paths in; how some of them look is sealed, too. Those that are hashed are
-    checked whenever they are read.
+    checked whenever they are read. ``beside``: other files whose look is sealed.
 
     Raises:
         DataError: there are too few images, or not the number of classes that ``settings`` expects.
     """
-    if settings.classes not in (None, len(classes)):
+    if isinstance(settings.classes, int) and settings.classes != len(classes):
         raise DataError(f"data.classes is {settings.classes}, but {settings.name} has {len(classes)} classes")
     splits = hold_out(splits, settings)
     described = {}
     for split, entries in splits.items():
-        path = folder / f"{split}.csv"
-        write_csv(path, HEADER, ((e.path, e.label, e.bytes, e.sha256) for e in entries))
-        described[split] = {"images": len(entries), "sha256": file_digest(path)}
+        described[split] = write_entries(folder / f"{split}.csv", entries)
     about = {
         "name": settings.name,
         "source": settings.source,
@@ -156,12 +155,18 @@ def write_manifest(
         "extra": dict(extra),
     }
     write_json(folder / "manifest.json", about)
-    looked_at = [] if files is None or settings.hash_files else [files / e.path for e in _spread(splits)]
-    seal(folder, file_digest(folder / "manifest.json"), looked_at)
+    looked_at = [] if files is None or settings.hash_files else [files / e.path for e in spread(splits)]
+    seal(folder, file_digest(folder / "manifest.json"), [*looked_at, *beside])
     return read_manifest(folder)
 
 
-def _spread(splits: Mapping[str, Sequence[Entry]]) -> list[Entry]:
+def write_entries(path: Path, entries: Sequence[Entry]) -> dict[str, Any]:
+    """Write a CSV file with a line per entry; returns their number and the file's digest, for the manifest."""
+    write_csv(path, HEADER, ((e.path, e.label, e.bytes, e.sha256) for e in entries))
+    return {"images": len(entries), "sha256": file_digest(path)}
+
+
+def spread(splits: Mapping[str, Sequence[Entry]]) -> list[Entry]:
     """Some entries of each split, spread over all of it."""
     return [entry for entries in splits.values() for entry in entries[:: -(-len(entries) // SAMPLE) or 1]]
 
@@ -175,7 +180,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     try:
         about, digest = read_json(path), file_digest(path)
-        splits = {split: _read_entries(folder / f"{split}.csv", facts) for split, facts in about["splits"].items()}
+        splits = {split: read_entries(folder / f"{split}.csv", facts) for split, facts in about["splits"].items()}
         return Manifest(
             name=about["name"],
             source=about["source"],
@@ -193,7 +198,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path} is no manifest: {error}; run the prepare stage again") from error
 
 
-def _read_entries(path: Path, facts: Mapping[str, Any]) -> Entries:
+def read_entries(path: Path, facts: Mapping[str, Any]) -> Entries:
+    """Read what :func:`write_entries` wrote.
+
+    Raises:
+        DataError: the file is missing, or has another digest.
+    """
     if not path.exists() or file_digest(path) != facts["sha256"]:
         raise DataError(f"{path} is missing or is not the one its manifest describes; run the prepare stage again")
     with path.open(newline="", encoding="utf-8") as stream:

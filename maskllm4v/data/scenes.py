@@ -6,16 +6,17 @@ CPU, pinned or not. The digit images are split into stratified halves first: non
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from maskllm4v.config import DataSettings, SceneSettings
+from maskllm4v.config import DataSettings, JointAugmentationSettings, SceneSettings
 from maskllm4v.data.annotated import AnnotatedArrays, ArraysInMemory, annotated_entries, load_arrays, save_arrays
 from maskllm4v.data.digits import digit_images
 from maskllm4v.data.manifest import Manifest, write_manifest
-from maskllm4v.utils.errors import DataError
+from maskllm4v.utils.errors import ConfigError, DataError
 from maskllm4v.utils.rng import generator
 
 LEVELS = 16  # of ink in scikit-learn's images
@@ -40,7 +41,7 @@ def prepare_scenes(settings: DataSettings, folder: Path) -> Manifest:
             for i in range(count)
         ]
         arrays = AnnotatedArrays.of(*zip(*made, strict=True))
-        files[split] = save_arrays(folder / f"{split}.safetensors", arrays)
+        files[split] = save_arrays(folder / f"{split}.safetensors", vars(arrays))
         splits[split] = annotated_entries(arrays)
     classes = [str(digit) for digit in range(10)]
     return write_manifest(
@@ -52,16 +53,29 @@ def prepare_scenes(settings: DataSettings, folder: Path) -> Manifest:
     )
 
 
-def open_scenes(manifest: Manifest, folder: Path) -> ArraysInMemory:
+def open_scenes(
+    manifest: Manifest,
+    folder: Path,
+    settings: SceneSettings,
+    augmentation: JointAugmentationSettings,
+    transform: Mapping[str, Any],
+) -> ArraysInMemory:
     """The scenes behind a manifest; those held out are taken from the training split's file.
 
     Raises:
+        ConfigError: they are to be augmented, or brought to another size.
         DataError: when a split is first needed: its file is missing, or not the one that the manifest describes.
     """
 
+    if changed := set(JointAugmentationSettings.model_fields) & set(augmentation.beyond_defaults()):
+        raise ConfigError(f"task.{min(changed)} is not for data.source 'scenes', which are not augmented")
+    if tuple(transform["input_size"]) != (size := (1, settings.size, settings.size)):
+        wanted = list(transform["input_size"])
+        raise ConfigError(f"scenes are {list(size)} (channels, height, width), but the model takes {wanted}")
+
     def load(split: str) -> AnnotatedArrays:
         source = "train" if split == "holdout" else split
-        arrays = load_arrays(folder / f"{source}.safetensors", manifest.extra["files"][source])
+        arrays = AnnotatedArrays(**load_arrays(folder / f"{source}.safetensors", manifest.extra["files"][source]))
         return arrays.subset(np.array([int(entry.path) for entry in manifest.splits[split]], dtype=np.int64))
 
     return ArraysInMemory(manifest, load, mean=manifest.extra["mean"], std=manifest.extra["std"])

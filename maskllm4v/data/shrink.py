@@ -1,8 +1,8 @@
 """Small copies of an image folder, for machines on which decoding the originals holds the GPU back.
 
 The copy has the folders and file names of the original, so classes, labels and order stay the same. Pixels are
-those that :func:`maskllm4v.data.decoded.decode` sees: EXIF orientation and colour profiles are ignored there, so
-they are ignored here and not written; palettes, CMYK and transparency become RGB (grey stays grey).
+those that :func:`maskllm4v.data.decoded.decode` sees: turned as EXIF says, colour profiles ignored, and neither is
+written; palettes, CMYK and transparency become RGB (grey stays grey).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from maskllm4v.data.decoded import decode
+from maskllm4v.data.decoded import ORIENTATION, decode, shown_size
 from maskllm4v.data.folder import SUFFIXES, is_other_image, warn_of_others
 from maskllm4v.data.manifest import Entry
 from maskllm4v.utils.errors import ConfigError, DataError, UserError
@@ -137,9 +137,11 @@ def small_copy(path: Path, size: int, quality: int) -> bytes | None:
 
     try:
         image = Image.open(path)
-        whole, target = image.size, small_size(image.size, size)
+        whole = shown_size(image)
+        target = small_size(whole, size)
         encoding = FORMATS.get(image.format or "", "PNG")
-        draft = None if target == whole else image.draft(None, (SPARE * target[0], SPARE * target[1]))
+        as_stored = target != whole and image.getexif().get(ORIENTATION, 1) == 1  # or the box would have to be turned
+        draft = image.draft(None, (SPARE * target[0], SPARE * target[1])) if as_stored else None
         mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
         pixels = decode(lambda _: (image, str(path)), Entry(str(path), 0, 0, ""), mode)
         if target == whole:  # decoded all the same: damaged files are found here, not in a training
@@ -192,8 +194,9 @@ def _reads_whole(source: Path, target: Path, size: int) -> bool:
     try:
         with Image.open(source) as original, Image.open(target) as copy:
             copy.load()
-            expected = small_size(original.size, size)
-            return copy.size == expected and (expected != original.size or _same_length(source, target, size))
+            whole = shown_size(original)
+            expected = small_size(whole, size)
+            return shown_size(copy) == expected and (expected != whole or _same_length(source, target, size))
     except Exception:  # damaged in whatever way: make it again, and say what is wrong if it is the source
         return False
 

@@ -7,6 +7,7 @@ import colorsys
 import numpy as np
 
 GAP = 2  # pixels between pictures
+GOLDEN = 0.618034  # of the circle of hues, from one colour to the next; five of these are close to a whole turn
 GREY = 128
 SCALE = 3  # a pixel of an image is so many in the picture, for images as small as these
 SMALL = 128  # pixels a side up to which images are scaled up
@@ -24,6 +25,6 @@ def tiled(rows: list[np.ndarray], scale: int) -> np.ndarray:
 
 
 def colours(count: int) -> np.ndarray:
-    """Hues that differ most between neighbours, uint8 ``[count, 3]``."""
-    hues = [(0.618034 * i) % 1 for i in range(count)]
-    return np.array([[round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.85, 1)] for hue in hues], dtype=np.uint8)
+    """Hues that differ most between neighbours, and darker ones for every other five; uint8 ``[count, 3]``."""
+    tones = [((GOLDEN * i) % 1, 0.85, 0.65 if i // 5 % 2 else 1.0) for i in range(count)]
+    return np.array([[round(255 * v) for v in colorsys.hsv_to_rgb(*tone)] for tone in tones], dtype=np.uint8)

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from maskllm4v.config.base import Count, FirstLast, NonNegative, Share
 from maskllm4v.config.metrics import Metric, TaskMetrics
-from maskllm4v.config.sections import TaskSettings
+from maskllm4v.config.sections import JointAugmentationSettings, TaskSettings
 from maskllm4v.config.tasks import TaskSections
 from maskllm4v.tasks.classification.settings import CLASSES, TimmSettings, check_classification
 
@@ -49,7 +49,7 @@ MASKED = ("DetrForObjectDetection", "RfDetrForObjectDetection")  # that are told
 OF_TOKENS = ("alpha", "gamma", "l1", "giou")  # settings of a loss that models of transformers do not have
 
 
-class DetectionSettings(TaskSettings):
+class DetectionSettings(JointAugmentationSettings, TaskSettings):
     """Average precision as COCO has it; the loss of tokens, that of transformers' models being their papers' own."""
 
     name: Literal["detection"] = "detection"

@@ -55,7 +55,7 @@ class Detection(DataTask):
             ConfigError: the objects have another number of classes than the model.
         """
         data, folder = self.opened()
-        found = open_annotated(folder, data)
+        found = open_annotated(folder, data, self.settings, image_settings(self.model), needs="boxes")
         if (count := len(found.manifest.classes)) != self.model.classes:
             raise ConfigError(f"model.classes is {self.model.classes}, but {data.name} has objects of {count} classes")
         return found
@@ -143,7 +143,7 @@ class Detection(DataTask):
         classes = torch.where(found.scores >= self.settings.sure, found.classes, NONE)
         images = self.source.pixels(batch.images).cpu().numpy()
         true, seen = ((b.cpu().numpy(), c.cpu().numpy()) for b, c in (batch[2:], (found.boxes, classes)))
-        return {"predictions": drawings(images, true, seen)}
+        return {"predictions": drawings(images, true, seen, self.manifest.classes)}
 
     def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
         return {}

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from maskllm4v.config.base import Count
 from maskllm4v.config.metrics import Metric, TaskMetrics
-from maskllm4v.config.sections import TaskSettings
+from maskllm4v.config.sections import JointAugmentationSettings, TaskSettings
 from maskllm4v.config.tasks import TaskSections
 from maskllm4v.tasks.classification.settings import CLASSES, TimmSettings, check_classification
 
@@ -33,7 +33,7 @@ TRANSFORMERS = {  # its classes, and what of each stays dense by default: heads,
 }
 
 
-class SegmentationSettings(TaskSettings):
+class SegmentationSettings(JointAugmentationSettings, TaskSettings):
     """Cross-entropy for each pixel; mean intersection over union."""
 
     name: Literal["segmentation"] = "segmentation"

@@ -52,7 +52,7 @@ class Segmentation(DataTask):
             ConfigError: the masks have another number of classes than the model.
         """
         data, folder = self.opened()
-        found = open_annotated(folder, data)
+        found = open_annotated(folder, data, self.settings, input_settings(self.model), needs="masks")
         if (count := len(found.mask_classes)) != self.model.classes:
             raise ConfigError(
                 f"model.classes is {self.model.classes}, but the masks of {data.name} have {count} classes"
@@ -72,6 +72,13 @@ class Segmentation(DataTask):
 
     def train_mode(self, model: nn.Module) -> None:
         model.train()
+
+    def learning_mode(self, model: nn.Module) -> None:
+        """Models of transformers are in evaluation mode while masks are learned.
+
+        In training mode they drop activations, normalise by the batch's statistics, or hide tokens from queries (EoMT).
+        """
+        model.train(not self.model.of_transformers)
 
     def resized(self, size: int) -> Segmentation:
         raise ConfigError("dense.progressive is not for segmentation, whose models have one size")
