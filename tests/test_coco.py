@@ -283,7 +283,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no images": (replaced({"images": []}), r"train\.json: the list 'images' is empty"),
     "unknown image": (
         change("annotations", "image_id", 4),
-        r"train\.json: annotation 3 is of image 4, which is not li",
+        r"train\.json: annotation 3 is of image 4, which is",
     ),
     "unknown category": (change("annotations", "category_id", 8), r"train\.json: annotation 3 is of category 8, which"),
     "duplicate annotation": (change("annotations", "id", 2), r"train\.json: duplicate annotation ids: 2$"),
@@ -299,10 +299,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "negative box": (change("annotations", "bbox", [9, 9, -5, 5]), BOX + "has a negative side"),
     "negative corner": (change("annotations", "bbox", [-9, 1, 15, 5]), BOX + "reaches out of the picture of"),
     "large box": (change("annotations", "bbox", [1, 1, 99, 5]), BOX + "reaches out of the picture of"),
-    "NaN": (change("annotations", "bbox", [1, 1, float("nan"), 5]), r"annotation 3 has the bbox \[1, 1, nan, 5\]; exp"),
+    "NaN": (change("annotations", "bbox", [1, 1, float("nan"), 5]), r"annotation 3 has the bbox \[1, 1, nan, 5\]; e"),
     "infinite": (
         change("annotations", "bbox", [1, 1, float("inf"), 5]),
-        r"annotation 3 has the bbox .*; expected: \[l",
+        r"annotation 3 has the bbox .*; expected",
     ),
     "three numbers": (change("annotations", "bbox", [1, 1, 5]), r"annotation 3 has the bbox \[1, 1, 5\]; expected"),
     "NaN area": (change("annotations", "area", float("nan")), r"annotation 3 has the area nan; expected: a finite"),
@@ -331,7 +331,5 @@ def test_faulty_files_are_named(root: Path, tmp_path: Path, fault: Callable[[Pat
 def test_training_on_the_test_split_is_refused(root: Path, tmp_path: Path) -> None:
     (root / "copy.json").write_text((root / "train.json").read_text())
     settings = coco_settings(root, test="train", annotations={"train": "train.json", "test": "copy.json"})
-    with pytest.raises(
-        DataError, match=r"pictures 'train/5\.png', .* of the test split are in the training split, too"
-    ):
+    with pytest.raises(DataError, match=r"pictures 'train/5\.png', .* of the test split are in the training split"):
         prepare(settings, tmp_path / "m")

@@ -138,7 +138,11 @@ def test_names_of_cityscapes(root: Path, tmp_path: Path) -> None:
 def test_names_of_classes_from_a_file(root: Path, tmp_path: Path) -> None:
     (root / "classes.txt").write_text("road\ncar\nsky\n\n")
     assert prepare(masks_settings(root, classes="classes.txt"), tmp_path / "m").classes == tuple(NAMES)
-    for text, message in (("road\n\nsky\n", "no name of class 1"), ("a\na\nb\n", "class 'a' twice"), ("", "no name")):
+    for text, message in (
+        ("road\n\nsky\n", "no name of class 1"),
+        ("a\na\nb\n", "class name 'a' twice"),
+        ("", "no name"),
+    ):
         (root / "classes.txt").write_text(text)
         with pytest.raises(DataError, match=rf"classes\.txt .*{message}"):
             prepare(masks_settings(root, classes="classes.txt"), tmp_path / "m")
@@ -167,7 +171,7 @@ def test_a_class_that_no_test_mask_has(root: Path, tmp_path: Path) -> None:
 def test_a_class_that_no_training_mask_has_is_told(tmp_path: Path) -> None:
     """Masks of 0 and 255, where 255 was meant to be a class and is ignored."""
     root = draw_masks(tmp_path / "own", values=(0, 255))
-    with pytest.warns(UserWarning, match=r"no training mask has a pixel of class 'thing'"):
+    with pytest.warns(UserWarning, match=r"no training mask has a pixel of 'thing'"):
         prepare(masks_settings(root, classes=["ground", "thing"]), tmp_path / "m")
 
 

@@ -34,7 +34,7 @@ def class_places(names: Sequence[str], count: int, known: Mapping[int, str] | No
     if strange := [name for name in names if name not in places]:
         free = [name for name in places if name not in names]
         raise ConfigError(
-            f"{data} has the {few(strange, 'class')}, unknown to the model; "
+            f"{data} has {few(strange, 'class name')}, unknown to the model; "
             f"the model's that {data} has not: {few(free, shown=10) or '(none)'}"
         )
     if doubtful := [name for name in names if len(places[name]) > 1]:
