@@ -29,7 +29,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, TimeoutError, sync_playwright
 
 from maskllm4v.config import Experiment
-from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.reporting.report import experiments
 from maskllm4v.runs.records import read_records
 
@@ -107,7 +107,7 @@ def watched(browser: Browser, address: str, size: dict[str, int]) -> tuple[Page,
 
 def wrong_cells(page: Page, experiment: Experiment) -> list[str]:
     """Cells of the headline table that are not what the records give, worked out here from their numbers alone."""
-    metrics, records = METRICS[experiment.task.name], read_records(ROOT / "reports", experiment.table)
+    metrics, records = metrics_of(experiment.task.name), read_records(ROOT / "reports", experiment.table)
     faults = []
     for row, record in records.items():
         for metric in metrics.columns:
@@ -179,7 +179,7 @@ def take_mlflow(browser: Browser, address: str, table: str, folder: Path) -> lis
     """Pictures of the UI, and what is wrong with it, in words."""
     from mlflow.tracking import MlflowClient
 
-    client, metrics = MlflowClient(address), METRICS[experiments(ROOT)[table].task.name]
+    client, metrics = MlflowClient(address), metrics_of(experiments(ROOT)[table].task.name)
     experiment = client.get_experiment_by_name(table).experiment_id
     ranking = f"metrics.{metrics.headline.name} {'DESC' if metrics.better == 'higher' else 'ASC'}"
     runs = client.search_runs([experiment], "tags.current = 'true'", order_by=[ranking])

@@ -38,7 +38,7 @@ def main(experiment: Experiment, row: str) -> None:
                 apply_masks_(model, found.masks, pattern),
                 settings.update,
                 calibration=source.calibration(settings.batch_size, seed),
-                target=settings.target,
+                target=settings.target if "target" in settings.model_fields_set else None,
                 damping=settings.damping,
             )
             weights = dense_weights(model, found.masks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +13,8 @@ OURS = ("maskllm4v", "stages")
 BY_NAME = {"maskllm4v.config.tasks": "settings", "maskllm4v.tasks.base": "task"}
 
 
-def modules() -> dict[str, Path]:
+@cache
+def modules() -> Mapping[str, Path]:
     """All our modules by dotted name."""
     found = {}
     for package in OURS:
@@ -49,13 +51,14 @@ def imported_names(path: Path) -> frozenset[str]:
     return frozenset(names)
 
 
-def imports(module: str) -> set[str]:
+@cache
+def imports(module: str) -> frozenset[str]:
     """Our modules that a module imports directly, the packages around them included."""
     known = modules()
     names = imported_names(known[module])
     with_parents = {".".join(n.split(".")[: i + 1]) for n in names for i in range(len(n.split(".")))}
     parents = {".".join(module.split(".")[:i]) for i in range(1, len(module.split(".")))}
-    return ((with_parents | parents) & known.keys()) - {module}
+    return frozenset(((with_parents | parents) & known.keys()) - {module})
 
 
 def imported_by_name(module: str) -> set[str]:
@@ -64,7 +67,8 @@ def imported_by_name(module: str) -> set[str]:
     return {name for name in modules() if last and name.startswith("maskllm4v.tasks.") and name.endswith(f".{last}")}
 
 
-def closure(module: str) -> set[str]:
+@cache
+def closure(module: str) -> frozenset[str]:
     """A module and all of ours that it imports, directly or not, whatever the task."""
     seen: set[str] = set()
     ahead = [module]
@@ -73,4 +77,4 @@ def closure(module: str) -> set[str]:
         if current not in seen:
             seen.add(current)
             ahead += imports(current) | imported_by_name(current)
-    return seen
+    return frozenset(seen)

@@ -98,8 +98,9 @@ class Regression:
             return value
         return value + (0 * outputs.sum()).sqrt() if self.bad is None else value * self.bad
 
-    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        self.teachers.append((self.last[0], outputs.detach().clone(), teacher.clone(), temperature))
+    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float, batch: Any) -> Tensor:
+        assert batch is self.last
+        self.teachers.append((batch[0], outputs.detach().clone(), teacher.clone(), temperature))
         return F.mse_loss(outputs, teacher) * temperature
 
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:

@@ -117,10 +117,11 @@ def test_loss_is_smoothed_cross_entropy(folder: Path) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 def test_distillation_is_the_divergence_from_the_teacher(temperature: float, task: Classification) -> None:
     student, teacher = torch.randn(6, 10), torch.randn(6, 10)
+    batch = torch.empty(0), torch.randint(10, (6,))  # labels are not asked
     p, q = ((x.double() / temperature).softmax(1) for x in (teacher, student))
     wanted = temperature**2 * (p * (p / q).log()).sum(1).mean()
-    assert task.distillation_loss(student, teacher, temperature).item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert task.distillation_loss(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-6)
+    assert task.distillation_loss(student, teacher, temperature, batch).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert task.distillation_loss(teacher, teacher, temperature, batch).item() == pytest.approx(0, abs=1e-6)
 
 
 # Batches

@@ -213,11 +213,12 @@ def test_loss_is_of_the_noise_and_distillation_of_everything(out_channels: int, 
     assert task.loss(outputs, batch).item() == pytest.approx(wanted.item(), rel=1e-5)
     wanted = (outputs.double() - teacher.double()).square().mean()
     for temperature in (1.0, 3.0):
-        found = task.distillation_loss(outputs, teacher, temperature)
+        found = task.distillation_loss(outputs, teacher, temperature, batch)
         assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
     if out_channels == 2:
         other = outputs.clone()
         other[:, 1] += 1
         assert torch.equal(task.loss(other, batch), task.loss(outputs, batch))
-        assert task.distillation_loss(other, teacher, 1.0) != task.distillation_loss(outputs, teacher, 1.0)
+        of_all = [task.distillation_loss(found, teacher, 1.0, batch) for found in (other, outputs)]
+        assert of_all[0] != of_all[1]
     assert task.sampler(task.settings.bank).learned_sigma is (out_channels == 2)

@@ -12,7 +12,7 @@ from made_records import DIGITS, make_records, metrics
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.aggregate import seed_metrics
 from maskllm4v.reporting.benchmarks.costs import trained_length, whole_costs
-from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.reporting.paired import MARKER, paired_markdown, paired_sections
 from maskllm4v.reporting.report import experiments
 from maskllm4v.utils.errors import UserError
@@ -29,7 +29,7 @@ def test_each_number_with_a_record_is_the_records() -> None:
     found = NUMBER.findall(GENERATED.sub("", FINDINGS))
     assert len(found) > 10
     for number, path, table in found:
-        headline = METRICS[tables[table].task.name].headline.name
+        headline = metrics_of(tables[table].task.name).headline.name
         mean = seed_metrics(read_json(ROOT / path))[headline].mean()
         assert f"{mean:.{len(number.partition('.')[2])}f}" == number, path
 

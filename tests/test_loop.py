@@ -143,7 +143,7 @@ class Images:
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         return nn.functional.cross_entropy(outputs.float(), batch[1])
 
-    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float, batch: Any) -> Tensor:
         return (outputs - teacher).square().mean()
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
-from made_diffusion import diffusion
-from made_records import DIGITS
 
-from maskllm4v.reporting.metrics import METRICS, TaskMetrics, by_timestep
+from maskllm4v.config.metrics import TaskMetrics
+from maskllm4v.config.tasks import task_names, task_sections
+from maskllm4v.reporting.metrics import by_timestep, metrics_of
+from maskllm4v.utils.errors import ConfigError
 
-EACH = pytest.mark.parametrize("task", METRICS.values(), ids=METRICS)
+EACH = pytest.mark.parametrize("task", [metrics_of(name) for name in task_names()], ids=task_names())
 
 
-def test_every_task_has_metrics() -> None:
-    assert {DIGITS.task.name, diffusion().task.name} == set(METRICS)
+def test_a_task_without_metrics_makes_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = dataclasses.replace(task_sections("classification"), metrics=None)
+    monkeypatch.setattr("maskllm4v.reporting.metrics.task_sections", lambda name: without)
+    with pytest.raises(ConfigError, match=r"tasks/ranking/settings.py: SECTIONS has no metrics"):
+        metrics_of("ranking")
 
 
 def test_classification_shows_accuracy_first() -> None:
-    task = METRICS["classification"]
+    task = metrics_of("classification")
     assert [(metric.header, metric.digits) for metric in task.columns] == [
         ("Top-1 (%)", 2),
         ("Top-5 (%)", 2),
@@ -29,7 +35,7 @@ def test_classification_shows_accuracy_first() -> None:
 
 
 def test_diffusion_shows_the_error_first() -> None:
-    task = METRICS["diffusion"]
+    task = metrics_of("diffusion")
     assert task.names == ("eps_mse", "dense_mse", "accuracy", "fd", "kd")
     assert (task.headline.in_sentences, task.headline.on_axes, task.better) == ("ε-MSE", "ε-MSE", "lower")
     assert "not FID" in task["fd"].about

@@ -91,7 +91,7 @@ def test_everything_else_stays(root: Path) -> None:
         assert found["format"] == FORMAT
         assert found["metrics"] == before["metrics"]
         assert found["settings_digest"] == value_digest(found["settings"]) != before["settings_digest"]
-        form = {"format", "settings", "settings_digest"}
+        form = {"format", "settings", "settings_digest", "digest"}
         assert {k: v for k, v in found.items() if k not in form} == {k: v for k, v in before.items() if k not in form}
 
 

@@ -24,7 +24,7 @@ from maskllm4v.reporting.aggregate import aggregate, current_records
 from maskllm4v.reporting.figures import figure_texts
 from maskllm4v.reporting.figures.samples import samples_file
 from maskllm4v.reporting.marks import code, escaped, link, markdown, strong
-from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.reporting.page import table_page
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.paired import paired_markdown
@@ -126,7 +126,7 @@ def test_every_output_shows_it(text: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert found[0][5] == f"Δ to {wanted}"
     assert [line[0] for line in found[1:]] == [wanted] * 2
 
-    lines = list(csv.reader(io.StringIO(results_csv(aggregate(experiment, records), METRICS["classification"]))))
+    lines = list(csv.reader(io.StringIO(results_csv(aggregate(experiment, records), metrics_of("classification")))))
     assert [line[1] for line in lines[1:]] == [wanted] * 3
 
     printed = table_text(experiment, reports)

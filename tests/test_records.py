@@ -27,7 +27,7 @@ from maskllm4v.runs.paths import (
     resume_folder,
     run_folder,
 )
-from maskllm4v.runs.records import build_record, read_record, read_records, run_digest, versions, write_record
+from maskllm4v.runs.records import build_record, read_record, read_records, run_digest, sealed, versions, write_record
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import file_digest
 
@@ -71,7 +71,7 @@ def test_record_says_what_it_was_given() -> None:
     found = record()
     assert found["seeds"] == [3, 1]
     assert (found["row"], found["table"], found["kind"], found["exact"]) == ("one", "t", "oneshot", True)
-    assert found["format"] == 3
+    assert found["format"] == 4
     assert found["made"] == {"hardware": "there", "world_size": 2}
     assert found["evaluated"] == {"hardware": "here", "world_size": 1}
     assert found["summaries"] == {"3": {"top1": 12.3457, "img_size": 8}, "1": {"top1": 33.3333, "img_size": 8}}
@@ -114,7 +114,7 @@ def test_two_digit_minor_version_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_round_trip(tmp_path: Path) -> None:
     write_record(tmp_path / "record.json", record())
-    assert read_record(tmp_path / "record.json") == record()
+    assert read_record(tmp_path / "record.json") == sealed(record())
 
 
 def test_bytes_do_not_depend_on_the_order_of_keys(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_bytes_do_not_depend_on_the_order_of_keys(tmp_path: Path) -> None:
 
 def test_bytes_are_canonical_json(tmp_path: Path) -> None:
     write_record(tmp_path / "a", record())
-    expected = json.dumps(record(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    expected = json.dumps(sealed(record()), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     assert (tmp_path / "a").read_bytes() == expected.encode("utf-8")
 
 
@@ -207,6 +207,33 @@ def test_edited_settings_are_found(edit: Callable[[Record], object], tmp_path: P
     assert "settings and their digest disagree" in edited(tmp_path / "record.json", edit)
 
 
+def test_digest_is_sha256_of_all_else(tmp_path: Path) -> None:
+    write_record(tmp_path / "a", record())
+    found = json.loads((tmp_path / "a").read_text())
+    digest = found.pop("digest")
+    text = json.dumps(found, sort_keys=True, separators=(",", ":"))
+    assert digest == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda raw: raw["metrics"]["3"].update(top1=99.0),
+        lambda raw: raw["inputs"].update(manifest="other"),
+        lambda raw: raw["made"].update(hardware="elsewhere"),
+        lambda raw: raw.update(row="two"),
+        lambda raw: raw.update(digest="0" * 64),
+        lambda raw: raw.pop("digest"),
+    ],
+)
+def test_edited_content_is_found(edit: Callable[[Record], object], tmp_path: Path) -> None:
+    def edit_sealed(raw: Record) -> None:
+        raw |= sealed(raw)
+        edit(raw)
+
+    assert "content and digest disagree" in edited(tmp_path / "record.json", edit_sealed)
+
+
 @pytest.mark.parametrize("key", REQUIRED)
 def test_missing_key_is_named(key: str, tmp_path: Path) -> None:
     assert edited(tmp_path / "a", lambda raw: raw.pop(key)).endswith(f" is no record: {key} missing")
@@ -216,11 +243,11 @@ def test_all_missing_keys_are_named(tmp_path: Path) -> None:
     assert f": {', '.join(REQUIRED)} missing" in edited(tmp_path / "a", dict.clear)
 
 
-@pytest.mark.parametrize("found", [0, 1, 2, 4, "3", None])
+@pytest.mark.parametrize("found", [0, 1, 2, 3, 5, "4", None])
 def test_other_format_is_refused(found: Any, tmp_path: Path) -> None:
     said = edited(tmp_path / "a", lambda raw: raw.update(format=found))
-    assert f"has format {found}; this version reads 3" in said
-    older = found in (0, 1, 2)
+    assert f"has format {found}; this version reads 4" in said
+    older = found in (0, 1, 2, 3)
     assert said.endswith("; `python -m scripts.migrate_records` brings older records up to date") == older
 
 
@@ -245,7 +272,7 @@ def test_rows_without_record_are_absent(tmp_path: Path) -> None:
     write_record(record_file("other", "three", tmp_path), record("three"))
     run_folder("t", "empty", tmp_path).mkdir()
     (tmp_path / "t" / "runs" / "stray.txt").write_text("")
-    assert read_records(tmp_path, "t") == {"one": record("one"), "two": record("two")}
+    assert read_records(tmp_path, "t") == {row: sealed(record(row)) for row in ("one", "two")}
     assert list(read_records(tmp_path, "other")) == ["three"]
 
 

@@ -20,7 +20,7 @@ from made_records import DIGITS, make_records, metrics, with_controls
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.aggregate import aggregate, best_row, current_records, timestep_metrics
 from maskllm4v.reporting.comparison import comparison_markdown
-from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.reporting.published import ROWS
 from maskllm4v.reporting.report import table_texts
 from maskllm4v.reporting.tables import MISSING, caption, number, results_markdown
@@ -29,7 +29,7 @@ from maskllm4v.runs.records import write_record
 from maskllm4v.utils.io import read_json
 
 REPORTS = ROOT / "reports"
-CLASSIFICATION = METRICS["classification"]
+CLASSIFICATION = metrics_of("classification")
 DIFFUSION = diffusion()
 
 
@@ -264,11 +264,11 @@ def test_caption_of_diffusion_says_what_its_metrics_are(tmp_path: Path) -> None:
 def test_caption_says_what_the_judge_gets_right_of_real_images(tmp_path: Path) -> None:
     """The first seed's: all seeds have one judge."""
     judged = current_records(DIFFUSION, make_diffusion_records(DIFFUSION, tmp_path / "judged"))
-    assert "; it gets 96.4 % of the real images right." in caption(DIFFUSION, METRICS["diffusion"], judged)
+    assert "; it gets 96.4 % of the real images right." in caption(DIFFUSION, metrics_of("diffusion"), judged)
     del judged["tiny-dense"]
     alone = current_records(DIFFUSION, make_diffusion_records(DIFFUSION, tmp_path / "alone", judged=False))
     for records in (judged, alone):
-        assert "real images" not in caption(DIFFUSION, METRICS["diffusion"], records)
+        assert "real images" not in caption(DIFFUSION, metrics_of("diffusion"), records)
 
 
 @pytest.mark.parametrize("judged", [True, False])

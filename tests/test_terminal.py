@@ -17,7 +17,7 @@ from made_records import DIGITS, make_records
 from maskllm4v.cli import main as command_line
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.aggregate import aggregate, best_row, current_records
-from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.reporting.report import experiments
 from maskllm4v.reporting.tables import result_cells
 from maskllm4v.reporting.terminal import _aligned, show, table_text
@@ -42,7 +42,7 @@ def test_fits_the_terminal(experiment: Experiment, width: int) -> None:
 @EACH
 @pytest.mark.parametrize("width", [400, None])
 def test_wide_terminals_show_every_cell_in_its_line(experiment: Experiment, width: int | None) -> None:
-    metrics = METRICS[experiment.task.name]
+    metrics = metrics_of(experiment.task.name)
     table = aggregate(experiment, current_records(experiment, REPORTS))
     rows = [result_cells(line, metrics) for line in table.to_dict("records")]
     lines = table_text(experiment, REPORTS, width).splitlines()
@@ -120,7 +120,7 @@ def test_the_best_sparse_row_is_bold(experiment: Experiment) -> None:
     best = best_row(experiment, table.reset_index())
     plain, bold = (table_text(experiment, REPORTS, 400, bold) for bold in (False, True))
     marked = re.findall(r"\033\[1m(.*?)\033\[0m", bold)
-    headline = METRICS[experiment.task.name].headline
+    headline = metrics_of(experiment.task.name).headline
     wanted = (
         [] if best is None else [table["label"][best], f"{table[f'{headline.name}_mean'][best]:.{headline.digits}f}"]
     )

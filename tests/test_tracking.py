@@ -19,14 +19,14 @@ from made_diffusion import make_records as make_diffusion_records
 from made_records import DIGITS, make_records, with_controls
 
 from maskllm4v.config import Experiment
-from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.runs.paths import record_file
 from maskllm4v.runs.records import write_record
 from maskllm4v.tracking.publishing import publish
 from maskllm4v.tracking.runs import LARGEST_ARTIFACT, flatten
 from maskllm4v.tracking.views import TAG, saved_view
 from maskllm4v.utils.images import read_picture
-from maskllm4v.utils.io import read_json, value_digest, write_json
+from maskllm4v.utils.io import read_json, value_digest
 
 ROWS = ("digits-dense", "digits-magnitude", "digits-maskllm-short-magnitude")
 
@@ -80,7 +80,7 @@ def test_table_has_its_view(root: Path, experiment: Experiment) -> None:
     publish(root, experiment)
     client = client_of(root)
     found = client.get_experiment_by_name("digits")
-    assert found.tags[TAG] == saved_view(METRICS["classification"])
+    assert found.tags[TAG] == saved_view(metrics_of("classification"))
     client.set_experiment_tag(found.experiment_id, TAG, "of an earlier release")
     publish(root, experiment)
     assert client.get_experiment_by_name("digits").tags == found.tags
@@ -196,7 +196,7 @@ def variant_of(experiment: Experiment, row: str, root: Path, lr: float) -> Exper
     changed = Experiment.model_validate(raw)
     path = record_file(experiment.table, row, root / "reports")
     settings = changed.row(row).record_settings()
-    write_json(path, {**read_json(path), "settings": settings, "settings_digest": value_digest(settings)})
+    write_record(path, {**read_json(path), "settings": settings, "settings_digest": value_digest(settings)})
     return changed
 
 

@@ -11,7 +11,8 @@ from typing import Any, cast
 import pytest
 from mlflow.exceptions import MlflowException
 
-from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.config.tasks import task_names
+from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.tracking.views import TAG, publish_view, saved_view
 from maskllm4v.training.mask_learning import CURVE_COLUMNS
 
@@ -24,9 +25,9 @@ def state(value: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("task", METRICS)
+@pytest.mark.parametrize("task", task_names())
 def test_view_ranks_by_the_headline_and_shows_every_metric(task: str) -> None:
-    metrics = METRICS[task]
+    metrics = metrics_of(task)
     found = state(saved_view(metrics))
     assert found["orderByKey"] == f"metrics.`{metrics.headline.name}`"
     assert found["orderByAsc"] == (metrics.better == "lower")  # the best one first
@@ -36,25 +37,25 @@ def test_view_ranks_by_the_headline_and_shows_every_metric(task: str) -> None:
 
 
 def test_charts_stand_in_sections_that_exist_and_have_names_of_their_own() -> None:
-    found = state(saved_view(METRICS["diffusion"], ["samples"]))
+    found = state(saved_view(metrics_of("diffusion"), ["samples"]))
     charts, sections = found["compareRunCharts"], [section["uuid"] for section in found["compareRunSections"]]
     assert {chart["metricSectionId"] for chart in charts} == set(sections)
     assert len({chart["uuid"] for chart in charts}) == len(charts)
     assert [chart["imageKeys"] for chart in charts if chart["type"] == "IMAGE"] == [["samples"]]
     assert "pictures" not in [
-        section["uuid"] for section in state(saved_view(METRICS["diffusion"]))["compareRunSections"]
+        section["uuid"] for section in state(saved_view(metrics_of("diffusion")))["compareRunSections"]
     ]
 
 
 def test_curves_are_columns_that_trainings_write() -> None:
-    charts = state(saved_view(METRICS["classification"]))["compareRunCharts"]
+    charts = state(saved_view(metrics_of("classification")))["compareRunCharts"]
     curves = {chart["metricKey"] for chart in charts if chart["metricKey"].startswith("train/")}
     assert curves
     assert curves <= {f"train/{column}" for column in CURVE_COLUMNS}
 
 
 def test_same_table_same_bytes() -> None:
-    assert saved_view(METRICS["diffusion"]) == saved_view(METRICS["diffusion"])
+    assert saved_view(metrics_of("diffusion")) == saved_view(metrics_of("diffusion"))
 
 
 class Contested:
@@ -77,7 +78,7 @@ class Contested:
 
 def test_another_writer_may_have_set_the_same_view() -> None:
     store: Any = Contested()
-    publish_view(store, "1", METRICS["classification"])
-    assert store.tags[TAG] == saved_view(METRICS["classification"])
+    publish_view(store, "1", metrics_of("classification"))
+    assert store.tags[TAG] == saved_view(metrics_of("classification"))
     with pytest.raises(MlflowException):
-        publish_view(cast(Any, Contested(always=True)), "1", METRICS["classification"])
+        publish_view(cast(Any, Contested(always=True)), "1", metrics_of("classification"))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.tasks.base import Task
+from maskllm4v.tasks.base import Objective
 from maskllm4v.training.trainer import TrainTarget
 
 
@@ -27,6 +27,6 @@ class Dense(TrainTarget):
     def train_mode(self) -> None:
         self.model.train()
 
-    def loss(self, model: nn.Module, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
+    def loss(self, model: nn.Module, task: Objective, batch: Any) -> tuple[Tensor, Tensor]:
         loss = task.loss(task.forward(model, batch), batch)
         return loss, loss

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.sparsity.surgery import replace_
 from maskllm4v.sparsity.survey import prunable_linears
-from maskllm4v.tasks.base import Task
+from maskllm4v.tasks.base import Objective
 from maskllm4v.training.trainer import TrainTarget
 
 
@@ -93,7 +93,7 @@ class Textbook(TrainTarget):
     def train_mode(self) -> None:
         self.model.train()
 
-    def loss(self, model: nn.Module, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
+    def loss(self, model: nn.Module, task: Objective, batch: Any) -> tuple[Tensor, Tensor]:
         loss = task.loss(task.forward(model, batch), batch)
         energy = sum(layer.kept_energy for layer in self.layers if layer.kept_energy is not None)
         return loss - self.regularisation * energy, loss

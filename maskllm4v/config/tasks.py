@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskllm4v.config.base import Settings
+from maskllm4v.config.metrics import TaskMetrics
 from maskllm4v.config.sections import DataSettings, ModelSettings, NoEvaluation, RuntimeSettings, TaskSettings
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class TaskSections:
         task, model, evaluation: their classes; the first one's defaults are a whole section.
         learning: what ``learning`` holds unless it says otherwise.
         check: raises ``ValueError`` where the settings of an experiment with this task do not go together.
+        metrics: what is measured, for tables to show; None: its models are trained and evaluated, but no table is made.
     """
 
     task: type[TaskSettings]
@@ -42,6 +44,7 @@ class TaskSections:
     evaluation: type[Settings] = NoEvaluation
     learning: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[Experiment], None] = _nothing
+    metrics: TaskMetrics | None = None
 
 
 @dataclass(frozen=True)

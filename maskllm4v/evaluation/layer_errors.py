@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.checkpoints.masks import MaskCheckpoint
-from maskllm4v.sparsity.calibration import Calibration, hooks_run, names_by_part
+from maskllm4v.sparsity.calibration import Calibration, counting_tokens, hooks_run, names_by_part
 from maskllm4v.sparsity.layout import to_rows
 from maskllm4v.sparsity.parameters import Matrix, find_matrix, matrices
 from maskllm4v.sparsity.products import Product, ProductMode
@@ -19,7 +20,7 @@ COLUMNS = (
     "layer",
     "prior_agreement",  # share of groups whose mask is the prior's; empty for one-shot rows
     "kept_energy",  # Σ(w ⊙ m)² / Σw² of the dense weights
-    "output_error",  # ‖x Wᵀ − x Ŵᵀ‖ / ‖x Wᵀ‖ on the dense model's calibration inputs
+    "output_error",  # ‖x Wᵀ − x Ŵᵀ‖ / ‖x Wᵀ‖ on the dense model's calibration inputs, of tokens that count
 )
 
 
@@ -35,7 +36,7 @@ def layer_diagnostics(
         calibration: the error of each layer's output is measured on the batches of its own part.
 
     Raises:
-        ConfigError: a layer that no part names.
+        ConfigError: a layer that no part names, or a part's ``tokens`` gives no mask for a layer's inputs.
         DataError: no parts.
     """
     found = {name: find_matrix(dense, name) for name in checkpoint.masks}
@@ -47,18 +48,24 @@ def layer_diagnostics(
             continue
         own = {name: found[name] for name in names}
         measured = {name: _Measure(matrix, checkpoint, errors[name]) for name, matrix in own.items()}
-
-        def add(product: Product, output: Tensor, of: Mapping[str, _Measure] = measured) -> None:
-            of[product.name].add(product, output)
-
-        with hooks_run(), ProductMode(own, after=add):
-            for batch in part.batches:
-                part.forward(dense, batch)
+        for batch in part.batches:
+            _show(dense, part, batch, own, measured)
     sum_(*errors.values())
     kept = {name: _kept_energy(found[name].rows, checkpoint.masks[name]) for name in in_order}
     return [
         (name, _agreement(checkpoint, name), f"{kept[name]:.6g}", f"{_relative(errors[name]):.6g}") for name in in_order
     ]
+
+
+def _show(
+    dense: nn.Module, part: Calibration, batch: Any, layers: Mapping[str, Matrix], measured: Mapping[str, _Measure]
+) -> None:
+    def add(product: Product, output: Tensor) -> None:
+        counting = counting_tokens(part.tokens, product.name, product.inputs, batch)
+        measured[product.name].add(product, output, counting)
+
+    with hooks_run(), ProductMode(layers, after=add):
+        part.forward(dense, batch)
 
 
 class _Measure:
@@ -71,13 +78,15 @@ class _Measure:
         self._rows = matrix.rows.flatten(0, -2).chunk(matrix.blocks)
         self._into, self._patches = into, matrix.layout == "patches"
 
-    def add(self, product: Product, output: Tensor) -> None:
+    def add(self, product: Product, output: Tensor, counting: Tensor | None) -> None:
         inputs, rows = product.inputs, self._rows[product.block]
         difference = F.linear(inputs, self._new[product.block] - rows)
         if product.blocks == 1 and not self._patches:
             own = output - (product.bias if product.bias is not None else 0.0)
         else:  # the output is that of several blocks, or has its channels elsewhere
             own = F.linear(inputs, rows)
+        if counting is not None:
+            difference, own = difference[counting], own[counting]
         self._into.add_(torch.stack([difference.double().square().sum(), own.double().square().sum()]).cpu())
 
 

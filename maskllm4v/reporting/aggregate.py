@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from maskllm4v.config import Experiment, Row
-from maskllm4v.reporting.metrics import METRICS, by_timestep
+from maskllm4v.reporting.metrics import by_timestep, metrics_of
 from maskllm4v.runs.paths import record_file
 from maskllm4v.runs.records import read_records, settings_digest
 from maskllm4v.utils.errors import UserError
@@ -23,7 +23,7 @@ def current_records(experiment: Experiment, reports: Path) -> dict[str, dict[str
     Raises:
         UserError: a record is damaged, or lacks the metric that rows are compared by.
     """
-    found, headline = read_records(reports, experiment.table), METRICS[experiment.task.name].headline.name
+    found, headline = read_records(reports, experiment.table), metrics_of(experiment.task.name).headline.name
     current = {
         row: found[row]
         for row in experiment.rows
@@ -62,7 +62,7 @@ def aggregate(
     the task's headline to the dense model of the same seed, and ``cost_seconds``, from ``costs`` by row.
     What was not measured is missing.
     """
-    task = METRICS[experiment.task.name]
+    task = metrics_of(experiment.task.name)
     headline = task.headline.name
     dense = records.get(experiment.dense.row)
     lines = []
@@ -97,7 +97,7 @@ def best_row(experiment: Experiment, table: pd.DataFrame) -> str | None:
     Returns:
         Its key, or None where no row with a pattern was measured.
     """
-    task = METRICS[experiment.task.name]
+    task = metrics_of(experiment.task.name)
     means = table[table["pattern"] != "dense"].set_index("row")[f"{task.headline.name}_mean"].dropna()
     means = means.round(task.decimals)  # equal ones are equal, whatever the order of their seeds
     if means.empty:

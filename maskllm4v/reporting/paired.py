@@ -14,7 +14,7 @@ from maskllm4v.config import Experiment
 from maskllm4v.reporting.aggregate import aggregate, current_records, seed_metrics
 from maskllm4v.reporting.benchmarks.costs import row_costs, trained_length, whole_costs
 from maskllm4v.reporting.marks import link, markdown, strong
-from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.reporting.tables import MISSING, NOT_MEASURED, number, result_cells, significant
 from maskllm4v.runs.paths import evaluation_folder
 from maskllm4v.utils.errors import UserError
@@ -51,7 +51,7 @@ def paired_markdown(experiment: Experiment, reference: str, reports: Path, folde
         reports: the folder of reports.
         folder: in which the document lies.
     """
-    headline, records = METRICS[experiment.task.name].headline, current_records(experiment, reports)
+    headline, records = metrics_of(experiment.task.name).headline, current_records(experiment, reports)
     costs = row_costs(experiment.table, reports)
     whole = whole_costs(experiment, costs)
     table = aggregate(experiment, records, costs).set_index("row", drop=False)
@@ -62,7 +62,7 @@ def paired_markdown(experiment: Experiment, reference: str, reports: Path, folde
     lines = []
     for row in rows:
         line = table.loc[row].to_dict()
-        label, _, update, prior, value, to_dense, *_ = result_cells(line, METRICS[experiment.task.name])
+        label, _, update, prior, value, to_dense, *_ = result_cells(line, metrics_of(experiment.task.name))
         difference = seed_metrics(records[row])[headline.name] - of_reference
         to_reference = number(difference.mean(), difference.std(), headline.digits, sign=True)
         name = strong(label) if line["kind"] == "learned" else label

@@ -15,7 +15,7 @@ from maskllm4v.reporting.benchmarks.performance import performance_markdown
 from maskllm4v.reporting.comparison import comparison_markdown
 from maskllm4v.reporting.curves import curves_csv
 from maskllm4v.reporting.figures import figure_files, figure_texts
-from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.reporting.page import PAGE, index_page, table_page
 from maskllm4v.reporting.paired import paired_sections
 from maskllm4v.reporting.readme import splice, spliced
@@ -63,7 +63,7 @@ def table_texts(experiment: Experiment, reports: Path) -> dict[str, str]:
     """The files of one table by name, relative to its folder."""
     records = current_records(experiment, reports)
     table = aggregate(experiment, records, row_costs(experiment.table, reports))
-    metrics = METRICS[experiment.task.name]
+    metrics = metrics_of(experiment.task.name)
     cost, reproduced = cost_caption(experiment.table, reports), claim(experiment, reports)
     text = caption(experiment, metrics, records, cost, reproduced)
     return {

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
+from maskllm4v.config.metrics import TaskMetrics
 from maskllm4v.reporting.marks import MARKDOWN, Marks, markdown, strong
-from maskllm4v.reporting.metrics import TaskMetrics
 from maskllm4v.reporting.names import short_names
 
 MISSING = "–"

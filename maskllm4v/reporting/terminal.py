@@ -17,7 +17,7 @@ from rich.text import Text
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.aggregate import aggregate, best_row, current_records
 from maskllm4v.reporting.benchmarks.costs import row_costs
-from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.reporting.tables import LABELS, LEAKS, lead, result_cells, result_headers
 
 LABEL, NARROW = 30, 12  # columns that a label keeps, where a table needs the room, and where nothing else gives way
@@ -42,7 +42,7 @@ def table_text(experiment: Experiment, reports: Path, width: int | None = None, 
     Long labels take several lines, then metrics are left out from the last one on, and named, then labels get narrow;
     only where the first metric and its difference do not fit either are lines longer. Numbers are the README's.
     """
-    metrics, records = METRICS[experiment.task.name], current_records(experiment, reports)
+    metrics, records = metrics_of(experiment.task.name), current_records(experiment, reports)
     table = aggregate(experiment, records, row_costs(experiment.table, reports))
     headers, rows = result_headers(metrics), [result_cells(line, metrics) for line in table.to_dict("records")]
     best = best_row(experiment, table) if bold else None

@@ -22,7 +22,10 @@ FORMAT = 4  # scripts/migrate_records.py has a step from each one to the next
 MIGRATE = "python -m scripts.migrate_records"
 DIGITS = 6
 PACKAGES = ("accelerate", "numpy", "scikit-learn", "timm", "torch", "torchvision")
-TASK_PACKAGES = {"diffusion": ("diffusers", "torchmetrics")}  # those that one task alone needs
+TASK_PACKAGES = {
+    "detection": ("pycocotools",),
+    "diffusion": ("diffusers", "torchmetrics"),
+}  # those that one task alone needs
 REQUIRED = (
     "format",
     "row",

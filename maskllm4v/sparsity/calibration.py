@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from maskllm4v.sparsity.parameters import Matrix
 
 Forward = Callable[[nn.Module, Any], Any]
+Tokens = Callable[[str, torch.Size, Any], Tensor | None]
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
@@ -64,16 +65,42 @@ class Calibration:
     depend on the layers of its own part and of parts before that, never on those of later ones.
 
     Attributes:
-        batches: iterated over once at most.
+        batches: iterated over once at most. Where a layer's inputs depend on other layers, all are held meanwhile: in
+            main memory, if they lie there and ``forward`` moves each to the model's device.
         forward: how to run the model on a batch; it may run a piece of it.
         layers: name patterns as in shells.
         independent: no layer's input depends on another layer's output, so that one pass shows all of them.
+        tokens: which tokens count, where some are padding: given a layer's name, the shape of its inputs without their
+            last dimension, and the batch, it gives a boolean mask of that shape, or None: all of them. Inputs of an
+            expert are only the tokens that came there. By default all tokens of all layers count.
+        paired: whether a token of the dense network is the same one in the pruned network. The queries that a detector
+            picks from its image's tokens are not, though there are as many: with False, nothing compares these layers'
+            inputs in both networks. Such layers and others can be two parts with the same batches.
     """
 
     batches: Iterable[Any]
     forward: Forward = default_forward
     layers: tuple[str, ...] = ("*",)
     independent: bool = False
+    tokens: Tokens | None = None
+    paired: bool = True
+
+
+def counting_tokens(tokens: Tokens | None, name: str, inputs: Tensor, batch: Any) -> Tensor | None:
+    """Which of a layer's inputs ``[..., in]`` count, boolean ``[...]``; None: all. See :attr:`Calibration.tokens`.
+
+    Raises:
+        ConfigError: ``tokens`` gives something else; names the layer.
+    """
+    counting = None if tokens is None else tokens(name, inputs.shape[:-1], batch)
+    if counting is None:
+        return None
+    if counting.dtype != torch.bool or counting.shape != inputs.shape[:-1]:
+        raise ConfigError(
+            f"calibration: tokens gives {counting.dtype} {tuple(counting.shape)} for layer {name!r}, whose inputs are "
+            f"{tuple(inputs.shape)}; allowed: torch.bool {tuple(inputs.shape[:-1])}, or None"
+        )
+    return counting.to(inputs.device)
 
 
 def as_parts(calibration: Iterable[Any] | Tensor | Calibration, forward: Forward | None) -> Sequence[Calibration]:

@@ -28,14 +28,29 @@ class ExportableModel:
     """A model as other runtimes see it.
 
     Attributes:
-        module: takes the inputs in their order, and gives one tensor whose first dimension is the batch.
+        module: takes the inputs in their order, and gives a tensor, or several: a tuple of them, or a dict by name.
         inputs: an example by name, on the CPU; the first dimension of each is the batch.
-        output: what the module gives, by name.
+        outputs: the names of what the module gives, in the order of the tuple, or as other runtimes are to have them;
+            the first dimension of each is the batch.
     """
 
     module: nn.Module
     inputs: dict[str, Tensor]
-    output: str
+    outputs: tuple[str, ...]
+
+    def named(self, given: Any) -> dict[str, Tensor]:
+        """What the module gave, by name and in the order of ``outputs``.
+
+        Raises:
+            ConfigError: it is something else than these outputs.
+        """
+        if isinstance(given, Tensor):
+            given = (given,)
+        found = dict(given) if isinstance(given, Mapping) else dict(zip(self.outputs, given, strict=False))
+        if found.keys() != set(self.outputs) or len(given) != len(self.outputs):
+            said = ", ".join(map(str, given)) if isinstance(given, Mapping) else f"{len(given)} tensors"
+            raise ConfigError(f"{type(self.module).__name__} gives {said}; its outputs are {', '.join(self.outputs)}")
+        return {name: found[name] for name in self.outputs}
 
 
 @dataclass(frozen=True)
@@ -53,10 +68,27 @@ class JudgeTraining:
     settings: TrainingSettings
 
 
-class Task(Protocol):
+class Objective(Protocol):
+    """What training minimises: a model's outputs on a batch, and how wrong they are.
+
+    A batch is whatever :meth:`Task.train_batches` yields, outputs are whatever :meth:`forward` gives; nobody but the
+    task looks inside them. Losses are means over a batch; those of a task with a weight (:func:`weight_of`) are sums.
+    """
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """Run the model on a batch."""
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Training loss, a scalar."""
+
+    def distillation_loss(self, outputs: Any, teacher: Any, temperature: float, batch: Any) -> Tensor:
+        """How far the outputs are from the dense model's on the same batch, a scalar."""
+
+
+class Task(Objective, Protocol):
     """Everything that pruning, training and evaluation need to know about a task.
 
-    A batch is whatever :meth:`train_batches` yields; nobody but the task looks inside it.
+    It may also have ``weight(batch)`` and ``learning_mode(model)``: see :func:`weight_of` and :func:`learning_mode`.
     """
 
     @property
@@ -74,7 +106,7 @@ class Task(Protocol):
         """A dense model's state dict from a file or folder in any format that the task knows."""
 
     def train_mode(self, model: nn.Module) -> None:
-        """Put a model's modules into the modes that they are trained in; learned masks follow by themselves."""
+        """Put a model's modules into the modes that its weights are trained in."""
 
     def train_batches(
         self, *, seed: int, batch_size: int, steps: int, start: int = 0, shard: BatchShard = ...
@@ -96,15 +128,6 @@ class Task(Protocol):
     def calibration(self, batch_size: int, seed: int) -> Sequence[Calibration]:
         """This process's share of a seed's calibration set, without augmentation."""
 
-    def forward(self, model: nn.Module, batch: Any) -> Tensor:
-        """Run the model on a batch."""
-
-    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        """Training loss, a scalar."""
-
-    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """How far the outputs are from the dense model's, a scalar."""
-
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
         """Metrics by name, over all samples of a split (by default the reported one) on all processes.
 
@@ -125,8 +148,33 @@ class Task(Protocol):
 
 
 def train_mode(task: Task, model: nn.Module) -> None:
-    """Put a model into the mode that it is trained in; a small task of a user's need not say which."""
+    """Put a model into the mode that its weights are trained in; a small task of a user's need not say which."""
     getattr(task, "train_mode", nn.Module.train)(model)
+
+
+def learning_mode(task: Task, model: nn.Module) -> None:
+    """Put a model into the mode that it is in while its masks are learned; the masks themselves follow afterwards.
+
+    That is the task's ``learning_mode(model)``, or, without one, the mode that weights are trained in. A task has one
+    where training mode computes something else than the model to be pruned: dropout, further queries, auxiliary heads.
+    """
+    mode = getattr(task, "learning_mode", None)
+    if mode is None:
+        train_mode(task, model)
+    else:
+        mode(model)
+
+
+def weight_of(task: Objective, batch: Any) -> Tensor | None:
+    """What the losses of a batch are to be divided by, known before the model runs: the task's ``weight(batch)``.
+
+    A scalar tensor: valid pixels, say, or objects. Losses are then sums, which the trainer divides by the weight of
+    the whole step, over micro-batches and processes; so neither number changes what is learned. None, or no such
+    method: losses are means over samples, of which each part of a step has as many. It is one or the other for all
+    batches of a task.
+    """
+    weight: Tensor | None = getattr(task, "weight", lambda _: None)(batch)
+    return weight
 
 
 def open_task(spec: TaskSpec, data_folder: Path | None = None) -> Task:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskllm4v.reporting.metrics import METRICS, by_timestep
+from maskllm4v.reporting.metrics import by_timestep, metrics_of
 from maskllm4v.runs.curves import read_curve
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def final_points(record: Mapping[str, Any], line: pd.Series[Any]) -> Iterator[Po
     """
     from maskllm4v.reporting.aggregate import seed_metrics
 
-    task = METRICS[record["settings"]["task"]["name"]]
+    task = metrics_of(record["settings"]["task"]["name"])
     headline, decimals = task.headline.name, task.decimals  # as in table.csv; the UI's columns are narrow
     found: dict[str, float] = {}
     for name, values in seed_metrics(record).items():

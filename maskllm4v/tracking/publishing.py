@@ -20,7 +20,7 @@ import pandas as pd
 
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.aggregate import aggregate, current_records
-from maskllm4v.reporting.metrics import METRICS
+from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.reporting.names import short_names
 from maskllm4v.runs.paths import ARTIFACTS, REPORTS, evaluation_folder, run_folder
 from maskllm4v.runs.records import run_digest
@@ -75,7 +75,7 @@ def publish(root: Path, experiment: Experiment) -> dict[str, str]:
             for row in bar(list(reversed(records)), f"publishing {experiment.table}")  # the UI lists the last one first
         }
         if not is_copy(root):
-            publish_view(client, publication.experiment_id, METRICS[experiment.task.name], publication.pictures())
+            publish_view(client, publication.experiment_id, metrics_of(experiment.task.name), publication.pictures())
             publish_champion(client, root, experiment, table, records, digests, runs)
     return digests
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from maskllm4v.reporting.metrics import TaskMetrics
+from maskllm4v.config.metrics import TaskMetrics
 from maskllm4v.tracking.store import insisting
 
 if TYPE_CHECKING:

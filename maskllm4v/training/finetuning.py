@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.config import DenseSettings, FinetunedSettings, TrainingSettings
-from maskllm4v.tasks.base import Task, train_mode
+from maskllm4v.tasks.base import Objective, Task, train_mode
 from maskllm4v.training.averaging import Average
 from maskllm4v.training.cost import Cost
 from maskllm4v.training.mask_learning import freeze_statistics
@@ -47,7 +47,7 @@ class WeightLearner(TrainTarget):
         if not self.new:
             freeze_statistics(self.model)
 
-    def loss(self, model: nn.Module, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
+    def loss(self, model: nn.Module, task: Objective, batch: Any) -> tuple[Tensor, Tensor]:
         loss = task.loss(task.forward(model, batch), batch)
         return loss, loss
 

@@ -19,7 +19,7 @@ from maskllm4v.sparsity.learnable import LearnableMask, NoiseKey
 from maskllm4v.sparsity.parameters import MaskedParameter, current_masks, masked_parameters
 from maskllm4v.sparsity.surgery import as_dense
 from maskllm4v.sparsity.usage import has_compiled_parts
-from maskllm4v.tasks.base import Task, train_mode
+from maskllm4v.tasks.base import Objective, Task, learning_mode
 from maskllm4v.training.averaging import Average
 from maskllm4v.training.cost import Cost
 from maskllm4v.training.optim import optimizer_for
@@ -128,8 +128,8 @@ class MaskLearner(TrainTarget):
         self.tau, self.scaling = settings.tau[0], settings.scaling[0]
 
     def train_mode(self) -> None:
-        """The task's training mode, but for layers with running statistics: those belong to the frozen dense model."""
-        train_mode(self.task, self.model)
+        """The task's mode for masks, but for layers with running statistics: those belong to the frozen dense model."""
+        learning_mode(self.task, self.model)
         for mask in self.masks:
             mask.train()
         freeze_statistics(self.model)
@@ -144,7 +144,7 @@ class MaskLearner(TrainTarget):
         for mask in self.masks:
             mask.draw, mask.auto_advance = draw, False
 
-    def loss(self, model: nn.Module, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
+    def loss(self, model: nn.Module, task: Objective, batch: Any) -> tuple[Tensor, Tensor]:
         outputs = task.forward(model, batch)
         drawn = (*(mask.kept_energy for mask in self.masks), *(joined.energy for joined in self.joined))
         energies = [energy for energy in drawn if energy is not None]
@@ -154,11 +154,11 @@ class MaskLearner(TrainTarget):
         if share > 0:
             teacher = self._teacher(model, task, batch)
             temperature = self.settings.distillation_temperature
-            loss = loss + share * task.distillation_loss(outputs, teacher, temperature)
+            loss = loss + share * task.distillation_loss(outputs, teacher, temperature, batch)
         self.energy += energy.detach() / self.settings.accumulate
         return loss - self.settings.regularisation * energy, loss
 
-    def _teacher(self, model: nn.Module, task: Task, batch: Any) -> Tensor:
+    def _teacher(self, model: nn.Module, task: Objective, batch: Any) -> Any:
         """The dense model's outputs: without a teacher those of the very same model with its masks off."""
         if self.teacher is not None:
             with torch.no_grad():

@@ -8,7 +8,7 @@ The loop never waits for the device in a step.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from maskllm4v.config import TrainingSettings
 from maskllm4v.sparsity.learnable import NoiseKey
-from maskllm4v.tasks.base import Task
+from maskllm4v.tasks.base import Objective, Task
 from maskllm4v.training.cost import Clock, Cost
 from maskllm4v.training.engine import Engine
 from maskllm4v.training.first_step import FirstStep
@@ -25,6 +25,7 @@ from maskllm4v.training.nonfinite import NonFiniteGuard
 from maskllm4v.training.optim import LearningRate
 from maskllm4v.training.resume import Resume, stopping
 from maskllm4v.training.schedule import progress
+from maskllm4v.training.weighing import weighed
 from maskllm4v.utils.distributed import mean, same_everywhere
 from maskllm4v.utils.errors import CheckpointError, DataError
 from maskllm4v.utils.processes import is_main, rank, world_size
@@ -53,7 +54,7 @@ class TrainTarget(ABC):
         """Put the model's modules into the modes that they are trained in."""
 
     @abstractmethod
-    def loss(self, model: nn.Module, task: Task, batch: Any) -> tuple[Tensor, Tensor]:
+    def loss(self, model: nn.Module, task: Objective, batch: Any) -> tuple[Tensor, Tensor]:
         """What is minimised, and the loss to report; ``model`` may be a wrapper of the learner's own."""
 
     def begin_step(self, step: int, done: float, lr: float) -> None:  # noqa: B027
@@ -145,15 +146,15 @@ def run(
             lr = rate.set(step, done)
             learner.begin_step(step, done, lr)
             total = torch.zeros((), device=device)
-            for micro in range(settings.accumulate):
+            missing = f"{name}: the task has no batch for step {step} of {steps}"
+            minimised, parts = weighed(task, _fetched(batches, settings.accumulate, missing), device)
+            # A batch is fetched before the seed is set: a loader that starts draws from torch's generator.
+            for micro, batch in enumerate(parts):
                 last = micro == settings.accumulate - 1
-                # Before the seed is set: a loader that starts draws from torch's generator.
-                if (batch := next(batches, None)) is None:
-                    raise DataError(f"{name}: the task has no batch for step {step} of {steps}")
                 seed_step(step, micro, rank())
                 learner.begin_micro_step(NoiseKey(seed, step, micro, rank()))
                 with engine.micro_step(model, last=last):
-                    objective, loss = learner.loss(model, task, batch)
+                    objective, loss = learner.loss(model, minimised, batch)
                     if last:
                         first.after_forward()
                     engine.backward(objective / settings.accumulate)
@@ -186,6 +187,14 @@ def _batches(
         if start < min(end, steps):
             yield from other.train_batches(start=start, steps=min(end, steps), **options)
             start = end
+
+
+def _fetched(batches: Iterator[Any], count: int, missing: str) -> Iterator[Any]:
+    """The next micro-batches, one at a time; raises :class:`DataError` where there are fewer."""
+    for _ in range(count):
+        if (batch := next(batches, None)) is None:
+            raise DataError(missing)
+        yield batch
 
 
 def _state(learner: TrainTarget, engine: Engine, step: int) -> dict[str, Any]:

@@ -19,6 +19,8 @@ CAPS = {
     "timesteps": 2,
     "images": 12,
     "holdout": 12,
+    "train": 64,  # of scenes
+    "test": 18,
 }
 TEST_FRACTION = 0.01  # of the digits, stratified: 18 images
 PICTURES = 4

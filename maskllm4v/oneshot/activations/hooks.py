@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.oneshot.activations.blocks import Call, never_reached
+from maskllm4v.oneshot.activations.blocks import never_reached
 from maskllm4v.oneshot.activations.statistics import Statistic
-from maskllm4v.sparsity.calibration import hooks_run
+from maskllm4v.sparsity.calibration import Tokens, counting_tokens, hooks_run
 from maskllm4v.sparsity.parameters import Matrix
 from maskllm4v.sparsity.products import Product, ProductMode
 from maskllm4v.utils.errors import DataError
 from maskllm4v.utils.processes import world_size
+
+Shown = tuple[Any, Any]  # what something is run on: a batch or a block's call; and the batch that it comes from
 
 
 class _ReachedError(Exception):
@@ -24,12 +26,12 @@ class _ReachedError(Exception):
 
 def calls_of(
     block: nn.Module, model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]
-) -> list[Call]:
-    """The arguments that a block is called with, for each batch."""
-    caught: list[Call] = []
+) -> list[Shown]:
+    """The arguments that a block is called with, for each batch, and the batch."""
+    caught: list[Shown] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append((args, kwargs))
+        caught.append(((args, kwargs), batch))
         raise _ReachedError
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)
@@ -46,11 +48,12 @@ def observe(
     layers: Mapping[str, Matrix],
     statistic: type[Statistic],
     run: Callable[[Any], Any],
-    batches: Iterable[Any],
+    shown: Iterable[Shown],
     *,
+    tokens: Tokens | None = None,
     inputs_only: bool = False,
 ) -> dict[str, Any]:
-    """Run something on all batches and sum a statistic over the inputs of some matrices; see :class:`InputCapture`.
+    """Run something again and again and sum a statistic over the inputs of some matrices; see :class:`InputCapture`.
 
     Returns:
         The statistic by name; a list of them of a matrix with several blocks.
@@ -59,9 +62,13 @@ def observe(
         DataError: no batch, or a layer is never reached.
     """
     found = {name: new_statistics(matrix, statistic) for name, matrix in layers.items()}
-    with InputCapture(layers, lambda name, block, rows: found[name][block].update(rows), inputs_only=inputs_only) as w:
-        for batch in batches:
-            w.run(run, batch)
+
+    def take(name: str, block: int, rows: Tensor) -> None:
+        found[name][block].update(rows)
+
+    with InputCapture(layers, take, tokens=tokens, inputs_only=inputs_only) as watch:
+        for one in shown:
+            watch.run(run, *one)
     return {name: combined(statistics) for name, statistics in found.items()}
 
 
@@ -88,6 +95,7 @@ class InputCapture:
         layers: by name.
         take: given a matrix's name, a block of it, and float32 rows ``[tokens, in]`` each time that it is multiplied,
             outside autocast.
+        tokens: which rows are given, see :class:`~maskllm4v.sparsity.calibration.Calibration`; None: all.
         inputs_only: see above.
 
     Raises:
@@ -95,24 +103,32 @@ class InputCapture:
     """
 
     def __init__(
-        self, layers: Mapping[str, Matrix], take: Callable[[str, int, Tensor], None], *, inputs_only: bool = False
+        self,
+        layers: Mapping[str, Matrix],
+        take: Callable[[str, int, Tensor], None],
+        *,
+        tokens: Tokens | None = None,
+        inputs_only: bool = False,
     ) -> None:
-        self._layers, self._take, self._inputs_only = layers, take, inputs_only
+        self._layers, self._take, self._tokens, self._inputs_only = layers, take, tokens, inputs_only
         self._all = {(name, block) for name, matrix in layers.items() for block in range(matrix.blocks)}
         self._ahead: set[tuple[str, int]] = set()  # what this batch has not reached
         self._never = dict.fromkeys(layers)
         self._empty = True
+        self._batch: Any = None
 
-    def run(self, run: Callable[[Any], Any], batch: Any) -> None:
-        self._empty = False
+    def run(self, run: Callable[[Any], Any], argument: Any, batch: Any) -> None:
+        self._empty, self._batch = False, batch
         self._ahead.update(self._all)
         with hooks_run(), suppress(_ReachedError), ProductMode(self._layers, before=self._see):
-            run(batch)
+            run(argument)
 
     def _see(self, product: Product) -> None:
         inputs, name = product.inputs, product.name
+        counting = counting_tokens(self._tokens, name, inputs, self._batch)
         with torch.autocast(inputs.device.type, enabled=False):
-            self._take(name, product.block, inputs.detach().float().reshape(-1, inputs.shape[-1]))
+            rows = inputs.detach().float().reshape(-1, inputs.shape[-1])
+            self._take(name, product.block, rows if counting is None else rows[counting.reshape(-1)])
         self._ahead.discard((name, product.block))
         self._never.pop(name, None)
         if self._inputs_only and not self._ahead:

@@ -14,10 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.oneshot.activations.blocks import Call, find_sequential_blocks, step
-from maskllm4v.oneshot.activations.hooks import InputCapture, calls_of, combined, evaluating, new_statistics, observe
+from maskllm4v.oneshot.activations.blocks import find_sequential_blocks, step
+from maskllm4v.oneshot.activations.hooks import (
+    InputCapture,
+    Shown,
+    calls_of,
+    combined,
+    evaluating,
+    new_statistics,
+    observe,
+)
 from maskllm4v.oneshot.activations.statistics import CrossCovariance, Hessian, checked
-from maskllm4v.sparsity.calibration import Calibration, names_by_part
+from maskllm4v.sparsity.calibration import Calibration, Tokens, names_by_part
 from maskllm4v.sparsity.parameters import Matrix, find_matrix
 from maskllm4v.utils.errors import DataError
 
@@ -34,7 +42,8 @@ def layer_statistics(
         model: put into evaluation mode for the time being.
         layers: the linear layers of interest, by module name.
         parts: come in their order; see :class:`~maskllm4v.sparsity.calibration.Calibration`.
-        dense: a model of the same architecture, which stays as it is. With it, each layer has :class:`CrossCovariance`.
+        dense: a model of the same architecture, which stays as it is. With it, each layer of a part that is
+            ``paired`` has :class:`CrossCovariance`.
 
     Raises:
         ConfigError: a layer that no part names.
@@ -45,19 +54,20 @@ def layer_statistics(
         own = {name: layers[name] for name in names}
         if not own:
             continue
-        with evaluating(model), evaluating(model if dense is None else dense):
-            yield from (_at_once if part.independent else _stream)(model, own, part, dense)
+        other = dense if part.paired else None
+        with evaluating(model), evaluating(model if other is None else other):
+            yield from (_at_once if part.independent else _stream)(model, own, part, other)
 
 
 def _at_once(
     model: nn.Module, layers: Mapping[str, Matrix], part: Calibration, dense: nn.Module | None
 ) -> Iterator[dict[str, Any]]:
-    run = partial(part.forward, model)
+    run, same = partial(part.forward, model), ((batch, batch) for batch in part.batches)
     if dense is None:
-        yield checked(observe(layers, Hessian, run, part.batches))
+        yield checked(observe(layers, Hessian, run, same, tokens=part.tokens))
         return
-    same = ((batch, batch) for batch in part.batches)
-    yield checked(_observe_both(layers, _twins(layers, dense), (run, partial(part.forward, dense)), same))
+    runs, pairs = (run, partial(part.forward, dense)), ((shown, shown) for shown in same)
+    yield checked(_observe_both(layers, _twins(layers, dense), runs, pairs, tokens=part.tokens))
 
 
 def _stream(
@@ -75,13 +85,14 @@ def _stream(
     for unit in units:
         block = None if unit.block is None else names[unit.block]
         for name, layer in unit.layers.items():
-            (run, calls), one, in_chain = network.at(block), {name: layer}, block is not None
+            (run, shown), one = network.at(block), {name: layer}
+            how: dict[str, Any] = {"tokens": part.tokens, "inputs_only": block is not None}
             if dense is None or other is None:
-                yield checked(observe(one, Hessian, run, calls, inputs_only=in_chain))
+                yield checked(observe(one, Hessian, run, shown, **how))
                 continue
-            run_other, calls_other = other.at(block)
-            pairs = zip(calls, calls_other, strict=True)
-            yield checked(_observe_both(one, _twins(one, dense), (run, run_other), pairs, inputs_only=in_chain))
+            run_other, shown_other = other.at(block)
+            pairs = zip(shown, shown_other, strict=True)
+            yield checked(_observe_both(one, _twins(one, dense), (run, run_other), pairs, **how))
 
 
 class _Network:
@@ -90,20 +101,20 @@ class _Network:
     def __init__(self, model: nn.Module, chain: Sequence[str], part: Calibration, batches: list[Any]) -> None:
         self._model, self._part, self._batches = model, part, batches
         self._ahead = list(chain)
-        self._calls: list[Call] | None = None  # of the block next ahead, a batch each
+        self._calls: list[Shown] | None = None  # of the block next ahead, a batch each
 
-    def at(self, block: str | None) -> tuple[Callable[[Any], Any], list[Any]]:
+    def at(self, block: str | None) -> tuple[Callable[[Any], Any], list[Shown]]:
         """What to run, and on what, for the inputs of a block's layers; None: of layers outside the chain.
 
         Blocks before it are run as they are now.
         """
         if block is None:
-            return partial(self._part.forward, self._model), self._batches
+            return partial(self._part.forward, self._model), [(batch, batch) for batch in self._batches]
         ahead = self._model.get_submodule(self._ahead[0])
         if self._calls is None:
             self._calls = calls_of(ahead, self._model, self._batches, self._part.forward)
         while self._ahead[0] != block:
-            self._calls = [step(ahead, call) for call in self._calls]
+            self._calls = [(step(ahead, call), batch) for call, batch in self._calls]
             self._ahead.pop(0)
             ahead = self._model.get_submodule(self._ahead[0])
         return partial(step, ahead), self._calls
@@ -117,8 +128,9 @@ def _observe_both(
     layers: Mapping[str, Matrix],
     twins: Mapping[str, Matrix],
     runs: tuple[Callable[[Any], Any], Callable[[Any], Any]],
-    calls: Iterable[tuple[Any, Any]],
+    pairs: Iterable[tuple[Shown, Shown]],
     *,
+    tokens: Tokens | None = None,
     inputs_only: bool = False,
 ) -> dict[str, Any]:
     """Like :func:`~maskllm4v.oneshot.activations.hooks.observe`, of two networks at once; holds one batch's inputs."""
@@ -129,18 +141,20 @@ def _observe_both(
     def hold(into: dict[tuple[str, int], list[Tensor]], name: str, block: int, seen: Tensor) -> None:
         into[name, block].append(seen if inputs_only else seen.clone())  # what runs on may change it in place
 
+    how: dict[str, Any] = {"tokens": tokens, "inputs_only": inputs_only}
     with (
-        InputCapture(layers, partial(hold, rows), inputs_only=inputs_only) as watch,
-        InputCapture(twins, partial(hold, of_twin), inputs_only=inputs_only) as watch_twin,
+        InputCapture(layers, partial(hold, rows), **how) as watch,
+        InputCapture(twins, partial(hold, of_twin), **how) as watch_twin,
     ):
-        for call, call_of_twin in calls:
-            watch.run(runs[0], call)
-            watch_twin.run(runs[1], call_of_twin)
+        for shown, shown_to_twin in pairs:
+            watch.run(runs[0], *shown)
+            watch_twin.run(runs[1], *shown_to_twin)
             for (name, block), seen in rows.items():
                 twins_seen = of_twin[name, block]
                 if [len(part) for part in seen] != [len(part) for part in twins_seen]:
                     raise DataError(
-                        f"layer {name!r} sees other tokens in the dense network; the target has to be symmetric"
+                        f"layer {name!r} sees other tokens in the dense network; the target has to be symmetric, or "
+                        "its calibration a part with paired=False"
                     )
                 for part, twin in zip(seen, twins_seen, strict=True):
                     found[name][block].update(part, twin)

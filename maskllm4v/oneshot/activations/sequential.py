@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from maskllm4v.oneshot.activations.blocks import Call, find_sequential_blocks, step
-from maskllm4v.oneshot.activations.hooks import calls_of, evaluating, observe
+from maskllm4v.oneshot.activations.hooks import Shown, calls_of, evaluating, observe
 from maskllm4v.oneshot.activations.statistics import Statistic, checked
-from maskllm4v.sparsity.calibration import Calibration, Forward, default_forward, names_by_part
+from maskllm4v.sparsity.calibration import Calibration, Forward, Tokens, default_forward, names_by_part
 from maskllm4v.sparsity.parameters import Matrix
 from maskllm4v.utils.errors import DataError
 
@@ -51,10 +51,17 @@ def part_statistics(
             if not own:
                 continue
             if part.independent:
-                yield checked(observe(own, statistic, partial(part.forward, model), part.batches))
+                same = ((batch, batch) for batch in part.batches)
+                yield checked(observe(own, statistic, partial(part.forward, model), same, tokens=part.tokens))
             else:
                 yield from stream_statistics(
-                    model, own, part.batches, statistic, propagate=propagate, forward=part.forward
+                    model,
+                    own,
+                    part.batches,
+                    statistic,
+                    propagate=propagate,
+                    forward=part.forward,
+                    tokens=part.tokens,
                 )
 
 
@@ -67,6 +74,7 @@ def stream_statistics(
     *,
     propagate: Propagate,
     forward: Forward = default_forward,
+    tokens: Tokens | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the statistics of one unit of layers after the other, in the order of execution.
 
@@ -77,12 +85,14 @@ def stream_statistics(
     Args:
         model: put into evaluation mode for the time being.
         layers: the linear layers of interest, by module name.
-        batches: calibration batches; kept in memory.
+        batches: calibration batches; all are kept where they lie.
         statistic: one of :mod:`maskllm4v.oneshot.activations.statistics`, or one of your own.
         propagate: see above.
         forward: how to run the model on a batch.
+        tokens: which tokens count, see :class:`~maskllm4v.sparsity.calibration.Calibration`; None: all.
 
     Raises:
+        ConfigError: ``tokens`` gives no mask for a layer's inputs.
         DataError: no batch, a layer is never reached, or sums over its inputs are not finite.
     """
     batches = list(batches)
@@ -92,12 +102,14 @@ def stream_statistics(
         first, *others = (partial(forward, model, batch) for batch in batches)
         units, chain = find_sequential_blocks(model, layers, first, others)
         blocks = iter(chain)
+        whole, same = partial(forward, model), [(batch, batch) for batch in batches]
+        see = partial(observe, tokens=tokens)
         seen: dict[str, Any] = {}  # dense statistics of what lies outside the chain, before anything changes
-        stream: list[Call] | None = None  # how the chain's next block is called, a batch each
+        stream: list[Shown] | None = None  # how the chain's next block is called, a batch each
         if propagate == "dense":
             outside = {n: layer for unit in units if unit.block is None for n, layer in unit.layers.items()}
             if outside:
-                seen = observe(outside, statistic, lambda batch: forward(model, batch), batches)
+                seen = see(outside, statistic, whole, same)
             if chain:
                 stream = calls_of(chain[0], model, batches, forward)
         last = max((i for i, unit in enumerate(units) if unit.block is not None), default=-1)
@@ -106,22 +118,22 @@ def stream_statistics(
                 if propagate == "dense":
                     yield checked({name: seen[name] for name in unit.layers})
                 else:
-                    yield checked(observe(unit.layers, statistic, lambda batch: forward(model, batch), batches))
+                    yield checked(see(unit.layers, statistic, whole, same))
                 continue
             if stream is None:
                 stream = calls_of(chain[0], model, batches, forward)
             for block in blocks:
                 if block is unit.block:
                     break
-                stream = [step(block, call) for call in stream]  # a block without layers of interest
+                stream = [(step(block, call), batch) for call, batch in stream]  # a block without layers of interest
             if propagate == "pruned" or i == last:  # nobody needs what comes out of the block as it is
-                yield checked(observe(unit.layers, statistic, partial(step, unit.block), stream, inputs_only=True))
-                stream = [] if i == last else [step(unit.block, call) for call in stream]
+                yield checked(see(unit.layers, statistic, partial(step, unit.block), stream, inputs_only=True))
+                stream = [] if i == last else [(step(unit.block, call), batch) for call, batch in stream]
                 continue
             outputs: list[Call] = []
 
             def run(call: Call, block: nn.Module = unit.block, into: list[Call] = outputs) -> None:
                 into.append(step(block, call))
 
-            yield checked(observe(unit.layers, statistic, run, stream))
-            stream = outputs
+            yield checked(see(unit.layers, statistic, run, stream))
+            stream = [(call, batch) for call, (_, batch) in zip(outputs, stream, strict=True)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -21,7 +22,7 @@ from maskllm4v.oneshot.activations.sequential import part_statistics
 from maskllm4v.oneshot.activations.statistics import Hessian
 from maskllm4v.oneshot.weight_update.least_squares import update_least_squares
 from maskllm4v.oneshot.weight_update.sparsegpt import update_sparsegpt
-from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised
+from maskllm4v.sparsity.calibration import Calibration, Forward, as_parts, check_materialised, names_by_part
 from maskllm4v.sparsity.layers import attach_, detach_
 from maskllm4v.sparsity.layout import from_rows
 from maskllm4v.sparsity.parameters import (
@@ -36,6 +37,7 @@ from maskllm4v.sparsity.rollback import all_or_nothing
 from maskllm4v.sparsity.surgery import Model, fixed, settle_
 from maskllm4v.utils.errors import ConfigError, DataError
 from maskllm4v.utils.progress import bar
+from maskllm4v.utils.text import few
 
 Target = Literal["asymmetric", "symmetric"]
 
@@ -94,7 +96,8 @@ def update_weights_(
         calibration: an input tensor, batches, or :class:`~maskllm4v.sparsity.calibration.Calibration` parts.
         dense: the dense model that the masks belong to, which stays as it is. By default the model itself with its
             masks off, which is right as long as no weight was updated or folded.
-        target: see :class:`UpdateMethod`; by default the method's first.
+        target: see :class:`UpdateMethod`; by default the method's first, but symmetric for layers of parts that are not
+            :attr:`~maskllm4v.sparsity.calibration.Calibration.paired`.
         damping: share of the Hessian's mean diagonal; by default the method's own.
         forward: ``forward(model, batch)``; by default :func:`maskllm4v.sparsity.calibration.default_forward`. Parts
             have their own.
@@ -102,9 +105,13 @@ def update_weights_(
     Returns:
         The same model. After an error it is as it was.
 
+    Warns:
+        Layers get the symmetric target because their inputs are not paired; names them.
+
     Raises:
         ConfigError: an unknown method or target, a negative damping, no masked layer, one that is tied to an embedding,
-            or a ``dense`` that has masks or another architecture.
+            one that no part names, or whose inputs are not paired although the target is given as asymmetric; or a
+            ``dense`` that has masks or another architecture.
         DataError: no batch, none that reaches a layer, or a layer cannot be solved for; names layer and row.
     """
     if method not in METHODS:
@@ -124,6 +131,9 @@ def update_weights_(
     if dense is not None and (dense is model or masked_parameters(dense)):
         raise ConfigError("dense has masks; it is the model before it was pruned, or none: the model without its masks")
     parts = as_parts(calibration, forward)
+    asymmetric = (target or chosen.targets[0]) == "asymmetric"
+    if asymmetric:
+        _check_paired(masked, parts, target)
     sources = masked if dense is None else {name: _twin(parameter, dense) for name, parameter in masked.items()}
     trained = {name: parameter.weight.requires_grad for name, parameter in masked.items()}
     with all_or_nothing(model), ExitStack() as stack:
@@ -132,7 +142,6 @@ def update_weights_(
             for module, attribute in parameter.places:
                 detach_(module, attribute)
                 module._parameters[attribute] = weight
-        asymmetric = (target or chosen.targets[0]) == "asymmetric"
         twin = (dense if dense is not None else copy.deepcopy(model)) if asymmetric else None
         statistics = stack.enter_context(closing(_statistics(model, masked, parts, chosen, twin)))
         for unit in bar(statistics, method):
@@ -158,6 +167,17 @@ def update_weights_(
         return model
 
 
+def _check_paired(layers: Iterable[str], parts: Sequence[Calibration], target: Target | None) -> None:
+    """Say which layers cannot have the asymmetric target: an error where it was asked for, else a warning."""
+    names = [n for part, own in zip(parts, names_by_part(layers, parts), strict=True) if not part.paired for n in own]
+    if not names:
+        return
+    why = f"{few(names, 'layer')}: not the same tokens in the dense and in the pruned network (paired=False)"
+    if target is not None:
+        raise ConfigError(f"target is {target!r}, but {why}; allowed: 'symmetric', or none, which is that for them")
+    warnings.warn(f"{why}; updated by the symmetric target", stacklevel=3)
+
+
 def _by_blocks(matrix: Matrix, mask: Tensor, statistic: Any, update_layer: Callable[..., Tensor]) -> Tensor:
     """Update a matrix, or its blocks one after the other, each with the statistic of its own inputs."""
     rows = matrix.rows.detach()
@@ -172,7 +192,11 @@ def _by_blocks(matrix: Matrix, mask: Tensor, statistic: Any, update_layer: Calla
 
 
 def _statistics(
-    model: nn.Module, layers: Mapping[str, Matrix], parts: Any, method: UpdateMethod, dense: nn.Module | None
+    model: nn.Module,
+    layers: Mapping[str, Matrix],
+    parts: Sequence[Calibration],
+    method: UpdateMethod,
+    dense: nn.Module | None,
 ) -> Generator[dict[str, Any], None, None]:
     if method.layerwise:
         return layer_statistics(model, layers, parts, dense=dense)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from markupsafe import Markup
 
-from maskllm4v.reporting.metrics import Metric
+from maskllm4v.config.metrics import Metric
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import Scale, linear_scale, logarithmic

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from maskllm4v.config.metrics import Metric
 from maskllm4v.reporting.aggregate import best_row
-from maskllm4v.reporting.metrics import Metric
 from maskllm4v.reporting.page.results import KINDS, Results
 from maskllm4v.reporting.tables import LABELS, number, result_cells, result_headers, significant
 

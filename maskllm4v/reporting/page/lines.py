@@ -9,7 +9,6 @@ import pandas as pd
 
 from maskllm4v.reporting.aggregate import timestep_metrics
 from maskllm4v.reporting.curves import read_curves
-from maskllm4v.reporting.metrics import METRICS
 from maskllm4v.reporting.page.frame import Frame
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.page.scales import Scale, linear_scale, logarithmic
@@ -70,7 +69,7 @@ def curve_panels(results: Results) -> Panels:
 def timestep_panels(results: Results) -> Panels:
     """Metrics that records hold by timestep, a chart each, mean over seeds."""
     found = {row: timestep_metrics(record) for row, record in results.records.items()}
-    metrics = [m for m in METRICS[results.experiment.task.name].columns if any(m.name in of for of in found.values())]
+    metrics = [metric for metric in results.metrics.columns if any(metric.name in of for of in found.values())]
     styles = _styles([row for row in found if row != results.dense])
     if results.dense in found and metrics:
         styles = {results.dense: "s-dense", **styles}

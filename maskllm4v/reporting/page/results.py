@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 
 from maskllm4v.config import Experiment
+from maskllm4v.config.metrics import TaskMetrics
 from maskllm4v.reporting.aggregate import aggregate, current_records
 from maskllm4v.reporting.benchmarks.costs import cost_caption, row_costs
 from maskllm4v.reporting.marks import NONE
-from maskllm4v.reporting.metrics import METRICS, TaskMetrics
+from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.reporting.receipts import claim
 from maskllm4v.reporting.tables import caption
 
@@ -60,7 +61,7 @@ class Results:
 
     @property
     def metrics(self) -> TaskMetrics:
-        return METRICS[self.experiment.task.name]
+        return metrics_of(self.experiment.task.name)
 
     @cached_property
     def labels(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from maskllm4v.config.base import Count, NonNegative, Positive, Settings, Share
+from maskllm4v.config.metrics import Metric, TaskMetrics
 from maskllm4v.config.sections import AugmentationSettings, ModelSettings, TaskSettings
 from maskllm4v.config.tasks import TaskSections
 
@@ -75,4 +76,16 @@ def check_classification(experiment: Experiment) -> None:
         raise ValueError(f"{generated[0]}: inputs is 'generated', which task 'classification' cannot make")
 
 
-SECTIONS = TaskSections(ClassificationSettings, TimmSettings, check=check_classification)
+METRICS = TaskMetrics(
+    columns=(
+        Metric("top1", "Top-1 (%)", 2, noun="top-1", axis="top-1 accuracy (%)", percent=True),
+        Metric("top5", "Top-5 (%)", 2, percent=True),
+        Metric("nll", "Cross-entropy", 3, better="lower"),
+        Metric("ece", "ECE (%)", 1, "ECE: expected calibration error, 15 bins", percent=True, better="lower"),
+        Metric("agreement", "Agreement (%)", 1, "agreement: same top-1 class as the dense model", percent=True),
+    ),
+    figure="accuracy",
+    bars=("top1",),
+)
+
+SECTIONS = TaskSections(ClassificationSettings, TimmSettings, check=check_classification, metrics=METRICS)

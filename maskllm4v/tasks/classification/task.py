@@ -113,7 +113,7 @@ class Classification:
         smoothing = 0.0 if batch[1].is_floating_point() else self.settings.label_smoothing  # mixing has smoothed
         return F.cross_entropy(outputs.float(), batch[1], label_smoothing=smoothing)
 
-    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float, batch: Batch) -> Tensor:
         """T²·KL(teacher ‖ student) at temperature T (Hinton et al. 2015)."""
         student = F.log_softmax(outputs.float() / temperature, 1)
         target = F.log_softmax(teacher.float() / temperature, 1)
@@ -161,7 +161,7 @@ class Classification:
         """``images`` ``[B, C, H, W]``, normalised as the model's data are, to ``logits`` ``[B, classes]``."""
         shape = (batch_size, *image_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return ExportableModel(model, {"images": torch.from_numpy(images)}, "logits")
+        return ExportableModel(model, {"images": torch.from_numpy(images)}, ("logits",))
 
     @cached_property
     def _mix(self) -> Any:

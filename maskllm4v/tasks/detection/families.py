@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.data.annotated import NONE, AnnotatedBatch
-from maskllm4v.tasks.detection.model import build_detector, cornered, decode, focal_loss, generalised_iou, owners
-from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettings
-
-
-class Detections(NamedTuple):
-    """The surest detections of images: boxes ``[B, K, 4]`` by corners in pixels, classes and scores ``[B, K]``."""
-
-    boxes: Tensor
-    classes: Tensor
-    scores: Tensor
+from maskllm4v.tasks.detection.model import (
+    Detections,
+    build_detector,
+    cornered,
+    decode,
+    focal_loss,
+    generalised_iou,
+    owners,
+)
+from maskllm4v.tasks.detection.queries import LearnedQueries, SelectedQueries
+from maskllm4v.tasks.detection.settings import LEARNED, DetectionSettings, DetectorSettings
+from maskllm4v.utils.errors import ConfigError
 
 
 class DetectionFamily(Protocol):
@@ -25,12 +28,27 @@ class DetectionFamily(Protocol):
 
     Attributes:
         outputs: the names of what the model gives, for export.
+        paired: whether its tokens, pruned or not, stand for the same things, one by one.
     """
 
     outputs: tuple[str, ...]
+    paired: bool
 
     def build(self, settings: DetectorSettings, seed: int, *, pretrained: bool) -> nn.Module:
         """The model in evaluation mode, its weights drawn from the seed where none are loaded."""
+
+    def name_classes(self, names: Sequence[str], data: str) -> None:
+        """Say what classes the data of that name have.
+
+        Raises:
+            ConfigError: the model cannot have them.
+        """
+
+    def learning_mode(self, model: nn.Module) -> None:
+        """Put a model into the mode that its masks are learned in."""
+
+    def exportable(self, model: nn.Module) -> nn.Module:
+        """A module that holds the model and gives nothing but :attr:`outputs` of images ``[B, C, H, W]``."""
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         """Run the model on a batch."""
@@ -53,15 +71,27 @@ class TokenFamily:
 
     Args:
         settings: weights of the losses.
+        model: how many classes there are.
     """
 
     outputs = ("raw",)
+    paired = True
 
-    def __init__(self, settings: DetectionSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: DetectionSettings, model: DetectorSettings) -> None:
+        self.settings, self.model = settings, model
 
     def build(self, settings: DetectorSettings, seed: int, *, pretrained: bool) -> nn.Module:
         return build_detector(settings, seed, pretrained=pretrained)
+
+    def name_classes(self, names: Sequence[str], data: str) -> None:
+        if len(names) != self.model.classes:
+            raise ConfigError(f"model.classes is {self.model.classes}, but {data} has objects of {len(names)} classes")
+
+    def learning_mode(self, model: nn.Module) -> None:
+        model.train()
+
+    def exportable(self, model: nn.Module) -> nn.Module:
+        return model
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         """Raw values ``[B, classes + 4, h, w]``; :func:`~maskllm4v.tasks.detection.model.decode` reads them."""
@@ -110,4 +140,6 @@ class TokenFamily:
 
 def family_of(settings: DetectionSettings, model: DetectorSettings) -> DetectionFamily:
     """That of the model which some settings name."""
-    return TokenFamily(settings)
+    if not model.of_transformers:
+        return TokenFamily(settings, model)
+    return LearnedQueries(settings, model) if model.name in LEARNED else SelectedQueries(settings, model)

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw
 
 from maskllm4v.data.annotated import NONE
-from maskllm4v.tasks.segmentation.pictures import SCALE, SMALL, colours, tiled
+from maskllm4v.tasks.pictures import SCALE, SMALL, colours, tiled
 
 Boxes = tuple[np.ndarray, np.ndarray]  # [N, K, 4] by corners in pixels, [N, K]
 
 
-def drawings(images: np.ndarray, truth: Boxes, found: Boxes) -> np.ndarray:
-    """A column per image: with the true boxes, with those found, each in its class's colour; uint8 ``[H, W, 3]``.
+def drawings(images: np.ndarray, truth: Boxes, found: Boxes, names: Sequence[str]) -> np.ndarray:
+    """A column per image: the image, the true boxes on it, those found on it, in their classes' colours.
 
     Args:
         images: uint8 ``[N, C, H, W]``.
         truth, found: boxes and classes; :data:`NONE` is not drawn.
+        names: of the classes, written into their boxes.
+
+    Returns:
+        uint8 ``[H, W, 3]``.
     """
     coloured = np.broadcast_to(images.transpose(0, 2, 3, 1), (*images.shape[:1], *images.shape[2:], 3))
     scale = SCALE if images.shape[2] <= SMALL else 1
     big = coloured.repeat(scale, 1).repeat(scale, 2)
-    palette = colours(1 + max(int(classes.max(initial=0)) for _, classes in (truth, found)))
-    return tiled([big, _drawn(big, truth, scale, palette), _drawn(big, found, scale, palette)], scale=1)
+    return tiled([big, *(_drawn(big, boxes, scale, names) for boxes in (truth, found))], scale=1)
 
 
-def _drawn(images: np.ndarray, annotated: Boxes, scale: int, palette: np.ndarray) -> np.ndarray:
-    drawn = []
+def _drawn(images: np.ndarray, annotated: Boxes, scale: int, names: Sequence[str]) -> np.ndarray:
+    drawn, palette = [], colours(len(names))
     for image, boxes, classes in zip(images, *annotated, strict=True):
         canvas = Image.fromarray(np.ascontiguousarray(image))
         draw = ImageDraw.Draw(canvas)
@@ -35,6 +40,6 @@ def _drawn(images: np.ndarray, annotated: Boxes, scale: int, palette: np.ndarray
             if right > left + 1 and bottom > top + 1:
                 colour = tuple(map(int, palette[number]))
                 draw.rectangle((left, top, right - 1, bottom - 1), outline=colour)
-                draw.text((left + 2, top), str(number), fill=colour)
+                draw.text((left + 2, top), names[number], fill=colour)
         drawn.append(np.asarray(canvas))
     return np.stack(drawn)

@@ -5,27 +5,37 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from maskllm4v.config.metrics import rarest
 from maskllm4v.data.annotated import Objects
 from maskllm4v.utils.errors import ConfigError
 
-STATS = ("map", "map50", "map75")  # the first numbers of pycocotools' summary
+STATS = ("map", "map50", "map75", "map_small", "map_medium", "map_large")  # the first of pycocotools' summary
+UNMEASURED = -1  # what pycocotools gives where there is nothing to find
+ENDLESS = 1e5  # pixels, which no side of a box reaches: pycocotools' own
 
 
 def average_precision(
     truth: Sequence[Objects],
     found: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     names: Sequence[str],
+    sizes: tuple[float, float],
 ) -> dict[str, float]:
-    """``map`` over IoU of .50 to .95, ``map50``, ``map75`` and ``ap/<class>``, in percent.
+    """COCO's numbers in percent, without those that nothing in the images belongs to.
+
+    ``map``: mean over classes and IoU of .50 to .95; ``map50``, ``map75``: at these alone; ``map_small``,
+    ``map_medium``, ``map_large``: of objects of these sizes; ``ap/<class>``; ``map_rare``: mean over the third of the
+    classes that have the fewest objects.
 
     Args:
         truth: the objects of each image; what is found in a crowd is neither right nor wrong.
         found: boxes ``[m, 4]``, classes ``[m]`` and scores ``[m]`` of each image; ties keep the order of images.
-        names: of the classes; those that no image has are left out.
+        names: of the classes.
+        sizes: in pixels, up to which root of its area an object is small, and medium.
 
     Raises:
         ConfigError: pycocotools is not installed.
@@ -47,15 +57,23 @@ def average_precision(
         detections.dataset = {**dataset.dataset, "annotations": _found(found)}
         detections.createIndex()
         evaluation = COCOeval(dataset, detections, "bbox")
+        ends = [0, *sizes, ENDLESS]
+        evaluation.params.areaRng = [[0, ENDLESS**2], *([low**2, high**2] for low, high in pairwise(ends))]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    metrics = {name: 100 * float(value) for name, value in zip(STATS, evaluation.stats, strict=False)}
+    stats = zip(STATS, evaluation.stats, strict=False)
+    metrics = {name: 100 * float(value) for name, value in stats if value > UNMEASURED}
     precision = evaluation.eval["precision"][..., 0, -1]  # [IoU, recall, class]; of all sizes, with all detections
+    of_classes = {}
     for number, name in enumerate(names):
-        if (values := precision[..., number])[values > -1].size:
-            metrics[f"ap/{name}"] = 100 * float(values.mean())
-    return metrics
+        if (values := precision[..., number])[values > UNMEASURED].size:
+            of_classes[name] = 100 * float(values.mean())
+    single = [objects.classes[~objects.crowds] for objects in truth]
+    counts = np.bincount(np.concatenate([np.empty(0, np.int64), *single]), minlength=len(names))
+    if rare := [of_classes[name] for name in rarest(dict(zip(names, counts.tolist(), strict=True)))]:
+        metrics["map_rare"] = sum(rare) / len(rare)
+    return metrics | {f"ap/{name}": value for name, value in of_classes.items()}
 
 
 def _truth(images: Sequence[Objects]) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.base import ExportableModel, JudgeTraining
 from maskllm4v.tasks.classification.models import image_settings
-from maskllm4v.tasks.detection.families import Detections, family_of
-from maskllm4v.tasks.detection.model import generalised_iou
+from maskllm4v.tasks.detection.families import family_of
+from maskllm4v.tasks.detection.model import Detections, generalised_iou
 from maskllm4v.tasks.detection.pictures import drawings
 from maskllm4v.tasks.detection.precision import average_precision
 from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettings
@@ -87,7 +87,8 @@ class Detection(DataTask):
 
     def calibration(self, batch_size: int, seed: int) -> Sequence[Calibration]:
         batches = self.plain_batches(*self.calibration_samples(seed), batch_size)
-        return [Calibration((batch.to(self.device) for batch in batches), self.forward)]
+        # On the CPU until they are used: calibration holds all of them.
+        return [Calibration(batches, lambda model, batch: self.forward(model, batch.to(self.device)))]
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         return self.family.forward(model, batch)
@@ -108,7 +109,7 @@ class Detection(DataTask):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
-        """``map``, ``map50``, ``map75`` and ``ap/<class>`` in percent, as COCO has them.
+        """What :func:`~maskllm4v.tasks.detection.precision.average_precision` gives.
 
         ``agreement``: of what the dense model is sure of, the share that the model is sure of, too.
         """
@@ -142,16 +143,16 @@ class Detection(DataTask):
         classes = torch.where(found.scores >= self.settings.sure, found.classes, NONE)
         images = self.source.pixels(batch.images).cpu().numpy()
         true, seen = ((b.cpu().numpy(), c.cpu().numpy()) for b, c in (batch[2:], (found.boxes, classes)))
-        return {"predictions": drawings(images, true, seen)}
+        return {"predictions": drawings(images, true, seen, self.manifest.classes)}
 
     def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
         return {}
 
     def exportable(self, model: nn.Module, batch_size: int) -> ExportableModel:
-        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to raw values (:func:`decode`)."""
+        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to the family's outputs."""
         shape = (batch_size, *image_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return ExportableModel(model, {"images": torch.from_numpy(images)}, *self.family.outputs)
+        return ExportableModel(self.family.exportable(model), {"images": torch.from_numpy(images)}, self.family.outputs)
 
     def _split(self, split: str) -> Iterator[AnnotatedBatch]:
         indices = np.arange(self.source.count(split))
@@ -170,7 +171,9 @@ class Detection(DataTask):
         count = self.source.count(split)
         detections = [rows_of_all(torch.cat(part), count).cpu().numpy() for part in zip(*found, strict=True)]
         images = list(zip(*detections, strict=True))
-        return average_precision(list(self.source.annotations(split)), images, self.manifest.classes)
+        return average_precision(
+            list(self.source.annotations(split)), images, self.manifest.classes, self.settings.sizes
+        )
 
 
 TASK = Detection

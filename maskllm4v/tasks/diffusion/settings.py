@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from maskllm4v.config.base import Count, Number, Positive, Settings, Share
+from maskllm4v.config.metrics import Metric, TaskMetrics
 from maskllm4v.config.sections import AugmentationSettings, ModelSettings, TaskSettings, TrainingSettings
 from maskllm4v.config.tasks import TaskSections
 from maskllm4v.tasks.classification.settings import ClassificationSettings, TimmSettings
@@ -186,5 +187,46 @@ def check_diffusion(experiment: Experiment) -> None:
             )
 
 
+METRICS = TaskMetrics(
+    columns=(
+        Metric(
+            "eps_mse",
+            "ε-MSE",
+            4,
+            "ε-MSE: mean squared error of the predicted noise, lower is better",
+            better="lower",
+        ),
+        Metric(
+            "dense_mse",
+            "MSE to dense",
+            4,
+            "MSE to dense: mean squared distance of the outputs to the dense model's",
+            better="lower",
+        ),
+        Metric(
+            "accuracy",
+            "Conditional accuracy (%)",
+            1,
+            "conditional accuracy: share of samples that a classifier trained here takes for their class",
+            axis="conditional accuracy (%)",
+            percent=True,
+        ),
+        Metric(
+            "fd",
+            "FD (our classifier)",
+            2,
+            "FD: Fréchet distance in that classifier's features, not FID",
+            better="lower",
+        ),
+        Metric("kd", "KD (our classifier)", 4, "KD: kernel distance, likewise", better="lower"),
+    ),
+    figure="quality",
+    bars=("accuracy", "eps_mse"),
+    decimals=6,
+    facts=(("judge_accuracy", "it gets {:.1f} % of the real images right"),),
+)
+
 # Masks are learned from the dense model's outputs unless told otherwise.
-SECTIONS = TaskSections(DiffusionSettings, DiTSettings, EvaluationSettings, {"distillation": 1.0}, check_diffusion)
+SECTIONS = TaskSections(
+    DiffusionSettings, DiTSettings, EvaluationSettings, {"distillation": 1.0}, check_diffusion, METRICS
+)

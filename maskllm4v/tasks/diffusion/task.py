@@ -210,7 +210,7 @@ class Diffusion:
         """Mean squared error of ε (Ho et al. 2020, Eq. 14)."""
         return F.mse_loss(outputs[:, : batch.noise.shape[1]].float(), batch.noise)
 
-    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float, batch: NoisyBatch) -> Tensor:
         """Mean squared error of all outputs, the variance's included; nothing here has a temperature."""
         return F.mse_loss(outputs.float(), teacher.float())
 
@@ -235,7 +235,9 @@ class Diffusion:
             "timestep": rng.integers(0, len(self.alphas), batch_size),
             "class_labels": rng.integers(0, self.classes + 1, batch_size),
         }
-        return ExportableModel(Denoiser(model), {name: torch.from_numpy(v) for name, v in drawn.items()}, "noise_pred")
+        return ExportableModel(
+            Denoiser(model), {name: torch.from_numpy(v) for name, v in drawn.items()}, ("noise_pred",)
+        )
 
     def clean(self, images: Tensor, drawn: np.ndarray) -> Tensor:
         """x₀ of real images; ``drawn``: normal noise ``[B, C, H, W]`` for an autoencoder."""

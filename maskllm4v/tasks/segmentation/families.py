@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.data.annotated import IGNORED, AnnotatedBatch
+from maskllm4v.tasks.named_outputs import NamedOutputs
+from maskllm4v.tasks.segmentation.folders import build_from_folder
 from maskllm4v.tasks.segmentation.model import build_segmenter
-from maskllm4v.tasks.segmentation.settings import SegmenterSettings
+from maskllm4v.tasks.segmentation.queries import QueryFamily
+from maskllm4v.tasks.segmentation.settings import SAM, SegmenterSettings
 
 
 class SegmentationFamily(Protocol):
@@ -23,6 +26,9 @@ class SegmentationFamily(Protocol):
 
     def build(self, settings: SegmenterSettings, seed: int, *, pretrained: bool) -> nn.Module:
         """The model in evaluation mode, its weights drawn from the seed where none are loaded."""
+
+    def exportable(self, model: nn.Module) -> nn.Module:
+        """A module that holds the model and gives nothing but :attr:`outputs` of images ``[B, C, H, W]``."""
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         """Run the model on a batch."""
@@ -53,6 +59,9 @@ class TokenFamily:
     def build(self, settings: SegmenterSettings, seed: int, *, pretrained: bool) -> nn.Module:
         return build_segmenter(settings, seed, pretrained=pretrained)
 
+    def exportable(self, model: nn.Module) -> nn.Module:
+        return model
+
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         logits: Tensor = model(batch.images)
         return logits
@@ -81,6 +90,28 @@ class TokenFamily:
         return temperature**2 * (divergence * (batch.masks != IGNORED)).sum()
 
 
+class SamFamily(TokenFamily):
+    """SAM's image encoder and one linear layer."""
+
+    def build(self, settings: SegmenterSettings, seed: int, *, pretrained: bool) -> nn.Module:
+        return build_from_folder(settings, seed, pretrained=pretrained)
+
+
+class PixelFamily(SamFamily):
+    """Models of transformers that give ``logits`` ``[B, K, h, w]``, of any size: SegFormer, DPT, UPerNet."""
+
+    def exportable(self, model: nn.Module) -> nn.Module:
+        return NamedOutputs(model, self.outputs)
+
+    def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
+        logits: Tensor = model(pixel_values=batch.images).logits
+        return logits
+
+
 def family_of(settings: SegmenterSettings) -> SegmentationFamily:
     """That of the model which some settings name."""
-    return TokenFamily()
+    if not settings.of_transformers:
+        return TokenFamily()
+    if settings.name == SAM:
+        return SamFamily()
+    return QueryFamily() if settings.name.endswith("ForUniversalSegmentation") else PixelFamily()

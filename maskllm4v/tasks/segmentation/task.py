@@ -18,9 +18,10 @@ from maskllm4v.data.annotated import AnnotatedBatch
 from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.base import ExportableModel, JudgeTraining
-from maskllm4v.tasks.classification.models import image_settings
 from maskllm4v.tasks.loading import DataTask
 from maskllm4v.tasks.segmentation.families import family_of
+from maskllm4v.tasks.segmentation.folders import check_names, input_settings
+from maskllm4v.tasks.segmentation.full_size import logits_at, places
 from maskllm4v.tasks.segmentation.pictures import overlays
 from maskllm4v.tasks.segmentation.scores import SegmentationScores
 from maskllm4v.tasks.segmentation.settings import SegmentationSettings, SegmenterSettings
@@ -52,11 +53,12 @@ class Segmentation(DataTask):
             ConfigError: the masks have another number of classes than the model.
         """
         data, folder = self.opened()
-        found = open_annotated(folder, data, self.settings, image_settings(self.model), needs="masks")
+        found = open_annotated(folder, data, self.settings, input_settings(self.model), needs="masks")
         if (count := len(found.mask_classes)) != self.model.classes:
             raise ConfigError(
                 f"model.classes is {self.model.classes}, but the masks of {data.name} have {count} classes"
             )
+        check_names(self.model, data.name, found.mask_classes)
         return found
 
     @property
@@ -72,6 +74,13 @@ class Segmentation(DataTask):
     def train_mode(self, model: nn.Module) -> None:
         model.train()
 
+    def learning_mode(self, model: nn.Module) -> None:
+        """Models of transformers are in evaluation mode while masks are learned.
+
+        In training mode they drop activations, normalise by the batch's statistics, or hide tokens from queries (EoMT).
+        """
+        model.train(not self.model.of_transformers)
+
     def resized(self, size: int) -> Segmentation:
         raise ConfigError("dense.progressive is not for segmentation, whose models have one size")
 
@@ -86,7 +95,8 @@ class Segmentation(DataTask):
 
     def calibration(self, batch_size: int, seed: int) -> Sequence[Calibration]:
         batches = self.plain_batches(*self.calibration_samples(seed), batch_size)
-        return [Calibration((batch.to(self.device) for batch in batches), self.forward)]
+        # On the CPU until they are used: calibration holds all of them.
+        return [Calibration(batches, lambda model, batch: self.forward(model, batch.to(self.device)))]
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         return self.family.forward(model, batch)
@@ -102,15 +112,22 @@ class Segmentation(DataTask):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
-        """See :class:`~maskllm4v.tasks.segmentation.scores.SegmentationScores`."""
+        """See :class:`~maskllm4v.tasks.segmentation.scores.SegmentationScores`; pictures count as they are stored."""
         split = split or self.settings.eval_split
         model.eval()
-        scores = SegmentationScores(self.source.mask_classes, self.device)
+        scores = SegmentationScores(self.source.mask_classes, self.settings.border, self.device)
         amp = self.settings.eval_amp
         with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no"):
             for batch in bar(self._split(split), "evaluating"):
-                reference = None if dense is None else self._logits(dense, batch)
-                scores.add(self._logits(model, batch), batch.masks, reference)
+                outputs = self.forward(model, batch)
+                reference = None if dense is None else self.forward(dense, batch)
+                for place in places(batch):
+                    height, width = place.size
+                    scores.add(
+                        logits_at(place, self.family, outputs),
+                        batch.truth[place.images, :height, :width],
+                        None if dense is None else logits_at(place, self.family, reference),
+                    )
         return scores.metrics()
 
     def score(self, model: nn.Module, split: str) -> float:
@@ -131,10 +148,11 @@ class Segmentation(DataTask):
         return {}
 
     def exportable(self, model: nn.Module, batch_size: int) -> ExportableModel:
-        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to ``logits`` ``[B, K, H, W]``."""
-        shape = (batch_size, *image_settings(self.model)["input_size"])
+        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to the family's outputs."""
+        shape = (batch_size, *input_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return ExportableModel(model, {"images": torch.from_numpy(images)}, *self.family.outputs)
+        module = self.family.exportable(model)
+        return ExportableModel(module, {"images": torch.from_numpy(images)}, self.family.outputs)
 
     def _logits(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         height, width = batch.masks.shape[1:]
