@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.data.annotated import NONE, AnnotatedBatch
-from maskllm4v.sparsity.calibration import Tokens
 from maskllm4v.tasks.detection.matching import Targets
 from maskllm4v.tasks.detection.model import Detections, centred, cornered
 from maskllm4v.tasks.detection.settings import MASKED, DetectionSettings, DetectorSettings
@@ -32,7 +31,6 @@ class Queries:
 
     outputs: tuple[str, ...] = ("logits", "pred_boxes")
     paired_layers: tuple[str, ...] = ("*",)
-    tokens: Tokens | None = None
 
     def __init__(self, settings: DetectionSettings, model: DetectorSettings) -> None:
         assert model.folder is not None
@@ -81,6 +79,10 @@ class Queries:
 
     def exportable(self, model: nn.Module) -> nn.Module:
         return NamedOutputs(model, self.outputs)
+
+    def tokens(self, name: str, shape: torch.Size, batch: AnnotatedBatch) -> Tensor | None:
+        """All of them: pictures are squashed to the model's size, not padded."""
+        return None
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Outputs:
         found = self._run(model, batch)
