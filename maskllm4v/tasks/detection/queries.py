@@ -13,8 +13,8 @@ from maskllm4v.data.annotated import NONE, AnnotatedBatch
 from maskllm4v.tasks.detection.matching import Targets
 from maskllm4v.tasks.detection.model import Detections, centred, cornered
 from maskllm4v.tasks.detection.settings import MASKED, DetectionSettings, DetectorSettings
-from maskllm4v.tasks.named_outputs import NamedOutputs
-from maskllm4v.tasks.transformers_folder import CONFIG, build, label_names, num_labels
+from maskllm4v.tasks.shared.named_outputs import NamedOutputs
+from maskllm4v.tasks.shared.transformers_folder import CONFIG, build, label_names, num_labels
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.text import few
 
@@ -41,8 +41,8 @@ class Queries:
         """With the folder's weights, or with those drawn from the seed.
 
         Raises:
-            ConfigError, CheckpointError: see :mod:`maskllm4v.tasks.transformers_folder`; or the folder is of a model
-                with another number of classes.
+            ConfigError, CheckpointError: see :mod:`maskllm4v.tasks.shared.transformers_folder`; or the folder is of a
+                model with another number of classes.
         """
         if (count := num_labels(self.folder)) != settings.classes:
             raise ConfigError(f"model.classes is {settings.classes}, but {self.folder / CONFIG} has {count} classes")

@@ -24,7 +24,7 @@ from maskllm4v.tasks.detection.model import Detections, generalised_iou
 from maskllm4v.tasks.detection.pictures import drawings
 from maskllm4v.tasks.detection.precision import average_precision
 from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettings
-from maskllm4v.tasks.loading import DataTask
+from maskllm4v.tasks.shared.loading import DataTask
 from maskllm4v.utils.distributed import rows_of_all, sum_
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.progress import bar

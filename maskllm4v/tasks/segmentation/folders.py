@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.tasks import transformers_folder
 from maskllm4v.tasks.classification.models import image_settings
 from maskllm4v.tasks.segmentation.model import Segmenter
 from maskllm4v.tasks.segmentation.settings import SAM, SegmenterSettings
+from maskllm4v.tasks.shared import transformers_folder
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.rng import torch_seed
 
@@ -43,7 +43,7 @@ def build_from_folder(settings: SegmenterSettings, seed: int, *, pretrained: boo
     Raises:
         ConfigError: the folder is of another class, or of another number of classes than ``model.classes``; or the
             model would draw random numbers when it is evaluated.
-        CheckpointError: see :func:`maskllm4v.tasks.transformers_folder.build`.
+        CheckpointError: see :func:`maskllm4v.tasks.shared.transformers_folder.build`.
     """
     folder = folder_of(settings)
     model: Any = transformers_folder.build(
