@@ -62,9 +62,7 @@ def build_from_folder(settings: SegmenterSettings, seed: int, *, pretrained: boo
         model.auxiliary_head = None
     masked = getattr(model, "attn_mask_probs", None)  # EoMT's: 1 hides tokens from queries, 0 does not (annealed)
     if masked is not None and bool(((masked > 0) & (masked < 1)).any()):
-        raise ConfigError(
-            f"{folder}: attn_mask_probs is {masked.tolist()}: masked attention was not annealed to its end"
-        )
+        raise ConfigError(f"{folder}: attn_mask_probs is {masked.tolist()}; allowed: 0 and 1, which need no draws")
     return model  # type: ignore[no-any-return]
 
 
