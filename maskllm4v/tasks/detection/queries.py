@@ -18,6 +18,9 @@ from maskllm4v.tasks.transformers_folder import CONFIG, build, label_names, num_
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.text import few
 
+# Parameters of queries made of noise and of patches left out, which training without transformers' losses has none of.
+# Between processes, each trained parameter has to get a gradient.
+UNUSED = ("denoising_class_embed.weight", "mask_token")
 Outputs = dict[str, Tensor]  # "logits" [B, Q, classes], "boxes" [B, Q, 4]: centre and sides in shares of the image
 
 
@@ -48,9 +51,9 @@ class Queries:
             raise ConfigError(f"model.classes is {settings.classes}, but {self.folder / CONFIG} has {count} classes")
         fused = settings.fused_attention
         model = build(settings.name, self.folder, seed, pretrained=pretrained, fused_attention=fused)
-        for name, module in model.named_modules():
-            if name.endswith("denoising_class_embed"):  # of queries that are made of noise, which nothing here is
-                module.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if name.endswith(UNUSED):
+                parameter.requires_grad_(False)
         return model
 
     def name_classes(self, names: Sequence[str], data: str) -> None:
