@@ -127,12 +127,16 @@ class Queries:
         """Sum over sets of queries, ``[S, Q, ...]``, of each of which the objects are to be found."""
         raise NotImplementedError
 
+    def _sides(self, batch: AnnotatedBatch) -> Tensor:
+        """Width and height in pixels of what boxes are shares of, the picture without its padding; int64 ``[B, 2]``."""
+        return batch.valid.flip(1)
+
     def _targets(self, batch: AnnotatedBatch) -> Targets:
         classes = batch.classes
         if self._labels is not None:
             labels = torch.tensor(self._labels, device=classes.device)
             classes = torch.where(classes == NONE, NONE, labels[classes.clamp(min=0)])
-        return Targets(classes, centred(batch.boxes) / sides(batch).repeat(1, 2)[:, None])
+        return Targets(classes, centred(batch.boxes) / self._sides(batch).repeat(1, 2)[:, None])
 
     def _known(self, scores: Tensor) -> Tensor:
         """Of scores ``[..., labels]`` those of the data's classes, in their order."""
@@ -141,11 +145,6 @@ class Queries:
     def _detections(self, boxes: Tensor, queries: Tensor, classes: Tensor, scores: Tensor, sides: Tensor) -> Detections:
         chosen = boxes.float().gather(1, queries[..., None].expand(-1, -1, 4))
         return Detections(cornered(chosen) * sides.repeat(1, 2)[:, None], classes, scores)
-
-
-def sides(batch: AnnotatedBatch) -> Tensor:
-    """Width and height of images without padding, in pixels, int64 ``[B, 2]``."""
-    return batch.valid.flip(1)
 
 
 def inside(batch: AnnotatedBatch) -> Tensor:
