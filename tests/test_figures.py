@@ -24,6 +24,7 @@ from maskllm4v.reporting.figures import figure_files, figure_texts
 from maskllm4v.reporting.figures.samples import GAP, IN_LINE, SIDE, fitted, samples, samples_file
 from maskllm4v.reporting.figures.sheet import WIDE
 from maskllm4v.reporting.page import table_page
+from maskllm4v.reporting.page.pictures import KINDS
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.report import check_report, experiments
 from maskllm4v.runs.paths import picture_file, record_file
@@ -216,6 +217,8 @@ def test_lines_over_timesteps_are_means_over_seeds(reports: Path) -> None:
 
 # Samples
 
+SAMPLES = KINDS[0]
+
 
 def test_samples_are_enlarged_by_whole_numbers(reports: Path, tmp_path: Path) -> None:
     (tmp_path / "samples.png").write_bytes(figure_files(DIFFUSION, reports)["samples.png"])
@@ -234,8 +237,7 @@ def test_samples_are_enlarged_by_whole_numbers(reports: Path, tmp_path: Path) ->
 
 
 def test_titles_are_the_rows_labels(reports: Path) -> None:
-    figure = samples(Results(DIFFUSION, reports))
-    assert figure is not None
+    figure = samples(Results(DIFFUSION, reports), SAMPLES)
     titles = [text.get_text().replace("\n", " ") for text in figure.texts]
     assert titles[0] == "DiT (dense)"
     assert titles[-1] == "MaskLLM-4V (30 steps) ← Magnitude"
@@ -243,8 +245,7 @@ def test_titles_are_the_rows_labels(reports: Path) -> None:
 
 def test_rows_without_a_picture_leave_no_hole(reports: Path) -> None:
     picture_file("tiny", "tiny-wanda", "samples", reports).unlink()
-    figure = samples(Results(DIFFUSION, reports))
-    assert figure is not None
+    figure = samples(Results(DIFFUSION, reports), SAMPLES)
     assert (len(figure.images), [text.get_text() for text in figure.texts][2]) == (6, "SparseGPT w/o update")
 
 
@@ -260,9 +261,7 @@ def test_figure_has_the_size_that_its_pictures_need(shape: tuple[int, int], coun
     for row in list(DIFFUSION.rows)[:count]:
         pixels = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
         write_picture(picture_file("tiny", row, "samples", tmp_path), pixels)
-    drawn = samples_file(Results(DIFFUSION, tmp_path))
-    assert drawn is not None
-    (tmp_path / "figure.png").write_bytes(drawn)
+    (tmp_path / "figure.png").write_bytes(samples_file(Results(DIFFUSION, tmp_path), SAMPLES))
     found, wanted = read_picture(tmp_path / "figure.png"), fitted(pixels)
     high, wide = wanted.shape[:2]
     bottom = found.shape[0] - GAP  # of the last line

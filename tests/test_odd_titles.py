@@ -26,6 +26,7 @@ from maskllm4v.reporting.figures.samples import samples_file
 from maskllm4v.reporting.marks import code, escaped, link, markdown, strong
 from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.reporting.page import table_page
+from maskllm4v.reporting.page.pictures import KINDS
 from maskllm4v.reporting.page.results import Results
 from maskllm4v.reporting.paired import paired_markdown
 from maskllm4v.reporting.readme import splice
@@ -143,7 +144,7 @@ def test_every_output_shows_it(text: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert (shown(tags["mlflow.note.content"]), tags["hardware"]) == (wanted, wanted)
 
     write_picture(tmp_path / "digits/runs/digits-dense/evaluation/samples.png", np.zeros((8, 8, 3), np.uint8))
-    assert samples_file(Results(experiment, reports)) is not None  # no formula is read out of it
+    assert samples_file(Results(experiment, reports), KINDS[0])  # no formula is read out of it
 
 
 @example("\\<!-- digits -->")

@@ -89,8 +89,9 @@ def test_from_a_folder_to_masks_in_a_file(name: str, folders: Path, tmp_path: Pa
     assert current_masks(again).keys() == found["wanda"].keys()
     deployed = task.exportable(fold_(again), 2)
     assert [tuple(x.shape) for x in deployed.inputs.values()] == [(2, 1, 32, 32)]
-    told = deployed.module(*deployed.inputs.values())
-    assert len(told) == 2 if name.endswith("ForUniversalSegmentation") else isinstance(told, Tensor)
+    told = deployed.named(deployed.module(*deployed.inputs.values()))
+    assert tuple(told) == task.family.outputs
+    assert all(len(tensor) == 2 for tensor in told.values())
 
 
 def errors(task: Any, model: nn.Module, dense: nn.Module, batch: Any) -> float:

@@ -22,6 +22,7 @@ from maskllm4v.sparsity.surgery import as_dense, make_learnable, set_noise_key
 from maskllm4v.training.finetuning import finetune
 from maskllm4v.training.mask_learning import MaskLearner, learn_masks
 from maskllm4v.training.weighing import weighed
+from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.sharding import BatchShard
 
 every_task = pytest.mark.parametrize("kind", TASKS)
@@ -181,6 +182,15 @@ def test_a_task_without_weights_is_handed_on_as_it_is() -> None:
     task, batches = Regression(), iter([1, 2])
     assert weighed(task, batches, torch.device("cpu")) == (task, batches)
     assert list(batches) == [1, 2]
+
+
+def test_weights_of_some_batches_only() -> None:
+    task = Points()
+    batches = task.train_batches(seed=0, batch_size=8, steps=1, shard=BatchShard(2, range(2)))
+    weights = iter([torch.tensor(3), None])
+    task.weight = lambda batch: next(weights)  # type: ignore[method-assign, assignment, return-value]
+    with pytest.raises(ConfigError, match="the task's weight is None for 1 of a step's 2 batches"):
+        weighed(task, batches, torch.device("cpu"))
 
 
 class Told(Weighed):

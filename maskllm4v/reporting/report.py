@@ -18,6 +18,7 @@ from maskllm4v.reporting.figures import figure_files, figure_texts
 from maskllm4v.reporting.metrics import metrics_of
 from maskllm4v.reporting.page import PAGE, index_page, table_page
 from maskllm4v.reporting.paired import paired_sections
+from maskllm4v.reporting.parts import parts_markdown
 from maskllm4v.reporting.readme import splice, spliced
 from maskllm4v.reporting.receipts import claim, receipts_markdown, reproduced_markdown
 from maskllm4v.reporting.tables import NOT_MEASURED, caption, metrics_json, results_csv, results_markdown
@@ -65,9 +66,9 @@ def table_texts(experiment: Experiment, reports: Path) -> dict[str, str]:
     table = aggregate(experiment, records, row_costs(experiment.table, reports))
     metrics = metrics_of(experiment.task.name)
     cost, reproduced = cost_caption(experiment.table, reports), claim(experiment, reports)
-    text = caption(experiment, metrics, records, cost, reproduced)
+    text, broken = caption(experiment, metrics, records, cost, reproduced), parts_markdown(experiment, records, table)
     return {
-        "table.md": results_markdown(table, metrics) + "\n" + text,
+        "table.md": "\n".join(filter(None, [results_markdown(table, metrics), text, broken])),
         "table.csv": results_csv(table, metrics),
         "exports.md": exports_markdown(experiment.table, reports),
         "curves.csv": curves_csv(experiment, reports),

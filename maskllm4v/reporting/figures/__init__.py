@@ -1,4 +1,4 @@
-"""Figures of a table: the charts of its page as SVG files, and pictures that its models sampled as a PNG."""
+"""Figures of a table: the charts of its page as SVG files, and pictures of its models at work as a PNG."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from maskllm4v.config import Experiment
 from maskllm4v.reporting.figures.samples import samples_file
 from maskllm4v.reporting.figures.sheet import Entry, sheet
-from maskllm4v.reporting.page import bars, lines
+from maskllm4v.reporting.page import bars, lines, pictures
 from maskllm4v.reporting.page.results import KINDS, Results
 from maskllm4v.reporting.page.svg import Drawing, tag
 
@@ -20,8 +20,9 @@ def figure_files(experiment: Experiment, reports: Path) -> dict[str, bytes]:
         reports: where records, curves and pictures lie.
     """
     files = {name: text.encode() for name, text in figure_texts(experiment, reports).items()}
-    pictures = samples_file(Results(experiment, reports))
-    return files if pictures is None else {**files, "samples.png": pictures}
+    results = Results(experiment, reports)
+    kind = pictures.kind_of(results)
+    return files if kind is None else {**files, f"{kind.name}.png": samples_file(results, kind)}
 
 
 def figure_texts(experiment: Experiment, reports: Path) -> dict[str, str]:

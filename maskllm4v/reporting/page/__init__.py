@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskllm4v.config import Experiment
-from maskllm4v.reporting.page import bars, budget, candidates, details, exports, headline, layers, lines, samples
+from maskllm4v.reporting.page import (
+    bars,
+    budget,
+    candidates,
+    details,
+    exports,
+    headline,
+    layers,
+    lines,
+    losses,
+    pictures,
+)
 from maskllm4v.reporting.page.agreement import agreement_chart, seeds_note
 from maskllm4v.reporting.page.masks import read_mask_statistics
 from maskllm4v.reporting.page.results import KINDS, Results
@@ -59,7 +70,8 @@ def table_page(experiment: Experiment, reports: Path, file: str | None) -> str:
         broad={row for row, frame in statistics.items() if candidates.is_broad(frame)},
         tiles=(drawn[:IN_FRONT], drawn[IN_FRONT:]),
         exports=exports.export_manifests(results),
-        samples=samples.read_samples(results),
+        losses=losses.losses(results),
+        pictures=pictures.read_pictures(results),
         details=[details.row_details(results, row, file) for row in results.records],
     )
 

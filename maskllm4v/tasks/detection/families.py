@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.data.annotated import NONE, AnnotatedBatch
+from maskllm4v.sparsity.calibration import Tokens
+from maskllm4v.tasks.detection.learned import LearnedQueries
 from maskllm4v.tasks.detection.model import (
     Detections,
     build_detector,
@@ -18,7 +21,7 @@ from maskllm4v.tasks.detection.model import (
     generalised_iou,
     owners,
 )
-from maskllm4v.tasks.detection.queries import LearnedQueries, SelectedQueries
+from maskllm4v.tasks.detection.selected import SelectedQueries
 from maskllm4v.tasks.detection.settings import LEARNED, DetectionSettings, DetectorSettings
 from maskllm4v.utils.errors import ConfigError
 
@@ -28,11 +31,14 @@ class DetectionFamily(Protocol):
 
     Attributes:
         outputs: the names of what the model gives, for export.
-        paired: whether its tokens, pruned or not, stand for the same things, one by one.
+        paired_layers: name patterns of those whose tokens stand for the same things in a dense and in a pruned model,
+            one by one.
+        tokens: which tokens count in calibration (:class:`~maskllm4v.sparsity.calibration.Calibration`).
     """
 
     outputs: tuple[str, ...]
-    paired: bool
+    paired_layers: tuple[str, ...]
+    tokens: Tokens | None
 
     def build(self, settings: DetectorSettings, seed: int, *, pretrained: bool) -> nn.Module:
         """The model in evaluation mode, its weights drawn from the seed where none are loaded."""
@@ -65,6 +71,9 @@ class DetectionFamily(Protocol):
     def distillation_loss(self, outputs: Any, teacher: Any, temperature: float, batch: AnnotatedBatch) -> Tensor:
         """How far the outputs are from the dense model's, a scalar sum."""
 
+    def kept(self, outputs: Any, dense: Any) -> Tensor:
+        """How many of the dense model's queries the model has, too; and how many there are: int64 ``[2]``."""
+
 
 class TokenFamily:
     """A backbone whose tokens each own the object whose centre lies in them: no anchors, no matching, no suppression.
@@ -74,8 +83,9 @@ class TokenFamily:
         model: how many classes there are.
     """
 
-    outputs = ("raw",)
-    paired = True
+    outputs: tuple[str, ...] = ("raw",)
+    paired_layers: tuple[str, ...] = ("*",)
+    tokens: Tokens | None = None
 
     def __init__(self, settings: DetectionSettings, model: DetectorSettings) -> None:
         self.settings, self.model = settings, model
@@ -136,6 +146,9 @@ class TokenFamily:
         apart = (weight[..., None] * (boxes - wanted).abs()).sum()
         misfit = (weight * (1 - generalised_iou(cornered(boxes), cornered(wanted)))).sum()
         return focal + settings.l1 * apart + settings.giou * misfit
+
+    def kept(self, outputs: Tensor, dense: Tensor) -> Tensor:
+        return torch.tensor([dense[:, 0].numel()] * 2, device=dense.device)
 
 
 def family_of(settings: DetectionSettings, model: DetectorSettings) -> DetectionFamily:

@@ -83,7 +83,7 @@ def check_names(settings: SegmenterSettings, data: str, names: Sequence[str]) ->
 
 
 def input_settings(settings: SegmenterSettings) -> dict[str, Any]:
-    """``input_size`` ``(C, H, W)``, ``mean``, ``std`` and ``interpolation`` of a model's images.
+    """``input_size`` ``(C, H, W)``, ``mean``, ``std``, ``interpolation`` and ``mode`` of a model's images.
 
     Of a timm model as :func:`~maskllm4v.tasks.classification.models.image_settings` has them; of one of transformers
     from ``preprocessor_config.json`` and, where that says nothing, ImageNet's; ``model.input`` overrules both.
@@ -92,7 +92,10 @@ def input_settings(settings: SegmenterSettings) -> dict[str, Any]:
         ConfigError: nothing says how large images are, or the model takes no images of this size.
     """
     if not settings.of_transformers:
-        return image_settings(settings)
+        told = image_settings(settings)
+        if len(set(told["input_size"][1:])) > 1:
+            raise ConfigError(f"model.input.img_size is {settings.input.img_size}; allowed for a timm model: a square")
+        return told | {"mode": settings.input.mode}
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     folder, wanted = folder_of(settings), settings.input
@@ -112,7 +115,7 @@ def input_settings(settings: SegmenterSettings) -> dict[str, Any]:
     patch = _pair(getattr(parts[0], "patch_size", None)) or (1, 1)
     if size[0] % patch[0] or size[1] % patch[1]:
         raise ConfigError(f"model.input.img_size is {list(size)}, which patches of {list(patch)} pixels do not divide")
-    told: dict[str, Any] = {"input_size": (channels, *size)}
+    told = {"input_size": (channels, *size), "mode": wanted.mode}
     for key, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
         values = tuple(getattr(wanted, key) or found.get(key, default))
         if len(values) != channels and getattr(wanted, key) is None:  # grey images: the colours' average statistics

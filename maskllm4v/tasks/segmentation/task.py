@@ -21,6 +21,7 @@ from maskllm4v.tasks.base import ExportableModel, JudgeTraining
 from maskllm4v.tasks.loading import DataTask
 from maskllm4v.tasks.segmentation.families import family_of
 from maskllm4v.tasks.segmentation.folders import check_names, input_settings
+from maskllm4v.tasks.segmentation.full_size import logits_at, places
 from maskllm4v.tasks.segmentation.pictures import overlays
 from maskllm4v.tasks.segmentation.scores import SegmentationScores
 from maskllm4v.tasks.segmentation.settings import SegmentationSettings, SegmenterSettings
@@ -111,15 +112,22 @@ class Segmentation(DataTask):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
-        """See :class:`~maskllm4v.tasks.segmentation.scores.SegmentationScores`."""
+        """See :class:`~maskllm4v.tasks.segmentation.scores.SegmentationScores`; pictures count as they are stored."""
         split = split or self.settings.eval_split
         model.eval()
         scores = SegmentationScores(self.source.mask_classes, self.settings.border, self.device)
         amp = self.settings.eval_amp
         with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no"):
             for batch in bar(self._split(split), "evaluating"):
-                reference = None if dense is None else self._logits(dense, batch)
-                scores.add(self._logits(model, batch), batch.masks, reference)
+                outputs = self.forward(model, batch)
+                reference = None if dense is None else self.forward(dense, batch)
+                for place in places(batch):
+                    height, width = place.size
+                    scores.add(
+                        logits_at(place, self.family, outputs),
+                        batch.truth[place.images, :height, :width],
+                        None if dense is None else logits_at(place, self.family, reference),
+                    )
         return scores.metrics()
 
     def score(self, model: nn.Module, split: str) -> float:
