@@ -139,10 +139,7 @@ def tiny(name: str, folder: Path) -> ExportableModel:
     import tiny_segmenters
 
     detector = name.endswith("ObjectDetection")
-    if detector:
-        tiny_detectors.save_detector(name, folder, **SMALLER.get(name, {}))
-    else:
-        tiny_segmenters.save(name, folder)
+    (tiny_detectors if detector else tiny_segmenters).save(name, folder, **SMALLER.get(name, {}))
     model = getattr(transformers, name).from_pretrained(folder).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():  # as large as after training: without signals all tokens have the same score
