@@ -154,8 +154,7 @@ def tiny(name: str, folder: Path) -> ExportableModel:
 FAMILIES = (
     "SegformerForSemanticSegmentation",  # logits alone
     "EomtForUniversalSegmentation",  # a tensor decides which operations run
-    "YolosForObjectDetection",  # boxes
-    "RTDetrV2ForObjectDetection",  # queries of tokens that are chosen; a tensor's length; checks of shapes
+    "RTDetrV2ForObjectDetection",  # boxes; queries of tokens that are chosen; a tensor's length; checks of shapes
 )
 
 
