@@ -20,8 +20,8 @@ from maskllm4v.export.tracing import make_constant_
 from maskllm4v.sparsity.patterns import NMPattern
 from maskllm4v.tasks.base import ExportableModel
 from maskllm4v.tasks.detection import settings as detection
-from maskllm4v.tasks.named_outputs import NamedOutputs
 from maskllm4v.tasks.segmentation import settings as segmentation
+from maskllm4v.tasks.shared.named_outputs import NamedOutputs
 from maskllm4v.utils.errors import CheckpointError, ConfigError, PatternError
 
 pytest.importorskip("onnx")

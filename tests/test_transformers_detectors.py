@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from maskllm4v.config import LearningSettings
 from maskllm4v.data.annotated import NONE
 from maskllm4v.sparsity.parameters import learnable_masks
 from maskllm4v.sparsity.patterns import NMPattern
-from maskllm4v.sparsity.survey import EXCLUDED
 from maskllm4v.tasks.base import learning_mode
 from maskllm4v.tasks.detection.settings import LEARNED, TRANSFORMERS, DetectorSettings
 from maskllm4v.utils.errors import ConfigError
@@ -26,7 +26,10 @@ from maskllm4v.utils.errors import ConfigError
 pytest.importorskip("transformers")
 
 SELECTED = [name for name in TRANSFORMERS if name not in LEARNED]
-HEADS = ("class", "bbox", "query_pos", "ref_point", "sampling_offsets", "attention_weights", "enc_", "lqe")
+# What stays dense, whatever its name in full: heads, what chooses places, and what DETR multiplies zeros by.
+HEADS = ("class_", "bbox_", "query_pos", "ref_point", "enc_output", "enc_score", "enc_out_", "lqe_layers")
+CHOICE = ("sampling_offsets", "attention_weights")
+ZEROS = {"DetrForObjectDetection": "decoder.layers.0.self_attn.v_proj"}
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +65,16 @@ def test_from_a_folder_to_masks_in_a_file(name: str, folders: Path, tmp_path: Pa
     layers: dict[str, Any] = {"exclude": task.model.excluded_layers}
     masks = prune(copy.deepcopy(dense), "wanda", calibration=task.calibration(4, 0), **layers)
     linear = {layer for layer, module in dense.named_modules() if isinstance(module, nn.Linear)}
-    kept = {layer for layer, why in masks.coverage.dense.items() if why.reason == EXCLUDED}
-    assert linear - kept == masks.keys()
-    assert not [layer for layer in masks if any(head in layer for head in HEADS)]
-    decoder = [layer for layer in masks if "decoder.layers.1" in layer]
-    assert decoder or name == "YolosForObjectDetection"
+    stays = (*HEADS, *CHOICE, ZEROS.get(name, "bbox_"))
+    assert masks.keys() == {layer for layer in linear if not any(part in layer for part in stays)}
 
     updated = apply_masks_(copy.deepcopy(dense), masks, "2:4")
     before = run(task, updated, batch)
-    update_weights_(updated, calibration=task.calibration(4, 0), dense=dense)
+    symmetric = (
+        pytest.warns(UserWarning, match="decoder.layers.*not the same tokens") if name in SELECTED else nullcontext()
+    )
+    with symmetric:
+        update_weights_(updated, calibration=task.calibration(4, 0), dense=dense)
     after = run(task, updated, batch)
     apart = [float(task.distillation_loss(found, own, 1.0, batch)) for found in (before, after)]
     assert apart[1] != apart[0]
@@ -81,6 +85,7 @@ def test_from_a_folder_to_masks_in_a_file(name: str, folders: Path, tmp_path: Pa
     result = learn_masks(learned, task, settings)
     assert all(not torch.equal(start[layer], mask.logits) for layer, mask in learnable_masks(learned).items())
 
+    assert task.pictures(learned)["predictions"].ndim == 3
     metrics = task.evaluate(learned, dense)
     assert 0 <= metrics["map"] <= 100
     assert ("kept_queries" in metrics) == (name in SELECTED)
@@ -107,7 +112,7 @@ def test_weights_that_are_trained_get_gradients(name: str, folders: Path) -> Non
     task.loss(task.forward(model, batch), batch).backward()
     without = {key for key, tensor in model.named_parameters() if tensor.requires_grad and tensor.grad is None}
     beyond = {"DetrForObjectDetection": ".encoder.stages."}  # stages behind the one that DETR's tiny backbone gives
-    assert all(beyond.get(name, "-") in key for key in without)
+    assert not {key for key in without if beyond.get(name, "-") not in key}
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -160,8 +165,8 @@ def test_padding_does_not_count(folders: Path) -> None:
     model, batch = task.build_model(0, pretrained=True), some(task)
     half = batch._replace(valid=torch.tensor([[SIZE, SIZE // 2]] * 4))
     grey = half._replace(images=batch.images.index_fill(3, torch.arange(SIZE // 2, SIZE), 7.0))
-    torch.testing.assert_close(run(task, model, half)["boxes"], run(task, model, grey)["boxes"])
-    assert not torch.allclose(run(task, model, batch)["boxes"], run(task, model, half)["boxes"])
+    seen = [run(task, model, given)["boxes"] for given in (half, grey, batch, grey._replace(valid=batch.valid))]
+    assert (seen[0] - seen[1]).abs().max() < 0.05 * (seen[2] - seen[3]).abs().max()  # what convolutions see of it
 
     side = SIZE // 8
     counting = task.family.tokens("model.encoder.layers.0.mlp.fc1", torch.Size([4, side**2]), half)

@@ -14,7 +14,14 @@ import tiny_segmenters
 import torch
 from safetensors.torch import load_file, save_file
 
-from maskllm4v.tasks.transformers_folder import build, check_folder, label_names, num_labels, preprocessing, read_config
+from maskllm4v.tasks.shared.transformers_folder import (
+    build,
+    check_folder,
+    label_names,
+    num_labels,
+    preprocessing,
+    read_config,
+)
 from maskllm4v.utils.errors import CheckpointError, ConfigError
 
 pytest.importorskip("transformers")

@@ -78,8 +78,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def save(name: str, folder: Path, **changed: Any) -> Path:
-    """A folder of one of :data:`CONFIGS`, with ``changed`` arguments; returns it."""
+def save(name: str, folder: Path, masked: list[float] | None = None) -> Path:
+    """A folder of one of :data:`CONFIGS`; returns it. ``masked``: EoMT's shares of queries with masked attention."""
     import transformers
 
     kind = re.sub("(For(Semantic|Universal)Segmentation|Model)$", "", name)
@@ -89,12 +89,14 @@ def save(name: str, folder: Path, **changed: Any) -> Path:
         made["backbone_config"] = getattr(transformers, of)(**how)
     if name != "SamModel":
         made["num_labels"] = CLASSES
-    config = getattr(transformers, f"{kind}Config")(**made | changed)
+    config = getattr(transformers, f"{kind}Config")(**made)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, name)(config)
         for parameter in model.parameters():  # as far from its initialisation as training would bring it
             parameter.data.add_(0.1 * torch.randn_like(parameter))
+    if masked is not None:
+        model.attn_mask_probs.copy_(torch.tensor(masked))
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     transformers.utils.logging.enable_progress_bar()

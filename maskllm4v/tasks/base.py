@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from maskllm4v.config import DataSettings, TaskSpec, TrainingSettings
+from maskllm4v.config import TaskSpec, TrainingSettings
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.sharding import BatchShard
@@ -186,14 +186,3 @@ def open_task(spec: TaskSpec, data_folder: Path | None = None) -> Task:
     """
     found: Task = import_module(f"maskllm4v.tasks.{spec.task.name}.task").TASK(spec, data_folder)
     return found
-
-
-def opened_data(spec: TaskSpec, folder: Path | None) -> tuple[DataSettings, Path]:
-    """Settings and folder of the data that a task was opened with.
-
-    Raises:
-        ConfigError: it was opened without.
-    """
-    if spec.data is None or folder is None:
-        raise ConfigError(f"task {spec.task.name!r} was opened without data")
-    return spec.data, folder

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.data.annotated import NONE, AnnotatedBatch
-from maskllm4v.sparsity.calibration import Tokens
 from maskllm4v.tasks.detection.learned import LearnedQueries
 from maskllm4v.tasks.detection.model import (
     Detections,
@@ -33,12 +32,10 @@ class DetectionFamily(Protocol):
         outputs: the names of what the model gives, for export.
         paired_layers: name patterns of those whose tokens stand for the same things in a dense and in a pruned model,
             one by one.
-        tokens: which tokens count in calibration (:class:`~maskllm4v.sparsity.calibration.Calibration`).
     """
 
     outputs: tuple[str, ...]
     paired_layers: tuple[str, ...]
-    tokens: Tokens | None
 
     def build(self, settings: DetectorSettings, seed: int, *, pretrained: bool) -> nn.Module:
         """The model in evaluation mode, its weights drawn from the seed where none are loaded."""
@@ -55,6 +52,9 @@ class DetectionFamily(Protocol):
 
     def exportable(self, model: nn.Module) -> nn.Module:
         """A module that holds the model and gives nothing but :attr:`outputs` of images ``[B, C, H, W]``."""
+
+    def tokens(self, name: str, shape: torch.Size, batch: AnnotatedBatch) -> Tensor | None:
+        """Which tokens count in calibration, see :attr:`maskllm4v.sparsity.calibration.Calibration.tokens`."""
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         """Run the model on a batch."""
@@ -85,7 +85,6 @@ class TokenFamily:
 
     outputs: tuple[str, ...] = ("raw",)
     paired_layers: tuple[str, ...] = ("*",)
-    tokens: Tokens | None = None
 
     def __init__(self, settings: DetectionSettings, model: DetectorSettings) -> None:
         self.settings, self.model = settings, model
@@ -102,6 +101,9 @@ class TokenFamily:
 
     def exportable(self, model: nn.Module) -> nn.Module:
         return model
+
+    def tokens(self, name: str, shape: torch.Size, batch: AnnotatedBatch) -> Tensor | None:
+        return None
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         """Raw values ``[B, classes + 4, h, w]``; :func:`~maskllm4v.tasks.detection.model.decode` reads them."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from maskllm4v.tasks.classification.models import image_settings
 from maskllm4v.tasks.detection.settings import LEARNED, DetectorSettings
-from maskllm4v.tasks.transformers_folder import load_config, preprocessing
+from maskllm4v.tasks.shared.transformers_folder import load_config, preprocessing
 from maskllm4v.utils.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ from maskllm4v.data.annotated import AnnotatedBatch
 from maskllm4v.tasks.detection.matching import Targets, box_cost, box_loss, match, softmax_cost
 from maskllm4v.tasks.detection.model import Detections
 from maskllm4v.tasks.detection.queries import Outputs, Queries, inside, sides
-from maskllm4v.tasks.transformers_folder import load_config
+from maskllm4v.tasks.shared.transformers_folder import load_config
 from maskllm4v.utils.errors import ConfigError
 
 STRIDES = (4, 8, 14, 16, 32, 64)  # pixels between tokens, of which one is a model's own

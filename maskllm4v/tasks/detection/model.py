@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from maskllm4v.data.annotated import NONE, AnnotatedBatch
 from maskllm4v.tasks.detection.settings import DetectorSettings
-from maskllm4v.tasks.tokens import TokenModel, build_backbone
+from maskllm4v.tasks.shared.tokens import TokenModel, build_backbone
 from maskllm4v.utils.rng import torch_seed
 
 BOX = 4  # values of a box

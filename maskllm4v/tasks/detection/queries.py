@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from maskllm4v.data.annotated import NONE, AnnotatedBatch
-from maskllm4v.sparsity.calibration import Tokens
 from maskllm4v.tasks.detection.matching import Targets
 from maskllm4v.tasks.detection.model import Detections, centred, cornered
 from maskllm4v.tasks.detection.settings import MASKED, DetectionSettings, DetectorSettings
-from maskllm4v.tasks.named_outputs import NamedOutputs
-from maskllm4v.tasks.transformers_folder import CONFIG, build, label_names, num_labels
+from maskllm4v.tasks.shared.named_outputs import NamedOutputs
+from maskllm4v.tasks.shared.transformers_folder import CONFIG, build, label_names, num_labels
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.text import few
 
@@ -32,7 +31,6 @@ class Queries:
 
     outputs: tuple[str, ...] = ("logits", "pred_boxes")
     paired_layers: tuple[str, ...] = ("*",)
-    tokens: Tokens | None = None
 
     def __init__(self, settings: DetectionSettings, model: DetectorSettings) -> None:
         assert model.folder is not None
@@ -43,8 +41,8 @@ class Queries:
         """With the folder's weights, or with those drawn from the seed.
 
         Raises:
-            ConfigError, CheckpointError: see :mod:`maskllm4v.tasks.transformers_folder`; or the folder is of a model
-                with another number of classes.
+            ConfigError, CheckpointError: see :mod:`maskllm4v.tasks.shared.transformers_folder`; or the folder is of a
+                model with another number of classes.
         """
         if (count := num_labels(self.folder)) != settings.classes:
             raise ConfigError(f"model.classes is {settings.classes}, but {self.folder / CONFIG} has {count} classes")
@@ -81,6 +79,10 @@ class Queries:
 
     def exportable(self, model: nn.Module) -> nn.Module:
         return NamedOutputs(model, self.outputs)
+
+    def tokens(self, name: str, shape: torch.Size, batch: AnnotatedBatch) -> Tensor | None:
+        """All of them: pictures are squashed to the model's size, not padded."""
+        return None
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Outputs:
         found = self._run(model, batch)

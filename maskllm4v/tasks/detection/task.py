@@ -24,7 +24,7 @@ from maskllm4v.tasks.detection.model import Detections, generalised_iou
 from maskllm4v.tasks.detection.pictures import drawings
 from maskllm4v.tasks.detection.precision import average_precision
 from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettings
-from maskllm4v.tasks.loading import DataTask
+from maskllm4v.tasks.shared.loading import DataTask
 from maskllm4v.utils.distributed import rows_of_all, sum_
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.progress import bar
@@ -167,7 +167,9 @@ class Detection(DataTask):
         found = self.detect(model, batch)
         classes = torch.where(found.scores >= self.settings.sure, found.classes, NONE)
         images = self.source.pixels(batch.images).cpu().numpy()
-        true, seen = ((b.cpu().numpy(), c.cpu().numpy()) for b, c in (batch[2:4], (found.boxes, classes)))
+        true, seen = (
+            (b.cpu().numpy(), c.cpu().numpy()) for b, c in ((batch.boxes, batch.classes), (found.boxes, classes))
+        )
         return {"predictions": drawings(images, true, seen, self.manifest.classes)}
 
     def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:

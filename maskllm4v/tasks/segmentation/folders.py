@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.tasks import transformers_folder
 from maskllm4v.tasks.classification.models import image_settings
 from maskllm4v.tasks.segmentation.model import Segmenter
 from maskllm4v.tasks.segmentation.settings import SAM, SegmenterSettings
+from maskllm4v.tasks.shared import transformers_folder
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.rng import torch_seed
 
@@ -43,7 +43,7 @@ def build_from_folder(settings: SegmenterSettings, seed: int, *, pretrained: boo
     Raises:
         ConfigError: the folder is of another class, or of another number of classes than ``model.classes``; or the
             model would draw random numbers when it is evaluated.
-        CheckpointError: see :func:`maskllm4v.tasks.transformers_folder.build`.
+        CheckpointError: see :func:`maskllm4v.tasks.shared.transformers_folder.build`.
     """
     folder = folder_of(settings)
     model: Any = transformers_folder.build(
@@ -62,9 +62,7 @@ def build_from_folder(settings: SegmenterSettings, seed: int, *, pretrained: boo
         model.auxiliary_head = None
     masked = getattr(model, "attn_mask_probs", None)  # EoMT's: 1 hides tokens from queries, 0 does not (annealed)
     if masked is not None and bool(((masked > 0) & (masked < 1)).any()):
-        raise ConfigError(
-            f"{folder}: attn_mask_probs is {masked.tolist()}: masked attention was not annealed to its end"
-        )
+        raise ConfigError(f"{folder}: attn_mask_probs is {masked.tolist()}; allowed: 0 and 1, which need no draws")
     return model  # type: ignore[no-any-return]
 
 

@@ -18,13 +18,13 @@ from maskllm4v.data.annotated import AnnotatedBatch
 from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.base import ExportableModel, JudgeTraining
-from maskllm4v.tasks.loading import DataTask
 from maskllm4v.tasks.segmentation.families import family_of
 from maskllm4v.tasks.segmentation.folders import check_names, input_settings
 from maskllm4v.tasks.segmentation.full_size import logits_at, places
 from maskllm4v.tasks.segmentation.pictures import overlays
 from maskllm4v.tasks.segmentation.scores import SegmentationScores
 from maskllm4v.tasks.segmentation.settings import SegmentationSettings, SegmenterSettings
+from maskllm4v.tasks.shared.loading import DataTask
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.progress import bar
 from maskllm4v.utils.rng import generator
