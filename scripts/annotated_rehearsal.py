@@ -30,6 +30,7 @@ def shortened(params: dict[str, Any], steps: int, batch_size: int) -> dict[str, 
         "task.pictured": 2,
         "learning.steps": steps,
         "learning.batch_size": batch_size,
+        "learning.accumulate": 1,
         "learning.log_every": 1,
         "runtime.loader_workers": 0,
     }

@@ -139,8 +139,12 @@ def tiny(name: str, folder: Path) -> ExportableModel:
     import tiny_segmenters
 
     detector = name.endswith("ObjectDetection")
-    (tiny_detectors.save_detector if detector else tiny_segmenters.save)(name, folder)
+    (tiny_detectors if detector else tiny_segmenters).save(name, folder, **SMALLER.get(name, {}))
     model = getattr(transformers, name).from_pretrained(folder).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # as large as after training: without signals all tokens have the same score
+        if parameter.ndim == 4:
+            nn.init.kaiming_normal_(parameter, generator=generator)
     queries = ("class_queries_logits", "masks_queries_logits")
     outputs = ("logits", "pred_boxes") if detector else queries if "Universal" in name else ("logits",)
     images = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -150,9 +154,29 @@ def tiny(name: str, folder: Path) -> ExportableModel:
 FAMILIES = (
     "SegformerForSemanticSegmentation",  # logits alone
     "EomtForUniversalSegmentation",  # a tensor decides which operations run
-    "YolosForObjectDetection",  # boxes
-    "RTDetrV2ForObjectDetection",  # queries of tokens that are chosen; a tensor's length; checks of shapes
+    "RTDetrV2ForObjectDetection",  # boxes; queries of tokens that are chosen; a tensor's length; checks of shapes
 )
+
+
+SMALLER = {  # tracing is most of the time
+    "RTDetrV2ForObjectDetection": {
+        "num_queries": 6,
+        "num_feature_levels": 2,
+        "decoder_n_levels": 2,
+        "encoder_in_channels": [16, 32],
+        "decoder_in_channels": [16, 16],
+        "feat_strides": [8, 16],
+        "encode_proj_layers": [1],
+        "backbone_config": {
+            "model_type": "rt_detr_resnet",
+            "num_channels": 1,
+            "embedding_size": 8,
+            "hidden_sizes": [8, 16, 32],
+            "depths": [1, 1, 1],
+            "out_features": ["stage2", "stage3"],
+        },
+    },
+}
 
 
 @pytest.mark.filterwarnings("ignore:masks cover only")  # the rest are convolutions
