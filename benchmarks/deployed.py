@@ -189,7 +189,7 @@ def sessions(model: Model, log: Log) -> dict[str, Any]:
         with log.attempt(cell, candidate=name), tempfile.TemporaryDirectory() as folder:
             export, tasks = import_module("maskllm4v.export.onnx"), import_module("maskllm4v.tasks.base")
             runtime, path = import_module("onnxruntime"), Path(folder) / "model.onnx"
-            exportable = tasks.ExportableModel(module, {"images": model.images(2)}, "logits")
+            exportable = tasks.ExportableModel(module, {"images": model.images(2)}, ("logits",))
             export.export_onnx(path, exportable, masks=masks, pattern=PATTERN if masks else None)
             options = runtime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()

@@ -37,7 +37,7 @@ class Toy(nn.Module):
 
 def toy(pattern: str = "2:4") -> Case:
     model = seeded(Toy)
-    return ExportableModel(model, {"tokens": draw(4, 3, 8)}, "scores"), fold(model, pattern)
+    return ExportableModel(model, {"tokens": draw(4, 3, 8)}, ("scores",)), fold(model, pattern)
 
 
 def digits() -> Case:
@@ -60,7 +60,7 @@ def dit() -> Case:
     model = build()
     masks = fold(model, exclude=["pos_embed", "proj_out_*"])
     inputs = {"sample": draw(3, 1, 8, 8), "timestep": torch.tensor([999, 0, 417]), "class_labels": torch.arange(8, 11)}
-    return ExportableModel(Denoiser(model), inputs, "noise_pred"), masks
+    return ExportableModel(Denoiser(model), inputs, ("noise_pred",)), masks
 
 
 CASES = {"digits": digits, "vit_tiny": vit_tiny, "dit": dit}
@@ -69,7 +69,7 @@ CASES = {"digits": digits, "vit_tiny": vit_tiny, "dit": dit}
 def classifier(model: nn.Module, channels: int, size: int) -> Case:
     """With a head whose logits differ."""
     nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
-    return ExportableModel(model, {"images": draw(2, channels, size, size)}, "logits"), fold(model, exclude=["head"])
+    return ExportableModel(model, {"images": draw(2, channels, size, size)}, ("logits",)), fold(model, exclude=["head"])
 
 
 def fold(model: nn.Module, pattern: str = "2:4", exclude: list[str] | None = None) -> dict[str, Tensor]:

@@ -60,9 +60,9 @@ def checkpoint(masks: dict[str, Tensor], **changes: Any) -> MaskCheckpoint:
 
 def metrics_by_hand(model: nn.Module, task: Classification, split: str = "test") -> dict[str, float]:
     """One image's rank and loss at a time, in float64."""
-    labels = task.data.labels(split).tolist()
+    labels = task.source.labels(split).tolist()
     with torch.no_grad():
-        logits = model(task.data.images(split, np.arange(len(labels)), None)).double().numpy()
+        logits = model(task.source.images(split, np.arange(len(labels)), None)).double().numpy()
     ranks = [sum(other > row[label] for other in row) for row, label in zip(logits, labels, strict=True)]
     nll = [np.log(np.exp(row - row[label]).sum()) for row, label in zip(logits, labels, strict=True)]
     return {

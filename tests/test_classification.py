@@ -57,7 +57,7 @@ def test_top5_of_three_classes_is_everything(folder: Path) -> None:
             return torch.zeros(len(images), 3)
 
     task = Classification(experiment().task_spec(), folder)
-    data = task.data
+    data = task.source
     assert isinstance(data.manifest.splits, dict)
     data.manifest.splits["test"] = [entry for entry in data.manifest.splits["test"] if entry.label < 3]
     found = task.evaluate(Three())
@@ -73,7 +73,7 @@ def test_evaluation_leaves_training_mode(task: Classification) -> None:
 
 def test_agreement_is_counted_with_the_dense_model(task: Classification) -> None:
     model, dense = guesser(task), guesser(task, 1)
-    images = task.data.images("test", np.arange(899), None)
+    images = task.source.images("test", np.arange(899), None)
     with torch.no_grad():
         same = (model(images).argmax(1) == dense(images).argmax(1)).sum().item()
     found = task.evaluate(model, dense=dense)
@@ -92,7 +92,7 @@ def test_reported_split_is_a_setting_and_can_be_named(tmp_path: Path) -> None:
     for split, named in (("holdout", None), ("test", "test"), ("train", "train")):
         wanted = metrics_by_hand(model, task, split)
         assert task.evaluate(model, split=named)["nll"] == pytest.approx(wanted["nll"], rel=1e-5)
-    assert task.data.labels("holdout").shape == (100,)
+    assert task.source.labels("holdout").shape == (100,)
 
 
 def test_half_precision_of_evaluation_is_near(folder: Path) -> None:
@@ -132,9 +132,9 @@ def test_calibration_images_are_the_manifests_without_augmentation(folder: Path)
     (part,) = task.calibration(20, 0)
     batches = list(part.batches)
     assert [len(labels) for _, labels in batches] == [20, 20, 10]
-    (chosen,) = task.data.manifest.calibration
-    assert torch.equal(torch.cat([images for images, _ in batches]), task.data.images("train", chosen, None))
-    assert torch.equal(torch.cat([labels for _, labels in batches]), task.data.labels("train")[chosen])
+    (chosen,) = task.source.manifest.calibration
+    assert torch.equal(torch.cat([images for images, _ in batches]), task.source.images("train", chosen, None))
+    assert torch.equal(torch.cat([labels for _, labels in batches]), task.source.labels("train")[chosen])
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -142,9 +142,9 @@ def test_seeds_take_turns_with_calibration_sets(split: str, tmp_path: Path) -> N
     two = experiment(data={"calibration_sets": 2, "calibration_split": split})
     prepare(two.data, tmp_path)
     task = Classification(two.task_spec(), tmp_path)
-    for seed, chosen in zip((0, 1), task.data.manifest.calibration, strict=True):
+    for seed, chosen in zip((0, 1), task.source.manifest.calibration, strict=True):
         images = torch.cat([images for images, _ in task.calibration(20, seed)[0].batches])
-        assert torch.equal(images, task.data.images(split, chosen, None))
+        assert torch.equal(images, task.source.images(split, chosen, None))
 
 
 def test_train_batches_start_where_asked(folder: Path) -> None:

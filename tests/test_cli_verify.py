@@ -225,7 +225,7 @@ def test_our_graphs() -> None:
     from maskllm4v.tasks.base import ExportableModel
 
     ours = folded()
-    exportable = ExportableModel(ours.model.eval(), {"images": torch.rand(2, 16)}, "logits")
+    exportable = ExportableModel(ours.model.eval(), {"images": torch.rand(2, 16)}, ("logits",))
     export_onnx(Path("m.onnx"), exportable, masks=ours.masks, pattern=P24, about=ours.about("onnx"))
     found = checks("m.onnx")
     assert verdicts(found) == {"0": "holds", "1": "holds", "2": "dense"}

@@ -26,7 +26,7 @@ def test_classification() -> None:
     assert {name: (x.shape, x.dtype) for name, x in exportable.inputs.items()} == {
         "images": ((3, 1, 8, 8), torch.float32)
     }
-    assert exportable.output == "logits"
+    assert exportable.outputs == ("logits",)
     assert_same(exportable, task.exportable(model, 3))
     images = exportable.inputs["images"]
     assert torch.equal(exportable.module(images), task.forward(model, (images, torch.arange(3))))
@@ -46,7 +46,7 @@ def test_diffusion() -> None:
         "timestep": ((3,), torch.int64),
         "class_labels": ((3,), torch.int64),
     }
-    assert exportable.output == "noise_pred"
+    assert exportable.outputs == ("noise_pred",)
     assert_same(exportable, task.exportable(model, 3))
     many = task.exportable(model, 500).inputs
     assert many["timestep"].unique().numel() > 300

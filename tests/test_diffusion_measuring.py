@@ -176,7 +176,7 @@ def test_real_images_as_samples(here: Path, folder: Path, monkeypatch: pytest.Mo
 def test_judge_sees_samples_as_it_saw_its_data(here: Path, folder: Path) -> None:
     task, judge = judging(folder, 90)
     images, _ = test_images(task)
-    data = judge.task.data.images("test", np.arange(90), None)
+    data = judge.task.source.images("test", np.arange(90), None)
     torch.testing.assert_close(judge.as_data(images), data)
     features, logits = judge.features(data)
     assert features.shape == (90, 16)
@@ -226,7 +226,7 @@ def test_judge_is_trained_as_a_dense_model_is(here: Path, folder: Path) -> None:
     wanted = obtain_dense(settings, judge.task, 1).state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in train_judge(judge, 1).state_dict().items())
     assert judge.settings.steps == JUDGE["training"]["steps"]
-    assert judge.task.data_digest == task.data_digest
+    assert judge.task.source_digest == task.data_digest
     assert isinstance(judge.task, Classification)
     assert judge.task.settings.label_smoothing == 0.1
     assert judge.model == judge.task.model.name == JUDGE["model"]["name"]

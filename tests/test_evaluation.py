@@ -40,7 +40,7 @@ def task(folder: Path) -> Classification:
 
 def agreement(model: nn.Module, dense: nn.Module, task: Classification) -> float:
     """Share of test images that two models put into the same class, in percent."""
-    images = task.data.images("test", np.arange(899), None)
+    images = task.source.images("test", np.arange(899), None)
     with torch.no_grad():
         return 100 * float((model(images).argmax(1) == dense(images).argmax(1)).double().mean())
 
@@ -247,7 +247,7 @@ def test_diagnostics_are_brute_force(updated: bool, task: Classification) -> Non
 
     handles = [model.get_submodule(name).register_forward_hook(remember(name)) for name in masks]
     with torch.no_grad():
-        model(task.data.images("train", task.data.manifest.calibration[0], None))
+        model(task.source.images("train", task.source.manifest.calibration[0], None))
     for handle in handles:
         handle.remove()
     assert COLUMNS == ("layer", "prior_agreement", "kept_energy", "output_error")

@@ -147,7 +147,7 @@ def test_graphs_compute_the_same_and_hold_the_masked_weights(kind: str, tmp_path
     build, inputs, products = GRAPHS[kind]
     masks = pruned(model := build().eval(), kind)
     outputs = model(inputs)
-    exportable = ExportableModel(fold_(model), {"x": inputs}, "y")
+    exportable = ExportableModel(fold_(model), {"x": inputs}, ("y",))
     path = tmp_path / "m.onnx"
     export_onnx(path, exportable, masks=masks, pattern=P24)
     found = deployed.run(path, {"x": inputs})
@@ -170,7 +170,7 @@ def test_a_graph_without_an_expert_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     model = nn.Sequential(Experts(transposed=False))
     masks = prune(model, "magnitude")
-    exportable = ExportableModel(fold_(model), {"x": X}, "y")
+    exportable = ExportableModel(fold_(model), {"x": X}, ("y",))
     with pytest.raises(CheckpointError, match=r"layer '0\.up_proj': no node of the graph multiplies by expert 2"):
         export_onnx(tmp_path / "m.onnx", exportable, masks=masks, pattern=P24)
     assert not list(tmp_path.iterdir())

@@ -151,7 +151,7 @@ def test_leaves_the_model_as_it_is(tmp_path: Path) -> None:
 
 def test_example_of_one_sample_fixes_no_batch_size(tmp_path: Path) -> None:
     exportable, masks = deployed.toy()
-    one = ExportableModel(exportable.module, {"tokens": exportable.inputs["tokens"][:1]}, "scores")
+    one = ExportableModel(exportable.module, {"tokens": exportable.inputs["tokens"][:1]}, ("scores",))
     export_onnx(tmp_path / "m.onnx", one, masks=masks, pattern=P24)
     assert len(deployed.run(tmp_path / "m.onnx", deployed.enlarged(exportable, 7))) == 7
 
@@ -226,7 +226,7 @@ class Choosy(nn.Linear):
 
 
 def test_refuses_what_torch_cannot_export(tmp_path: Path) -> None:
-    exportable = ExportableModel(Choosy(4, 4), {"x": torch.ones(2, 4)}, "y")
+    exportable = ExportableModel(Choosy(4, 4), {"x": torch.ones(2, 4)}, ("y",))
     refused(tmp_path, ConfigError, r"torch\.onnx cannot export the model", exportable)
 
 

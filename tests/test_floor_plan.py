@@ -47,8 +47,9 @@ def test_folders_import_from_storeys_below(name: str) -> None:
     assert not found
 
 
-TASKS = sorted(path.parent.name for path in (ROOT / "maskllm4v" / "tasks").glob("*/__init__.py"))
-EMPTY = [f"maskllm4v/{name}/__init__.py" for name in ("utils", "runs", "tasks", *(f"tasks/{task}" for task in TASKS))]
+TASKS = sorted(path.parent.name for path in (ROOT / "maskllm4v" / "tasks").glob("*/settings.py"))
+BARE = ("utils", "runs", "tasks", "tasks/shared", *(f"tasks/{task}" for task in TASKS))
+EMPTY = [f"maskllm4v/{name}/__init__.py" for name in BARE]
 
 
 @pytest.mark.parametrize("path", EMPTY)

@@ -126,6 +126,26 @@ def test_one_channel_models_get_one_channel(source: Path) -> None:
     assert data.images("test", np.arange(2), None).shape == (2, 1, 16, 16)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_exif_says(source: Path, orientation: int) -> None:
+    """By NumPy: what the stored pixels show for each of EXIF's eight orientations."""
+    stored = np.random.default_rng(0).integers(0, 256, (36, 40, 3), dtype=np.uint8)
+    flips = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1]}
+    turned = {5: stored, 6: stored[::-1], 7: stored[::-1, ::-1], 8: stored[:, ::-1]}
+    shown = flips.get(orientation)
+    if shown is None:
+        shown = turned[orientation].transpose(1, 0, 2)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(source / "val/cat/0.png", exif=exif)
+    Image.fromarray(np.ascontiguousarray(shown)).save(source / "val/cat/1.png")
+    data = open_folder(source)
+    found = data.images("test", np.arange(2), None)
+    assert torch.equal(found[0], found[1])
+    augmented = [data.images("test", np.array([i]), generator(0, "x")) for i in (0, 1)]
+    assert torch.equal(*augmented)
+
+
 UNREADABLE = {
     "no image": lambda content: b"this is text",
     "cut off": lambda content: content[: len(content) // 2],

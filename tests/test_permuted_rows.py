@@ -120,7 +120,7 @@ def folded(experiment: Experiment, row: str, seed: int = 0) -> nn.Module:
 
 def images(experiment: Experiment) -> Tensor:
     task = open_task(experiment.task_spec(), data_folder("digits"))
-    return task.data.images("test", np.arange(32), None)  # type: ignore[attr-defined]
+    return task.source.images("test", np.arange(32), None)  # type: ignore[attr-defined]
 
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

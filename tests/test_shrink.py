@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from commands import run, well
 from images import folder_settings
-from PIL import Image
+from PIL import Image, ImageOps
 from small_copies import ORIENTATION, SIZE, content, decoded, draw, images, manifest, photograph, psnr, recipe
 
 from maskllm4v.data.folder import reader
@@ -55,7 +55,8 @@ def test_shorter_side_is_reduced_and_never_enlarged(source: Path) -> None:
     for name in images(source):
         with Image.open(source / name) as original, Image.open(small / name) as copy:
             sizes[name] = copy.size
-            assert copy.size == small_size(original.size, SIZE)
+            shown = ImageOps.exif_transpose(original).size
+            assert ImageOps.exif_transpose(copy).size == small_size(shown, SIZE)
     assert (sizes["train/cat/a.JPEG"], sizes["train/dog/tall.jpg"]) == ((85, SIZE), (SIZE, 192))
     for name in ("val/cat/equal.jpg", "val/cat/small.jpg", "val/dog/small.png"):
         assert (small / name).read_bytes() == (source / name).read_bytes()
@@ -77,7 +78,7 @@ def test_sizes(size: tuple[int, int], expected: tuple[int, int]) -> None:
 
 
 def test_copies_are_what_training_would_see_reduced(source: Path) -> None:
-    """EXIF orientation, alpha and palettes' transparency are ignored by both; CMYK and grey become RGB in both."""
+    """Both are turned by EXIF, ignore alpha and palettes' transparency, and CMYK and grey become RGB in both."""
     shrink(recipe(source))
     small = source.parent / "small"
     for name in images(source):

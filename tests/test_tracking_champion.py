@@ -35,10 +35,16 @@ import mlflow, numpy, torch
 inputs, model, *names = {**numpy.load(sys.argv[1])}, sys.argv[2], *sys.argv[3:]
 exported = mlflow.pytorch.load_model(model)
 tensors = [torch.from_numpy(inputs[name]) for name in names]
-with torch.no_grad():
-    numpy.save("exported.npy", exported(*tensors).numpy())
 called = mlflow.pyfunc.load_model(model)
-numpy.save("called.npy", called.predict(inputs if len(names) > 1 else inputs[names[0]]))
+named = called.metadata.signature.inputs.has_input_names()
+with torch.no_grad():
+    outputs = exported(*tensors)
+if isinstance(outputs, torch.Tensor):
+    numpy.save("exported.npy", outputs.numpy())
+    numpy.save("called.npy", called.predict(inputs if named else inputs[names[0]]))
+else:
+    numpy.savez("exported.npz", **{name: tensor.numpy() for name, tensor in outputs.items()})
+    numpy.savez("called.npz", **called.predict(inputs))
 assert "maskllm4v" not in sys.modules
 assert called.metadata.signature is not None and called.input_example is not None
 """
@@ -88,14 +94,20 @@ def loads(model: str, wanted: ExportableModel, folder: Path, **environment: str)
     folder.mkdir()
     np.savez(folder / "inputs.npz", **{name: tensor.numpy() for name, tensor in wanted.inputs.items()})
     with torch.no_grad():
-        expected = wanted.module(*wanted.inputs.values()).numpy()
+        expected = wanted.named(wanted.module(*wanted.inputs.values()))
     command = [sys.executable, "-I", "-c", LOAD, "inputs.npz", model, *wanted.inputs]
     done = subprocess.run(
         command, cwd=folder, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for found in ("exported.npy", "called.npy"):
-        assert np.array_equal(np.load(folder / found), expected)
+    for found in ("exported", "called"):
+        if len(wanted.outputs) == 1:
+            assert np.array_equal(np.load(folder / f"{found}.npy"), expected[wanted.outputs[0]].numpy())
+            continue
+        arrays = np.load(folder / f"{found}.npz")
+        assert set(arrays.files) == set(wanted.outputs)
+        for name, tensor in expected.items():
+            assert np.array_equal(arrays[name], tensor.numpy())
 
 
 def test_the_champion(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,3 +173,26 @@ def test_a_model_of_several_inputs(tmp_path: Path) -> None:
     model = awake(task.build_model(0)).eval()
     _save(tmp_path / "model", task.exportable(model, 2), "", "m-0")
     loads(str(tmp_path / "model"), task.exportable(model, 3), tmp_path / "fresh")
+
+
+class Boxes(torch.nn.Module):
+    """One input, two outputs by name; a tensor decides which operations run, as in EoMT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 6)
+        self.attn_mask_probs = torch.nn.Buffer(torch.tensor([0.0]))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.layer(x)
+        if self.attn_mask_probs[0] > 0:
+            hidden = hidden.relu()
+        return {"boxes": hidden.sigmoid(), "logits": hidden.sum(-1)}
+
+
+def test_a_model_of_several_outputs(tmp_path: Path) -> None:
+    model = Boxes().eval()
+    _save(tmp_path / "model", ExportableModel(model, {"x": torch.randn(2, 4)}, ("logits", "boxes")), "", "m-0")
+    assert isinstance(model.attn_mask_probs, torch.Tensor)
+    wanted = ExportableModel(model, {"x": torch.randn(3, 4)}, ("logits", "boxes"))
+    loads(str(tmp_path / "model"), wanted, tmp_path / "fresh")

@@ -78,8 +78,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def save(name: str, folder: Path, **changed: Any) -> Path:
-    """A folder of one of :data:`CONFIGS`; returns it."""
+def save(name: str, folder: Path, masked: list[float] | None = None) -> Path:
+    """A folder of one of :data:`CONFIGS`; returns it. ``masked``: EoMT's shares of queries with masked attention."""
     import transformers
 
     kind = re.sub("(For(Semantic|Universal)Segmentation|Model)$", "", name)
@@ -89,10 +89,14 @@ def save(name: str, folder: Path, **changed: Any) -> Path:
         made["backbone_config"] = getattr(transformers, of)(**how)
     if name != "SamModel":
         made["num_labels"] = CLASSES
-    config = getattr(transformers, f"{kind}Config")(**made | changed)
+    config = getattr(transformers, f"{kind}Config")(**made)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, name)(config)
+        for parameter in model.parameters():  # as far from its initialisation as training would bring it
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    if masked is not None:
+        model.attn_mask_probs.copy_(torch.tensor(masked))
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     transformers.utils.logging.enable_progress_bar()
@@ -101,11 +105,13 @@ def save(name: str, folder: Path, **changed: Any) -> Path:
 
 def spec(name: str, folder: Path, **model: Any) -> TaskSpec:
     """Segmentation of scenes by the model in a folder."""
-    own = {"stride": 1} if name == "SamModel" else {}
+    own: dict[str, Any] = {"input": {"img_size": SIZE}} | ({"stride": 1} if name == "SamModel" else {})
     scenes = {"train": 24, "test": 8}
     return TaskSpec(
         task=SegmentationSettings(eval_batch_size=8),
-        model=SegmenterSettings(name=name, folder=str(folder), classes=CLASSES, **own | model),
+        model=SegmenterSettings.model_validate(
+            {"name": name, "folder": str(folder), "classes": CLASSES, **own, **model}
+        ),
         data=DataSettings.model_validate({"name": "s", "source": "scenes", "scenes": scenes, "calibration": 8}),
         runtime=RuntimeSettings(device="cpu"),
     )

@@ -82,7 +82,8 @@ def _compared(a: argparse.Namespace) -> str:
     model, _ = inputs.masked_model(a, spec, task, found, a.file)
     example = task.exportable(model, 2)
     try:
-        check_folded(example.module, tuple(example.inputs.values()), forward=lambda module, batch: module(*batch))
+        batch = tuple(example.inputs.values())
+        check_folded(example.module, batch, forward=lambda module, batch: example.named(module(*batch)))
     except PatternError as error:
         return str(error)
     inputs.say(f"{a.model}: the same outputs under the masks as with the masks folded in")

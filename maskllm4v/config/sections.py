@@ -45,6 +45,11 @@ Permutation = Literal["none", "greedy"]
 UNPERMUTED: Any = Field("none", exclude_if=lambda value: value == "none")
 
 
+def _unwritten(default: Any) -> Any:
+    """A setting of one source of data: at its default it is not written down, as before there was that source."""
+    return Field(default, exclude_if=lambda value: value == default)
+
+
 EMBEDDED = {"digits", "scenes"}  # sources that need no files of the user
 ANNOTATED = ("coco", "masks")  # sources of the user's files that have no label, but boxes or masks
 OWN_KEYS = {"masks": ("ignored", "zero_is_ignored", "suffix", "image_suffix"), "coco": ("empty_boxes",)}
@@ -101,18 +106,22 @@ class DataSettings(Settings):
     # How many there have to be; an error if there are others. masks: their names in the order of the values, or a text
     # file below root with one name per line; coco names them itself.
     classes: Classes = None
-    masks: SplitPaths | None = None  # masks: folders of the masks, laid out as those of the pictures
-    annotations: SplitPaths | None = None  # coco: JSON files, both with the same categories
-    ignored: Annotated[int, Field(ge=0, le=255)] = 255  # masks: the value of pixels that belong to no class
-    zero_is_ignored: bool = False  # masks: 0 is ignored, too, and classes begin at 1 (ADE20K's reduced zero label)
-    suffix: str = ".png"  # masks: how a mask's name goes on after its picture's
-    image_suffix: str | None = None  # masks: how pictures' names end, e.g. _leftImg8bit.png; None: any image type
-    empty_boxes: Literal["error", "drop"] = "error"  # coco: those without area; COCO itself has some
+    masks: SplitPaths | None = _unwritten(None)  # masks: folders of the masks, laid out as those of the pictures
+    annotations: SplitPaths | None = _unwritten(None)  # coco: JSON files, both with the same categories
+    ignored: Annotated[int, Field(ge=0, le=255)] = _unwritten(255)  # masks: the value of pixels that belong to no class
+    zero_is_ignored: bool = _unwritten(
+        False
+    )  # masks: 0 is ignored, too, and classes begin at 1 (ADE20K's reduced zero label)
+    suffix: str = _unwritten(".png")  # masks: how a mask's name goes on after its picture's
+    image_suffix: str | None = _unwritten(
+        None
+    )  # masks: how pictures' names end, e.g. _leftImg8bit.png; None: any image type
+    empty_boxes: Literal["error", "drop"] = _unwritten("error")  # coco: those without area; COCO itself has some
     hash_files: bool = False  # folder, masks, coco: read every file, check that it is an image, and take its SHA-256
     in_memory: Count | None = None  # folder, timm: decode once, to squares of so many pixels, and keep them
     holdout: Number = 0  # images taken out of the training split, to choose settings or checkpoints on
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5  # digits
-    scenes: SceneSettings = SceneSettings()  # scenes
+    scenes: SceneSettings = _unwritten(SceneSettings())  # scenes
     split_seed: Seed = 0  # digits, scenes, and which images are held out
     calibration: Count = 128  # images a calibration set
     calibration_seed: int = 0

@@ -144,10 +144,8 @@ class _Checks:
         sound = []
         for place, record in enumerate(records):
             if wrong := _wrong_field(record, fields, optional or {}):
-                name = (
-                    f"{what} {record['id']}" if isinstance(record, dict) and "id" in record else f"{what} no. {place}"
-                )
-                self.fault(f"{name} {wrong}")
+                known = isinstance(record, dict) and "id" in record
+                self.fault(f"{what} {record['id'] if known else f'no. {place + 1}'} {wrong}")
             else:
                 sound.append(record)
         self.no_doubles(f"{what} ids", [record["id"] for record in sound])

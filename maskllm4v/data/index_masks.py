@@ -52,7 +52,7 @@ def prepare_masks(settings: DataSettings, folder: Path) -> Manifest:
         if not any(entry.label for entry in entries):
             raise DataError(f"{settings.name}: none of the {len(entries)} masks of the {split} split has a valid pixel")
     if absent := [name for name, found in zip(classes, seen["train"], strict=True) if not found]:
-        warnings.warn(f"{settings.name}: no training mask has a pixel of {few(absent, 'class')}", stacklevel=2)
+        warnings.warn(f"{settings.name}: no training mask has a pixel of {few(absent)}", stacklevel=2)
     written = {
         split: write_entries(_masks_file(folder, split), entries)
         for split, entries in hold_out(masks, settings).items()
@@ -192,7 +192,7 @@ def class_names(settings: DataSettings) -> list[str]:
     if "" in names or not names:
         raise DataError(f"{origin} has no name of class {names.index('') if names else 0}; expected: one per line")
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"{origin} names {few(twice, 'class')} twice")
+        raise DataError(f"{origin} has {few(twice, 'class name')} twice")
     return names
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from maskllm4v.oneshot.activations.hooks import evaluating
 from maskllm4v.sparsity.calibration import Forward, default_forward
@@ -44,11 +44,12 @@ def check_folded(model: nn.Module, batch: Any, *, forward: Forward = default_for
         folded = fold_(copy.deepcopy(model))
         with each_mask_used(model):
             outputs = forward(model, batch)
-        off = difference(outputs, forward(folded, batch))
+        apart = differences(outputs, forward(folded, batch))
+        output, off = max(apart.items(), key=lambda one: one[1], default=("", 0.0))
         if off <= BOUND:
             return
         seen = list[tuple[str, Any]]()
-        with _watched(model, lambda name, output: seen.append((name, [x.clone() for x in _tensors(output)]))):
+        with _watched(model, lambda name, output: seen.append((name, tree_map_only(Tensor, Tensor.clone, output)))):
             forward(model, batch)
         ahead, found = iter(seen), list[str]()
 
@@ -61,27 +62,41 @@ def check_folded(model: nn.Module, batch: Any, *, forward: Forward = default_for
             forward(folded, batch)
     where = f"layer {found[0]!r}" if found and found[0] else "the model as a whole"
     raise PatternError(
-        f"{where}: other outputs under masks than folded; those of the model are off by {off:.3g} rounding errors of "
-        "the largest. Something reads a weight past its mask"
+        f"{where}: other outputs under masks than folded; outputs{output} of the model is off by {off:.3g} rounding "
+        "errors of its largest value. Something reads a weight past its mask"
     )
 
 
 def difference(outputs: Any, others: Any) -> float:
-    """The largest difference of two outputs, in units of the rounding error of the largest value."""
-    found, wanted, largest = _tensors(outputs), _tensors(others), 0.0
-    if [one.shape for one in found] != [other.shape for other in wanted]:
-        return float("inf")
-    for one, other in zip(found, wanted, strict=True):
-        apart = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, (one - other).abs())
-        scale = torch.finfo(one.dtype).eps * one.abs().nan_to_num().amax().clamp_min(torch.finfo(one.dtype).tiny)
-        largest = max(largest, float(apart.nan_to_num(nan=torch.inf).amax() / scale))
-    return largest
+    """The largest of :func:`differences`."""
+    return max(differences(outputs, others).values(), default=0.0)
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
-    """All tensors of numbers in what a model or layer gives."""
-    leaves = tree_leaves(outputs)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()]
+def differences(outputs: Any, others: Any) -> dict[str, float]:
+    """How far each tensor of two outputs is off, in units of the rounding error of its largest value.
+
+    Keys say where it is: ``"['boxes']"``, ``"[0]"``, or ``""`` if there is nothing else.
+    """
+    found, wanted = _tensors(outputs), _tensors(others)
+    if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in wanted.items()}:
+        return {"": float("inf")}
+    return {name: _apart(one, wanted[name]) for name, one in found.items()}
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    apart = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, (one - other).abs())
+    scale = torch.finfo(one.dtype).eps * one.abs().nan_to_num().amax().clamp_min(torch.finfo(one.dtype).tiny)
+    return float(apart.nan_to_num(nan=torch.inf).amax() / scale)
+
+
+def _tensors(outputs: Any) -> dict[str, Tensor]:
+    """All tensors of numbers in what a model or layer gives, by where they are."""
+    leaves = {keystr(path): leaf for path, leaf in tree_flatten_with_path(outputs)[0]}
+    return {
+        name: leaf
+        for name, leaf in leaves.items()
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()
+    }
 
 
 @contextmanager

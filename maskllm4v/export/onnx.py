@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from maskllm4v.export.graph import about_graph, describe, graph_weights, library, line, read_graph
 from maskllm4v.export.naming import find_weights, name_after
+from maskllm4v.export.tracing import make_constant_, traceable
 from maskllm4v.sparsity.layers import Masked
 from maskllm4v.sparsity.parameters import Matrix, find_matrix
 from maskllm4v.sparsity.patterns import NMPattern
@@ -65,7 +67,8 @@ def export_onnx(
     for name in ("onnx", "onnxscript", "onnxruntime"):
         library(name)
     with torch.no_grad():
-        runtime = _Runtime(copy.deepcopy(exportable.module), half).eval()
+        runtime = _Runtime(replace(exportable, module=copy.deepcopy(exportable.module)), half).eval()
+        make_constant_(runtime.module)
         layers = _layers(runtime.module, masks)
         for layer, matrix in layers.items():
             _settle(matrix, masks[layer].cpu(), pattern, layer)
@@ -84,17 +87,16 @@ def export_onnx(
 
 
 class _Runtime(nn.Module):
-    """A module on the CPU whose floating-point inputs and output are float32, whatever it computes in."""
+    """A module on the CPU whose floating-point inputs and outputs are float32, whatever it computes in."""
 
-    def __init__(self, module: nn.Module, half: bool) -> None:
+    def __init__(self, exportable: ExportableModel, half: bool) -> None:
         super().__init__()
-        self.module, self.half_inside = module, half
+        self.module, self.named, self.half_inside = exportable.module, exportable.named, half
         self.cpu()
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         cast = [x.half() if self.half_inside and x.is_floating_point() else x for x in inputs]
-        output: Tensor = self.module(*cast)
-        return output.float()
+        return tuple(output.float() for output in self.named(self.module(*cast)).values())
 
 
 def _layers(module: nn.Module, names: Iterable[str]) -> dict[str, Matrix]:
@@ -131,13 +133,13 @@ def _export(runtime: _Runtime, exportable: ExportableModel) -> Any:
     """The exporter's ``ModelProto``."""
     names, batch = list(exportable.inputs), torch.export.Dim("batch")
     try:
-        with warnings.catch_warnings():  # of the axis that all inputs share on purpose
+        with traceable(runtime.module), warnings.catch_warnings():  # of the axis that all inputs share on purpose
             warnings.filterwarnings("ignore", "# The axis name: batch will not be used")
             program = torch.onnx.export(
                 runtime,
                 tuple(_rows(exportable, _traced(exportable)).values()),
                 input_names=names,
-                output_names=[exportable.output],
+                output_names=list(exportable.outputs),
                 opset_version=OPSET,
                 dynamo=True,
                 dynamic_shapes=(tuple({0: batch} for _ in names),),
@@ -189,16 +191,17 @@ def _check_outputs(path: Path, runtime: _Runtime, exportable: ExportableModel, b
     arrays = [{name: x.numpy() for name, x in batch.items()} for batch in batches]
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        outputs = [torch.from_numpy(session.run([exportable.output], inputs)[0]) for inputs in arrays]
+        outputs = [session.run(list(exportable.outputs), inputs) for inputs in arrays]
     except Exception as error:  # onnxruntime's have no family of their own
         raise CheckpointError(f"onnxruntime does not run the graph: {line(error)}") from error
     for batch, found in zip(batches, outputs, strict=True):
         with torch.no_grad():
             wanted = runtime(*batch.values())
-        same = found.shape == wanted.shape
-        off = float((found - wanted).abs().max() / (wanted.abs().max() or 1)) if same else math.inf
-        if not off <= bound:
-            raise CheckpointError(
-                f"for {len(wanted)} samples onnxruntime's outputs are off by {off:.1e} of the largest of torch's; "
-                f"rounding explains {bound:.0e}"
-            )
+        for name, one, other in zip(exportable.outputs, map(torch.from_numpy, found), wanted, strict=True):
+            same = one.shape == other.shape
+            off = float((one - other).abs().max() / (other.abs().max() or 1)) if same else math.inf
+            if not off <= bound:
+                raise CheckpointError(
+                    f"for {len(other)} samples onnxruntime's outputs are off by {off:.1e} of the largest of torch's "
+                    f"in {name!r}; rounding explains {bound:.0e}"
+                )

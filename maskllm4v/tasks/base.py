@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from maskllm4v.config import DataSettings, TaskSpec, TrainingSettings
+from maskllm4v.config import TaskSpec, TrainingSettings
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.sharding import BatchShard
@@ -28,14 +28,29 @@ class ExportableModel:
     """A model as other runtimes see it.
 
     Attributes:
-        module: takes the inputs in their order, and gives one tensor whose first dimension is the batch.
+        module: takes the inputs in their order, and gives a tensor, or several: a tuple of them, or a dict by name.
         inputs: an example by name, on the CPU; the first dimension of each is the batch.
-        output: what the module gives, by name.
+        outputs: the names of what the module gives, in the order of the tuple, or as other runtimes are to have them;
+            the first dimension of each is the batch.
     """
 
     module: nn.Module
     inputs: dict[str, Tensor]
-    output: str
+    outputs: tuple[str, ...]
+
+    def named(self, given: Any) -> dict[str, Tensor]:
+        """What the module gave, by name and in the order of ``outputs``.
+
+        Raises:
+            ConfigError: it is something else than these outputs.
+        """
+        if isinstance(given, Tensor):
+            given = (given,)
+        found = dict(given) if isinstance(given, Mapping) else dict(zip(self.outputs, given, strict=False))
+        if found.keys() != set(self.outputs) or len(given) != len(self.outputs):
+            said = ", ".join(map(str, given)) if isinstance(given, Mapping) else f"{len(given)} tensors"
+            raise ConfigError(f"{type(self.module).__name__} gives {said}; its outputs are {', '.join(self.outputs)}")
+        return {name: found[name] for name in self.outputs}
 
 
 @dataclass(frozen=True)
@@ -171,14 +186,3 @@ def open_task(spec: TaskSpec, data_folder: Path | None = None) -> Task:
     """
     found: Task = import_module(f"maskllm4v.tasks.{spec.task.name}.task").TASK(spec, data_folder)
     return found
-
-
-def opened_data(spec: TaskSpec, folder: Path | None) -> tuple[DataSettings, Path]:
-    """Settings and folder of the data that a task was opened with.
-
-    Raises:
-        ConfigError: it was opened without.
-    """
-    if spec.data is None or folder is None:
-        raise ConfigError(f"task {spec.task.name!r} was opened without data")
-    return spec.data, folder

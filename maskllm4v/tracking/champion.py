@@ -5,6 +5,7 @@ It is written as an exported graph (``torch.export``): no pickle, and no code of
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from contextlib import chdir, suppress
@@ -131,30 +132,35 @@ def _save(path: Path, exportable: ExportableModel, run_id: str, model_id: str) -
     from mlflow.types import Schema, TensorSpec
     from torch import Tensor
 
-    from maskllm4v.tracking import several_inputs
+    from maskllm4v.export.tracing import make_constant_, traceable
+    from maskllm4v.tracking import named_tensors
 
     def spec(tensor: Tensor, name: str | None = None) -> TensorSpec:
         return TensorSpec(tensor.numpy().dtype, (-1, *tensor.shape[1:]), name)
 
-    examples, several = exportable.inputs, len(exportable.inputs) > 1
+    module, examples, outputs = copy.deepcopy(exportable.module), exportable.inputs, exportable.outputs
+    make_constant_(module)
+    several = len(examples) > 1 or len(outputs) > 1
     with torch.no_grad():
-        output = exportable.module(*examples.values())
+        given = exportable.named(module(*examples.values()))
     inputs = [spec(tensor, name if several else None) for name, tensor in examples.items()]
+    named = [spec(tensor, name if len(outputs) > 1 else None) for name, tensor in given.items()]
     arrays = [tensor.numpy() for tensor in examples.values()]
     model = Model(run_id=run_id, model_id=model_id)
-    mlflow.pytorch.save_model(
-        exportable.module,
-        path,
-        mlflow_model=model,
-        signature=ModelSignature(Schema(inputs), Schema([spec(output)])),
-        input_example=tuple(arrays) if several else arrays[0],
-        serialization_format="pt2",
-        pip_requirements=[f"{name}=={_release(name)}" for name in ("mlflow", "torch")],
-        code_paths=[several_inputs.__file__] if several else None,
-    )
+    with traceable(module):
+        mlflow.pytorch.save_model(
+            module,
+            path,
+            mlflow_model=model,
+            signature=ModelSignature(Schema(inputs), Schema(named)),
+            input_example=tuple(arrays) if len(arrays) > 1 else arrays[0],
+            serialization_format="pt2",
+            pip_requirements=[f"{name}=={_release(name)}" for name in ("mlflow", "torch")],
+            code_paths=[named_tensors.__file__] if several else None,
+        )
     if several:
         _save_example(model, {name: tensor.numpy() for name, tensor in examples.items()}, str(path))
-        loader = several_inputs.__name__.rpartition(".")[2]
+        loader = named_tensors.__name__.rpartition(".")[2]
         pyfunc.add_to_model(model, loader_module=loader, data="data", code="code", python_env="python_env.yaml")
         model.save(path / "MLmodel")
 

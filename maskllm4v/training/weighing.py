@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from maskllm4v.tasks.base import Objective, weight_of
 from maskllm4v.utils.distributed import sum_
+from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.processes import world_size
 
 
@@ -27,6 +28,9 @@ def weighed(task: Objective, batches: Iterable[Any], device: torch.device) -> tu
         task: gives losses, and weights if it has any.
         batches: this process's micro-batches of the step.
         device: of what is trained.
+
+    Raises:
+        ConfigError: the task gives some of the micro-batches a weight, and others none.
     """
     if not hasattr(task, "weight"):
         return task, batches
@@ -34,6 +38,8 @@ def weighed(task: Objective, batches: Iterable[Any], device: torch.device) -> tu
     weights = [weight for batch in held if (weight := weight_of(task, batch)) is not None]
     if not weights:
         return task, held
+    if len(weights) < len(held):
+        raise ConfigError(f"the task's weight is None for {len(held) - len(weights)} of a step's {len(held)} batches")
     total = torch.stack(weights).sum().to(device)
     sum_(total)
     return _Weighed(task, len(held) * world_size(), total.clamp(min=1)), held

@@ -27,7 +27,7 @@ class _ReachedError(Exception):
 def calls_of(
     block: nn.Module, model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]
 ) -> list[Shown]:
-    """The :data:`Call` of a block for each batch, and the batch."""
+    """The arguments that a block is called with, for each batch, and the batch."""
     caught: list[Shown] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

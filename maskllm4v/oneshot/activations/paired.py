@@ -153,7 +153,8 @@ def _observe_both(
                 twins_seen = of_twin[name, block]
                 if [len(part) for part in seen] != [len(part) for part in twins_seen]:
                     raise DataError(
-                        f"layer {name!r} sees other tokens in the dense network; the target has to be symmetric"
+                        f"layer {name!r} sees other tokens in the dense network; the target has to be symmetric, or "
+                        "its calibration a part with paired=False"
                     )
                 for part, twin in zip(seen, twins_seen, strict=True):
                     found[name][block].update(part, twin)

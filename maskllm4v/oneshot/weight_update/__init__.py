@@ -174,9 +174,7 @@ def _check_paired(layers: Iterable[str], parts: Sequence[Calibration], target: T
         return
     why = f"{few(names, 'layer')}: not the same tokens in the dense and in the pruned network (paired=False)"
     if target is not None:
-        raise ConfigError(
-            f"target is {target!r}, but {why}; allowed: 'symmetric', or no target, which is that for them"
-        )
+        raise ConfigError(f"target is {target!r}, but {why}; allowed: 'symmetric', or none, which is that for them")
     warnings.warn(f"{why}; updated by the symmetric target", stacklevel=3)
 
 

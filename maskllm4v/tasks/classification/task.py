@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from maskllm4v.checkpoints.third_party import dense_state
 from maskllm4v.config import TaskSpec
 from maskllm4v.data import ImageData, open_data
-from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
 from maskllm4v.data.decoded import seeded_globals
+from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.tasks.base import ExportableModel, JudgeTraining, opened_data
+from maskllm4v.tasks.base import ExportableModel, JudgeTraining
 from maskllm4v.tasks.classification.accuracy import ClassificationMetrics
 from maskllm4v.tasks.classification.models import build_model, image_settings, num_classes
 from maskllm4v.tasks.classification.settings import ClassificationSettings, TimmSettings
-from maskllm4v.utils.devices import pick_device
+from maskllm4v.tasks.shared.loading import DataTask
 from maskllm4v.utils.errors import ConfigError
-from maskllm4v.utils.processes import rank, world_size
 from maskllm4v.utils.progress import bar
 from maskllm4v.utils.rng import generator, torch_seed
 from maskllm4v.utils.sharding import WHOLE, BatchShard
@@ -33,27 +32,26 @@ Batch = tuple[Tensor, Tensor]  # images [B, C, H, W]; labels [B], or their mixtu
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Classification:
+class Classification(DataTask):
     """Cross-entropy on labels; accuracy, cross-entropy and calibration error on the reported split."""
 
     judge: JudgeTraining | None = None
 
     def __init__(self, spec: TaskSpec, data_folder: Path | None = None) -> None:
+        super().__init__(spec, data_folder)
         assert isinstance(spec.task, ClassificationSettings)
         assert isinstance(spec.model, TimmSettings)
-        self.spec, self.settings, self.model = spec, spec.task, spec.model
-        self.device = pick_device(spec.runtime.device)
-        self._folder = data_folder
+        self.settings, self.model = spec.task, spec.model
 
     @cached_property
-    def data(self) -> ImageData:
+    def source(self) -> ImageData:
         """Opened when first needed."""
-        data, folder = opened_data(self.spec, self._folder)
+        data, folder = self.opened()
         return open_data(folder, data, self.settings, image_settings(self.model))
 
     @property
-    def data_digest(self) -> str:
-        return self.data.manifest.digest
+    def manifest(self) -> Manifest:
+        return self.source.manifest
 
     def build_model(self, seed: int, *, pretrained: bool = False) -> nn.Module:
         model = build_model(self.model, seed, pretrained=pretrained)
@@ -67,8 +65,8 @@ class Classification:
         model.train()
 
     def resized(self, size: int) -> Classification:
-        other = Classification(self.spec, self._folder)
-        other.data = self.data.resized(size)
+        other = Classification(self.spec, self.folder)
+        other.source = self.source.resized(size)
         return other
 
     def generated(self, dense: nn.Module, seed: int) -> Classification:
@@ -77,32 +75,13 @@ class Classification:
     def train_batches(
         self, *, seed: int, batch_size: int, steps: int, start: int = 0, shard: BatchShard = WHOLE
     ) -> Iterator[Batch]:
-        loader = step_loader(
-            self.data,
-            seed=seed,
-            batch_size=batch_size,
-            steps=steps,
-            start=start,
-            shard=shard,
-            workers=self.spec.runtime.loader_workers,
-            pin_memory=self.device.type == "cuda",
-        )
+        loader = self.step_batches(seed=seed, batch_size=batch_size, steps=steps, start=start, shard=shard)
         keys = ((step, part) for step in range(start, steps) for part in shard.parts)
         for batch, (step, part) in zip(loader, keys, strict=True):
             yield self._mixed(self._on_device(batch), torch_seed(seed, "mix", step, part) % 2**32)
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        return StepBatches(self.data, seed=0, batch_size=batch_size).steps_per_epoch
-
     def calibration(self, batch_size: int, seed: int) -> Sequence[Calibration]:
-        return [Calibration(self._calibration_batches(batch_size, seed), self.forward)]
-
-    def _calibration_batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        manifest = self.data.manifest
-        indices = manifest.calibration[self.spec.calibration_set(seed)]
-        if len(indices) < world_size():
-            raise ConfigError(f"data.calibration is {len(indices)}, fewer than the {world_size()} processes")
-        return self._plain(manifest.calibration_split, indices, batch_size)
+        return [Calibration(self._plain(*self.calibration_samples(seed), batch_size), self.forward)]
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits ``[B, classes]``."""
@@ -125,7 +104,7 @@ class Classification:
         split = split or self.settings.eval_split
         model.eval()
         tally = ClassificationMetrics(self.device)
-        indices = np.arange(len(self.data.manifest.splits[split]))
+        indices = np.arange(len(self.manifest.splits[split]))
         amp = self.settings.eval_amp
         with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no"):
             for batch in bar(self._plain(split, indices, self.settings.eval_batch_size), "evaluating"):
@@ -161,7 +140,7 @@ class Classification:
         """``images`` ``[B, C, H, W]``, normalised as the model's data are, to ``logits`` ``[B, classes]``."""
         shape = (batch_size, *image_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return ExportableModel(model, {"images": torch.from_numpy(images)}, "logits")
+        return ExportableModel(model, {"images": torch.from_numpy(images)}, ("logits",))
 
     @cached_property
     def _mix(self) -> Any:
@@ -190,8 +169,7 @@ class Classification:
 
     def _plain(self, split: str, indices: np.ndarray, batch_size: int) -> Iterator[Batch]:
         """This process's images of a split, decoded by the loader's workers."""
-        own = indices[rank() :: world_size()]
-        for batch in plain_loader(self.data, split, own, batch_size, self.spec.runtime.loader_workers):
+        for batch in self.plain_batches(split, indices, batch_size):
             yield self._on_device(batch)
 
     def _on_device(self, batch: Batch) -> Batch:

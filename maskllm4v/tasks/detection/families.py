@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.data.annotated import NONE, AnnotatedBatch
-from maskllm4v.tasks.detection.model import build_detector, cornered, decode, focal_loss, generalised_iou, owners
-from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettings
-
-
-class Detections(NamedTuple):
-    """The surest detections of images: boxes ``[B, K, 4]`` by corners in pixels, classes and scores ``[B, K]``."""
-
-    boxes: Tensor
-    classes: Tensor
-    scores: Tensor
+from maskllm4v.tasks.detection.learned import LearnedQueries
+from maskllm4v.tasks.detection.model import (
+    Detections,
+    build_detector,
+    cornered,
+    decode,
+    focal_loss,
+    generalised_iou,
+    owners,
+)
+from maskllm4v.tasks.detection.selected import SelectedQueries
+from maskllm4v.tasks.detection.settings import LEARNED, DetectionSettings, DetectorSettings
+from maskllm4v.utils.errors import ConfigError
 
 
 class DetectionFamily(Protocol):
@@ -25,12 +30,31 @@ class DetectionFamily(Protocol):
 
     Attributes:
         outputs: the names of what the model gives, for export.
+        paired_layers: name patterns of those whose tokens stand for the same things in a dense and in a pruned model,
+            one by one.
     """
 
     outputs: tuple[str, ...]
+    paired_layers: tuple[str, ...]
 
     def build(self, settings: DetectorSettings, seed: int, *, pretrained: bool) -> nn.Module:
         """The model in evaluation mode, its weights drawn from the seed where none are loaded."""
+
+    def name_classes(self, names: Sequence[str], data: str) -> None:
+        """Say what classes the data of that name have.
+
+        Raises:
+            ConfigError: the model cannot have them.
+        """
+
+    def learning_mode(self, model: nn.Module) -> None:
+        """Put a model into the mode that its masks are learned in."""
+
+    def exportable(self, model: nn.Module) -> nn.Module:
+        """A module that holds the model and gives nothing but :attr:`outputs` of images ``[B, C, H, W]``."""
+
+    def tokens(self, name: str, shape: torch.Size, batch: AnnotatedBatch) -> Tensor | None:
+        """Which tokens count in calibration, see :attr:`maskllm4v.sparsity.calibration.Calibration.tokens`."""
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         """Run the model on a batch."""
@@ -47,21 +71,39 @@ class DetectionFamily(Protocol):
     def distillation_loss(self, outputs: Any, teacher: Any, temperature: float, batch: AnnotatedBatch) -> Tensor:
         """How far the outputs are from the dense model's, a scalar sum."""
 
+    def kept(self, outputs: Any, dense: Any) -> Tensor:
+        """How many of the dense model's queries the model has, too; and how many there are: int64 ``[2]``."""
+
 
 class TokenFamily:
     """A backbone whose tokens each own the object whose centre lies in them: no anchors, no matching, no suppression.
 
     Args:
         settings: weights of the losses.
+        model: how many classes there are.
     """
 
-    outputs = ("raw",)
+    outputs: tuple[str, ...] = ("raw",)
+    paired_layers: tuple[str, ...] = ("*",)
 
-    def __init__(self, settings: DetectionSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: DetectionSettings, model: DetectorSettings) -> None:
+        self.settings, self.model = settings, model
 
     def build(self, settings: DetectorSettings, seed: int, *, pretrained: bool) -> nn.Module:
         return build_detector(settings, seed, pretrained=pretrained)
+
+    def name_classes(self, names: Sequence[str], data: str) -> None:
+        if len(names) != self.model.classes:
+            raise ConfigError(f"model.classes is {self.model.classes}, but {data} has objects of {len(names)} classes")
+
+    def learning_mode(self, model: nn.Module) -> None:
+        model.train()
+
+    def exportable(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def tokens(self, name: str, shape: torch.Size, batch: AnnotatedBatch) -> Tensor | None:
+        return None
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         """Raw values ``[B, classes + 4, h, w]``; :func:`~maskllm4v.tasks.detection.model.decode` reads them."""
@@ -107,7 +149,12 @@ class TokenFamily:
         misfit = (weight * (1 - generalised_iou(cornered(boxes), cornered(wanted)))).sum()
         return focal + settings.l1 * apart + settings.giou * misfit
 
+    def kept(self, outputs: Tensor, dense: Tensor) -> Tensor:
+        return torch.tensor([dense[:, 0].numel()] * 2, device=dense.device)
+
 
 def family_of(settings: DetectionSettings, model: DetectorSettings) -> DetectionFamily:
     """That of the model which some settings name."""
-    return TokenFamily(settings)
+    if not model.of_transformers:
+        return TokenFamily(settings, model)
+    return LearnedQueries(settings, model) if model.name in LEARNED else SelectedQueries(settings, model)

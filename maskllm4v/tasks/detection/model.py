@@ -6,6 +6,7 @@ No anchors, no matching, no suppression of doubles: a token has one object at mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from maskllm4v.data.annotated import NONE, AnnotatedBatch
 from maskllm4v.tasks.detection.settings import DetectorSettings
-from maskllm4v.tasks.tokens import TokenModel, build_backbone
+from maskllm4v.tasks.shared.tokens import TokenModel, build_backbone
 from maskllm4v.utils.rng import torch_seed
 
 BOX = 4  # values of a box
@@ -77,6 +78,14 @@ def owners(batch: AnnotatedBatch, grid: tuple[int, int]) -> Owners:
     boxes = shares.new_zeros(len(there), *grid, BOX)
     classes[image, y, x], boxes[image, y, x] = batch.classes[there], shares[there]
     return Owners(classes, boxes)
+
+
+class Detections(NamedTuple):
+    """The surest detections of images: boxes ``[B, K, 4]`` by corners in pixels, classes and scores ``[B, K]``."""
+
+    boxes: Tensor
+    classes: Tensor
+    scores: Tensor
 
 
 def centred(boxes: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from maskllm4v.data.annotated import NONE
-from maskllm4v.tasks.pictures import SCALE, SMALL, colours, tiled
+from maskllm4v.tasks.shared.pictures import SCALE, SMALL, colours, tiled
 
 Boxes = tuple[np.ndarray, np.ndarray]  # [N, K, 4] by corners in pixels, [N, K]
 

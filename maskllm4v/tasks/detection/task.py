@@ -18,13 +18,13 @@ from maskllm4v.data.annotated import NONE, AnnotatedBatch
 from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.base import ExportableModel, JudgeTraining
-from maskllm4v.tasks.classification.models import image_settings
-from maskllm4v.tasks.detection.families import Detections, family_of
-from maskllm4v.tasks.detection.model import generalised_iou
+from maskllm4v.tasks.detection.families import family_of
+from maskllm4v.tasks.detection.folders import input_settings
+from maskllm4v.tasks.detection.model import Detections, generalised_iou
 from maskllm4v.tasks.detection.pictures import drawings
 from maskllm4v.tasks.detection.precision import average_precision
 from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettings
-from maskllm4v.tasks.loading import DataTask
+from maskllm4v.tasks.shared.loading import DataTask
 from maskllm4v.utils.distributed import rows_of_all, sum_
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.progress import bar
@@ -32,6 +32,7 @@ from maskllm4v.utils.rng import generator
 from maskllm4v.utils.sharding import WHOLE, BatchShard
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+ALL = ("*",)  # layers
 SAME = 0.5  # IoU from which on two detections are of one object
 
 
@@ -52,12 +53,11 @@ class Detection(DataTask):
         """Opened when first needed.
 
         Raises:
-            ConfigError: the objects have another number of classes than the model.
+            ConfigError: the objects have other classes than the model.
         """
         data, folder = self.opened()
-        found = open_annotated(folder, data, self.settings, image_settings(self.model), needs="boxes")
-        if (count := len(found.manifest.classes)) != self.model.classes:
-            raise ConfigError(f"model.classes is {self.model.classes}, but {data.name} has objects of {count} classes")
+        found = open_annotated(folder, data, self.settings, input_settings(self.model), needs="boxes")
+        self.family.name_classes(found.manifest.classes, data.name)
         return found
 
     @property
@@ -73,6 +73,9 @@ class Detection(DataTask):
     def train_mode(self, model: nn.Module) -> None:
         model.train()
 
+    def learning_mode(self, model: nn.Module) -> None:
+        self.family.learning_mode(model)
+
     def resized(self, size: int) -> Detection:
         raise ConfigError("dense.progressive is not for detection, whose models have one size")
 
@@ -86,9 +89,21 @@ class Detection(DataTask):
             yield batch.to(self.device)
 
     def calibration(self, batch_size: int, seed: int) -> Sequence[Calibration]:
-        batches = self.plain_batches(*self.calibration_samples(seed), batch_size)
+        """In two parts where the decoder's queries are not the same ones in the dense and in the pruned model."""
+        split, indices = self.calibration_samples(seed)
+        paired = self.family.paired_layers
+        parts = [(paired, True)] if paired == ALL else [(paired, True), (ALL, False)]
         # On the CPU until they are used: calibration holds all of them.
-        return [Calibration(batches, lambda model, batch: self.forward(model, batch.to(self.device)))]
+        return [
+            Calibration(
+                self.plain_batches(split, indices, batch_size),
+                lambda model, batch: self.forward(model, batch.to(self.device)),
+                layers=layers,
+                tokens=self.family.tokens,
+                paired=same,
+            )
+            for layers, same in parts
+        ]
 
     def forward(self, model: nn.Module, batch: AnnotatedBatch) -> Any:
         return self.family.forward(model, batch)
@@ -111,23 +126,33 @@ class Detection(DataTask):
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
         """What :func:`~maskllm4v.tasks.detection.precision.average_precision` gives.
 
-        ``agreement``: of what the dense model is sure of, the share that the model is sure of, too.
+        ``agreement``: of what the dense model is sure of, the share that the model is sure of, too. ``kept_queries``,
+        of models that select their queries: of the dense model's, the share that the model selects, too; nothing can
+        be learned from the others.
         """
         split = split or self.settings.eval_split
         model.eval()
-        found, shared = [], torch.zeros(2, dtype=torch.int64, device=self.device)
+        found = []
+        shared, kept = (torch.zeros(2, dtype=torch.int64, device=self.device) for _ in range(2))
         amp = self.settings.eval_amp
         with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no"):
             for batch in bar(self._split(split), "evaluating"):
-                found.append(self.detect(model, batch))
+                outputs = self.forward(model, batch)
+                seen = self.family.detections(outputs, batch)
+                found.append(seen._replace(boxes=batch.at_full_size(seen.boxes)))
                 if dense is not None:
-                    shared += self._shared(self.detect(dense, batch), found[-1])
+                    reference = self.forward(dense, batch)
+                    shared += self._shared(self.family.detections(reference, batch), seen)
+                    kept += self.family.kept(outputs, reference)
         metrics = self._precision(found, split)
         if dense is None:
             return metrics
-        sum_(shared)
+        sum_(shared, kept)
         both, sure = shared.tolist()
-        return {**metrics, "agreement": 100 * both / max(sure, 1)}
+        metrics["agreement"] = 100 * both / max(sure, 1)
+        return (
+            metrics if self.family.paired_layers == ALL else metrics | {"kept_queries": 100 * float(kept[0] / kept[1])}
+        )
 
     def score(self, model: nn.Module, split: str) -> float:
         """Average precision."""
@@ -142,17 +167,19 @@ class Detection(DataTask):
         found = self.detect(model, batch)
         classes = torch.where(found.scores >= self.settings.sure, found.classes, NONE)
         images = self.source.pixels(batch.images).cpu().numpy()
-        true, seen = ((b.cpu().numpy(), c.cpu().numpy()) for b, c in (batch[2:4], (found.boxes, classes)))
+        true, seen = (
+            (b.cpu().numpy(), c.cpu().numpy()) for b, c in ((batch.boxes, batch.classes), (found.boxes, classes))
+        )
         return {"predictions": drawings(images, true, seen, self.manifest.classes)}
 
     def summary(self, model: nn.Module, metrics: dict[str, float], extra_parameters: int) -> dict[str, Any]:
         return {}
 
     def exportable(self, model: nn.Module, batch_size: int) -> ExportableModel:
-        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to raw values (:func:`decode`)."""
-        shape = (batch_size, *image_settings(self.model)["input_size"])
+        """``images`` ``[B, C, H, W]``, normalised as the model's data are, to the family's outputs."""
+        shape = (batch_size, *input_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
-        return ExportableModel(model, {"images": torch.from_numpy(images)}, *self.family.outputs)
+        return ExportableModel(self.family.exportable(model), {"images": torch.from_numpy(images)}, self.family.outputs)
 
     def _split(self, split: str) -> Iterator[AnnotatedBatch]:
         indices = np.arange(self.source.count(split))

@@ -58,7 +58,7 @@ class Judge:
         """Images in [-1, 1] as the classifier's data has them: of its size, normalised."""
         if tuple(images.shape[-2:]) != tuple(self.size):
             images = F.interpolate(images, tuple(self.size), mode="bilinear", antialias=True)
-        data = self.task.data
+        data = self.task.source
         mean, std = data.mean.to(images), data.std.to(images)
         return ((images + 1) / 2 - mean) / std
 
@@ -68,8 +68,8 @@ class Judge:
 
     def real(self, split: str, batch_size: int) -> Tensor:
         """Features of all images of a split, in their order, ``[count, F]``."""
-        count = len(self.task.data.manifest.splits[split])
-        batches = plain_loader(self.task.data, split, np.arange(count)[rank() :: world_size()], batch_size)
+        count = len(self.task.source.manifest.splits[split])
+        batches = plain_loader(self.task.source, split, np.arange(count)[rank() :: world_size()], batch_size)
         own = [self.features(images.to(self.task.device))[0] for images, _ in batches]
         return rows_of_all(torch.cat([self.no_features(), *own]), count)
 

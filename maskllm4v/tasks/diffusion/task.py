@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from maskllm4v.config import TaskSpec
 from maskllm4v.data import ImageData, open_data
-from maskllm4v.data.batches import StepBatches, plain_loader, step_loader
+from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
-from maskllm4v.tasks.base import ExportableModel, JudgeTraining, opened_data
+from maskllm4v.tasks.base import ExportableModel, JudgeTraining
 from maskllm4v.tasks.diffusion import noising
 from maskllm4v.tasks.diffusion.dit import build_dit, condition, read_weights
 from maskllm4v.tasks.diffusion.images import GeneratedDataset, PixelSpace, VAELatents
@@ -26,7 +26,7 @@ from maskllm4v.tasks.diffusion.measuring import Measuring
 from maskllm4v.tasks.diffusion.noising import Draws, NoisyBatch
 from maskllm4v.tasks.diffusion.sampling import Sampler
 from maskllm4v.tasks.diffusion.settings import DiffusionSettings, DiTSettings, EvaluationSettings, SamplingSettings
-from maskllm4v.utils.devices import pick_device
+from maskllm4v.tasks.shared.loading import DataTask
 from maskllm4v.utils.distributed import rows_of_all
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.io import file_digest, value_digest
@@ -50,7 +50,7 @@ class Denoiser(nn.Module):
         return outputs
 
 
-class Diffusion:
+class Diffusion(DataTask):
     """Squared error of the predicted noise, or of all outputs to the dense model's; samples for people to look at.
 
     Labels are hidden in the data, one draw a sample: diffusers would draw one a block, and in training mode only.
@@ -58,12 +58,11 @@ class Diffusion:
     """
 
     def __init__(self, spec: TaskSpec, data_folder: Path | None = None) -> None:
+        super().__init__(spec, data_folder)
         assert isinstance(spec.task, DiffusionSettings)
         assert isinstance(spec.model, DiTSettings)
         assert isinstance(spec.evaluation, EvaluationSettings)
-        self.spec, self.settings, self.model, self.evaluation = spec, spec.task, spec.model, spec.evaluation
-        self.device = pick_device(spec.runtime.device)
-        self.folder = data_folder
+        self.settings, self.model, self.evaluation = spec.task, spec.model, spec.evaluation
         self._bank: GeneratedDataset | None = None
 
     @cached_property
@@ -89,7 +88,7 @@ class Diffusion:
             "crop_pct": 1.0,
             "crop_mode": "center",
         }
-        settings, folder = opened_data(self.spec, self.folder)
+        settings, folder = self.opened()
         data = open_data(folder, settings, self.settings.augmentation, transform)
         if (found := len(data.manifest.classes)) != self.classes:
             raise ConfigError(f"model.args.num_embeds_ada_norm is {self.classes}, but the data has {found} classes")
@@ -100,10 +99,14 @@ class Diffusion:
         """What is learned and calibrated from."""
         return self._bank or self.data
 
+    @property
+    def manifest(self) -> Manifest:
+        return self.data.manifest
+
     @cached_property
     def data_digest(self) -> str:
         """Of the manifest; in a latent space of the autoencoder, too, without which the images say nothing."""
-        digest, vae = self.data.manifest.digest, self.settings.vae
+        digest, vae = self.manifest.digest, self.settings.vae
         if vae is None:
             return digest
         return value_digest([digest, *(file_digest(path) for path in sorted(Path(vae).iterdir()) if path.is_file())])
@@ -174,22 +177,10 @@ class Diffusion:
         amp = self.settings.eval_amp
         return torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no")
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        return StepBatches(self.source, seed=0, batch_size=batch_size).steps_per_epoch
-
     def train_batches(
         self, *, seed: int, batch_size: int, steps: int, start: int = 0, shard: BatchShard = WHOLE
     ) -> Iterator[NoisyBatch]:
-        loader = step_loader(
-            self.source,
-            seed=seed,
-            batch_size=batch_size,
-            steps=steps,
-            start=start,
-            shard=shard,
-            workers=self.spec.runtime.loader_workers,
-            pin_memory=self.device.type == "cuda",
-        )
+        loader = self.step_batches(seed=seed, batch_size=batch_size, steps=steps, start=start, shard=shard)
         size = batch_size // shard.count
         keys = ((step, part) for step in range(start, steps) for part in shard.parts)
         for (images, labels), (step, part) in zip(loader, keys, strict=True):
@@ -235,7 +226,9 @@ class Diffusion:
             "timestep": rng.integers(0, len(self.alphas), batch_size),
             "class_labels": rng.integers(0, self.classes + 1, batch_size),
         }
-        return ExportableModel(Denoiser(model), {name: torch.from_numpy(v) for name, v in drawn.items()}, "noise_pred")
+        return ExportableModel(
+            Denoiser(model), {name: torch.from_numpy(v) for name, v in drawn.items()}, ("noise_pred",)
+        )
 
     def clean(self, images: Tensor, drawn: np.ndarray) -> Tensor:
         """x₀ of real images; ``drawn``: normal noise ``[B, C, H, W]`` for an autoencoder."""
@@ -263,18 +256,14 @@ class Diffusion:
 
     def _calibration_batches(self, batch_size: int, seed: int) -> Iterator[NoisyBatch]:
         """Timesteps stratified over the whole set; what is drawn for a sample depends on its place in it alone."""
-        manifest = self.data.manifest
-        split, chosen = manifest.calibration_split, manifest.calibration[self.spec.calibration_set(seed)]
+        split, chosen = self.calibration_samples(seed)
         if self._bank is not None:  # whose labels go through the classes in turn
             drawn = generator(seed, "calibration", "samples").permutation(len(self._bank.samples))
             split, chosen = "train", drawn[: len(chosen)]
-        if len(chosen) < world_size():
-            raise ConfigError(f"data.calibration is {len(chosen)}, fewer than the {world_size()} processes")
         strata = noising.stratified(generator(seed, "calibration timesteps"), len(chosen), len(self.alphas))
         own = np.arange(len(chosen))[rank() :: world_size()]
-        workers = self.spec.runtime.loader_workers
         place = 0
-        for images, labels in plain_loader(self.source, split, chosen[own], batch_size, workers):
+        for images, labels in self.plain_batches(split, chosen, batch_size):
             places = own[place : place + len(labels)]
             place += len(labels)
             draws = [self._draw(generator(seed, "calibration", int(i)), 1) for i in places]

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.data.annotated import IGNORED, AnnotatedBatch
-from maskllm4v.tasks.segmentation.folders import NamedOutputs, build_from_folder
+from maskllm4v.tasks.segmentation.folders import build_from_folder
 from maskllm4v.tasks.segmentation.model import build_segmenter
 from maskllm4v.tasks.segmentation.queries import QueryFamily
 from maskllm4v.tasks.segmentation.settings import SAM, SegmenterSettings
+from maskllm4v.tasks.shared.named_outputs import NamedOutputs
 
 
 class SegmentationFamily(Protocol):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskllm4v.tasks import transformers_folder
 from maskllm4v.tasks.classification.models import image_settings
 from maskllm4v.tasks.segmentation.model import Segmenter
 from maskllm4v.tasks.segmentation.settings import SAM, SegmenterSettings
+from maskllm4v.tasks.shared import transformers_folder
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.rng import torch_seed
 
@@ -37,26 +37,13 @@ class SamBackbone(nn.Module):
         return found.permute(0, 2, 3, 1)
 
 
-class NamedOutputs(nn.Module):
-    """A model of transformers from images to some of its outputs, and no others: a tensor, or a tuple of them."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, tuple(names)
-
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        found = self.model(pixel_values=images)
-        outputs = tuple(found[name] for name in self.names)
-        return outputs[0] if len(outputs) == 1 else outputs
-
-
 def build_from_folder(settings: SegmenterSettings, seed: int, *, pretrained: bool) -> nn.Module:
     """The model in evaluation mode, without heads that serve its training from scratch alone.
 
     Raises:
         ConfigError: the folder is of another class, or of another number of classes than ``model.classes``; or the
             model would draw random numbers when it is evaluated.
-        CheckpointError: see :func:`maskllm4v.tasks.transformers_folder.build`.
+        CheckpointError: see :func:`maskllm4v.tasks.shared.transformers_folder.build`.
     """
     folder = folder_of(settings)
     model: Any = transformers_folder.build(
@@ -75,9 +62,7 @@ def build_from_folder(settings: SegmenterSettings, seed: int, *, pretrained: boo
         model.auxiliary_head = None
     masked = getattr(model, "attn_mask_probs", None)  # EoMT's: 1 hides tokens from queries, 0 does not (annealed)
     if masked is not None and bool(((masked > 0) & (masked < 1)).any()):
-        raise ConfigError(
-            f"{folder}: attn_mask_probs is {masked.tolist()}: masked attention was not annealed to its end"
-        )
+        raise ConfigError(f"{folder}: attn_mask_probs is {masked.tolist()}; allowed: 0 and 1, which need no draws")
     return model  # type: ignore[no-any-return]
 
 
@@ -96,7 +81,7 @@ def check_names(settings: SegmenterSettings, data: str, names: Sequence[str]) ->
 
 
 def input_settings(settings: SegmenterSettings) -> dict[str, Any]:
-    """``input_size`` ``(C, H, W)``, ``mean``, ``std`` and ``interpolation`` of a model's images.
+    """``input_size`` ``(C, H, W)``, ``mean``, ``std``, ``interpolation`` and ``mode`` of a model's images.
 
     Of a timm model as :func:`~maskllm4v.tasks.classification.models.image_settings` has them; of one of transformers
     from ``preprocessor_config.json`` and, where that says nothing, ImageNet's; ``model.input`` overrules both.
@@ -105,7 +90,10 @@ def input_settings(settings: SegmenterSettings) -> dict[str, Any]:
         ConfigError: nothing says how large images are, or the model takes no images of this size.
     """
     if not settings.of_transformers:
-        return image_settings(settings)
+        told = image_settings(settings)
+        if len(set(told["input_size"][1:])) > 1:
+            raise ConfigError(f"model.input.img_size is {settings.input.img_size}; allowed for a timm model: a square")
+        return told | {"mode": settings.input.mode}
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     folder, wanted = folder_of(settings), settings.input
@@ -125,7 +113,7 @@ def input_settings(settings: SegmenterSettings) -> dict[str, Any]:
     patch = _pair(getattr(parts[0], "patch_size", None)) or (1, 1)
     if size[0] % patch[0] or size[1] % patch[1]:
         raise ConfigError(f"model.input.img_size is {list(size)}, which patches of {list(patch)} pixels do not divide")
-    told: dict[str, Any] = {"input_size": (channels, *size)}
+    told = {"input_size": (channels, *size), "mode": wanted.mode}
     for key, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
         values = tuple(getattr(wanted, key) or found.get(key, default))
         if len(values) != channels and getattr(wanted, key) is None:  # grey images: the colours' average statistics

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.tasks.segmentation.settings import SegmenterSettings
-from maskllm4v.tasks.tokens import TokenModel, build_backbone
+from maskllm4v.tasks.shared.tokens import TokenModel, build_backbone
 from maskllm4v.utils.rng import torch_seed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from maskllm4v.data.annotated import IGNORED
-from maskllm4v.tasks.pictures import SCALE, SMALL, colours, tiled
+from maskllm4v.tasks.shared.pictures import SCALE, SMALL, colours, tiled
 
 OPACITY = 0.6  # of a class's colour
 

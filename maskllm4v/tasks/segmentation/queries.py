@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskllm4v.data.annotated import IGNORED, AnnotatedBatch
-from maskllm4v.tasks.segmentation.folders import NamedOutputs, build_from_folder
+from maskllm4v.tasks.segmentation.folders import build_from_folder
 from maskllm4v.tasks.segmentation.settings import SegmenterSettings
+from maskllm4v.tasks.shared.named_outputs import NamedOutputs
 
 CLASS, MASK, DICE = 2.0, 5.0, 5.0  # weights of the loss's terms and of the matching's, as published
 NOTHING = 0.1  # weight of a query's class where it is nothing

@@ -11,7 +11,7 @@ from maskllm4v.config.base import Count
 from maskllm4v.config.metrics import Metric, TaskMetrics
 from maskllm4v.config.sections import JointAugmentationSettings, TaskSettings
 from maskllm4v.config.tasks import TaskSections
-from maskllm4v.tasks.classification.settings import CLASSES, TimmSettings, check_classification
+from maskllm4v.tasks.classification.settings import CLASSES, InputSettings, TimmSettings, check_classification
 
 if TYPE_CHECKING:
     from maskllm4v.config.experiment import Experiment
@@ -48,11 +48,26 @@ def _known(name: str) -> str:
     return name
 
 
+class SegmenterInput(InputSettings):
+    """What of the model's own data configuration, timm's or its folder's, to overrule."""
+
+    img_size: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None  # type: ignore[assignment]
+    # squash: to the model's size whatever the shape; letterbox: shape kept, the rest padded and ignored
+    mode: Literal["squash", "letterbox"] = Field(default="squash", exclude_if=lambda value: value == "squash")
+
+    @model_validator(mode="after")
+    def _nothing_is_cut_off(self) -> SegmenterInput:
+        if self.crop_pct is not None or self.crop_mode is not None:
+            raise ValueError("crop_pct and crop_mode are for classification: every pixel of a mask counts")
+        return self
+
+
 class SegmenterSettings(TimmSettings):
     """A timm model's tokens and one linear layer that gives the classes of each token's pixels; or transformers'."""
 
     name: Annotated[str, AfterValidator(_known)]
     folder: str | None = Field(default=None, exclude_if=lambda value: value is None)  # of a model of transformers
+    input: SegmenterInput = SegmenterInput()
     classes: Count  # of pixels, the ground included
     # Pixels a side that a token stands for, of models with that linear layer; logits are resized to the masks' size.
     stride: Count | None = None

@@ -18,12 +18,13 @@ from maskllm4v.data.annotated import AnnotatedBatch
 from maskllm4v.data.manifest import Manifest
 from maskllm4v.sparsity.calibration import Calibration
 from maskllm4v.tasks.base import ExportableModel, JudgeTraining
-from maskllm4v.tasks.loading import DataTask
 from maskllm4v.tasks.segmentation.families import family_of
 from maskllm4v.tasks.segmentation.folders import check_names, input_settings
+from maskllm4v.tasks.segmentation.full_size import logits_at, places
 from maskllm4v.tasks.segmentation.pictures import overlays
 from maskllm4v.tasks.segmentation.scores import SegmentationScores
 from maskllm4v.tasks.segmentation.settings import SegmentationSettings, SegmenterSettings
+from maskllm4v.tasks.shared.loading import DataTask
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.progress import bar
 from maskllm4v.utils.rng import generator
@@ -73,6 +74,13 @@ class Segmentation(DataTask):
     def train_mode(self, model: nn.Module) -> None:
         model.train()
 
+    def learning_mode(self, model: nn.Module) -> None:
+        """Models of transformers are in evaluation mode while masks are learned.
+
+        In training mode they drop activations, normalise by the batch's statistics, or hide tokens from queries (EoMT).
+        """
+        model.train(not self.model.of_transformers)
+
     def resized(self, size: int) -> Segmentation:
         raise ConfigError("dense.progressive is not for segmentation, whose models have one size")
 
@@ -104,15 +112,22 @@ class Segmentation(DataTask):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, dense: nn.Module | None = None, split: str | None = None) -> dict[str, float]:
-        """See :class:`~maskllm4v.tasks.segmentation.scores.SegmentationScores`."""
+        """See :class:`~maskllm4v.tasks.segmentation.scores.SegmentationScores`; pictures count as they are stored."""
         split = split or self.settings.eval_split
         model.eval()
         scores = SegmentationScores(self.source.mask_classes, self.settings.border, self.device)
         amp = self.settings.eval_amp
         with torch.autocast(self.device.type, AMP.get(amp), enabled=amp != "no"):
             for batch in bar(self._split(split), "evaluating"):
-                reference = None if dense is None else self._logits(dense, batch)
-                scores.add(self._logits(model, batch), batch.masks, reference)
+                outputs = self.forward(model, batch)
+                reference = None if dense is None else self.forward(dense, batch)
+                for place in places(batch):
+                    height, width = place.size
+                    scores.add(
+                        logits_at(place, self.family, outputs),
+                        batch.truth[place.images, :height, :width],
+                        None if dense is None else logits_at(place, self.family, reference),
+                    )
         return scores.metrics()
 
     def score(self, model: nn.Module, split: str) -> float:
@@ -137,7 +152,7 @@ class Segmentation(DataTask):
         shape = (batch_size, *input_settings(self.model)["input_size"])
         images = generator(0, "deployable").standard_normal(shape).astype(np.float32)
         module = self.family.exportable(model)
-        return ExportableModel(module, {"images": torch.from_numpy(images)}, *self.family.outputs)
+        return ExportableModel(module, {"images": torch.from_numpy(images)}, self.family.outputs)
 
     def _logits(self, model: nn.Module, batch: AnnotatedBatch) -> Tensor:
         height, width = batch.masks.shape[1:]

@@ -29,7 +29,7 @@ class DataTask:
     def __init__(self, spec: TaskSpec, data_folder: Path | None = None) -> None:
         self.spec = spec
         self.device = pick_device(spec.runtime.device)
-        self._folder = data_folder
+        self.folder = data_folder
 
     @property
     def source(self) -> ImageData | Samples:
@@ -51,9 +51,9 @@ class DataTask:
         Raises:
             ConfigError: the task was opened without.
         """
-        if self.spec.data is None or self._folder is None:
+        if self.spec.data is None or self.folder is None:
             raise ConfigError(f"task {self.spec.task.name!r} was opened without data")
-        return self.spec.data, self._folder
+        return self.spec.data, self.folder
 
     def steps_per_epoch(self, batch_size: int) -> int:
         return StepBatches(self.source, seed=0, batch_size=batch_size).steps_per_epoch

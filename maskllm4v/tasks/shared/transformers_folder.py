@@ -170,8 +170,10 @@ def preprocessing(folder: Path) -> dict[str, Any]:
         if found.get("do_resize", True):
             if (size := _size(found.get("size"))) is not None:
                 told["size"] = size
-            if "resample" in found:
-                told["interpolation"] = RESAMPLING[found["resample"]]
+            if (number := found.get("resample")) is not None:
+                if number not in RESAMPLING:
+                    raise ValueError(f"resample is {number!r}; allowed: {RESAMPLING}")
+                told["interpolation"] = RESAMPLING[number]
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{folder / PREPROCESSOR}: cannot be made sense of: {one_line(error)[:200]}") from error
     return told
