@@ -33,7 +33,8 @@ def test_halves_of_digits_share_none_and_are_stratified() -> None:
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_boxes_hold_their_digits_and_nothing_of_others(split: str) -> None:
     for image, mask, boxes, classes in scenes(split):
-        assert (image.shape, image.dtype, mask.shape, mask.dtype) == ((1, 32, 32), np.uint8, (32, 32), np.uint8)
+        assert (image.shape, mask.shape) == ((1, 32, 32), (32, 32))
+        assert image.dtype == mask.dtype == np.uint8
         assert SETTINGS.digits[0] <= len(boxes) == len(classes) <= SETTINGS.digits[1]
         covered = np.zeros((32, 32), int)
         for (left, top, right, bottom), number in zip(boxes, classes, strict=True):

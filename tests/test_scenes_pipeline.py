@@ -16,7 +16,7 @@ from small_scenes import Kind, experiment, open_small, raw
 
 from maskllm4v.config import load_experiment
 from maskllm4v.data import prepare
-from maskllm4v.training.dense import train_dense
+from maskllm4v.training.finetuning import train_dense
 from maskllm4v.utils.images import read_picture
 from maskllm4v.utils.io import read_json
 from maskllm4v.utils.processes import rank
