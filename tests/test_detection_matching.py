@@ -17,7 +17,7 @@ from maskllm4v.tasks.detection.settings import DetectionSettings, DetectorSettin
 
 HEIGHT, WIDTH, LABELS = 40, 60, 3
 VALID = ((40, 60), (20, 30), (40, 45))  # of three images: without padding, height and width
-LEARNED, SELECTED = "DetrForObjectDetection", "RTDetrForObjectDetection"
+LEARNED, SELECTED, UNTOLD = "DetrForObjectDetection", "RfDetrForObjectDetection", "RTDetrForObjectDetection"
 
 
 def family(name: str, **task: Any) -> Any:
@@ -252,6 +252,13 @@ def test_detections_are_in_pixels_of_what_is_not_padding() -> None:
     for i, (height, width) in enumerate(VALID):
         assert found.boxes[i, 0].tolist() == [0, 0, width, height]
         assert images.at_full_size(found.boxes)[i, 0].tolist() == [0, 0, 2 * width, 2 * height]
+
+
+def test_boxes_are_shares_of_the_padded_picture_for_models_that_are_not_told_of_padding() -> None:
+    images = batch()
+    outputs = {"logits": torch.zeros(3, 2, LABELS), "boxes": torch.tensor([0.25, 0.5, 0.5, 1]).expand(3, 2, 4)}
+    found = family(UNTOLD).detections({**outputs, "tokens": torch.zeros(3, 1, 2)}, images)
+    assert (found.boxes == torch.tensor([0, 0, WIDTH / 2, HEIGHT])).all()
 
 
 def test_a_selected_query_gives_several_detections_and_a_learned_one_its_likeliest() -> None:

@@ -104,7 +104,8 @@ def test_resizing_is_that_of_numpy(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(24, 32), (60, 20), (20, 60), (3, 90)])
 def test_letterbox_keeps_the_shape_and_pads_on_the_right_or_below(shape: tuple[int, int]) -> None:
     taken = wanted(24, 32, "letterbox")
-    sample, valid = taken.finished(taken.plain(drawn(*shape, 2, seed=2)))
+    plain = taken.plain(drawn(*shape, 2, seed=2))
+    sample, valid = taken.finished(plain), plain.size
     ratio = min(24 / shape[0], 32 / shape[1])
     assert valid == (round(shape[0] * ratio), round(shape[1] * ratio))
     image, mask, _ = arrays(sample)

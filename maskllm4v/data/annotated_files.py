@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision import tv_tensors
 
 from maskllm4v.config.sections import JointAugmentationSettings
 from maskllm4v.data.annotated import IGNORED, NONE, AnnotatedBatch, Objects
 from maskllm4v.data.decoded import Read, decode, seeded_globals
 from maskllm4v.data.joint import Augmentation, ModelInput, Sample
 from maskllm4v.data.manifest import Manifest
+from maskllm4v.data.pictures import Size
 from maskllm4v.utils.errors import DataError
 
 
@@ -33,7 +35,7 @@ class Annotations(Protocol):
     def objects(self, split: str, index: int) -> Objects:
         """Of one picture; none if there are only masks."""
 
-    def check_size(self, split: str, index: int, size: tuple[int, int], name: str) -> None:
+    def check_size(self, split: str, index: int, size: Size, name: str) -> None:
         """Raise :class:`DataError` where a picture, as it was decoded, has another height and width than is known."""
 
 
@@ -68,23 +70,29 @@ class AnnotatedFiles:
     def batch(
         self, split: str, indices: np.ndarray, augment: np.random.Generator | None, part: slice = slice(None)
     ) -> AnnotatedBatch:
-        chosen = [int(i) for i in indices[part]]
-        stored = [self._sample(split, i) for i in chosen]
-        if augment is None:
-            made = [self._input.finished(self._input.plain(sample)) for sample in stored]
-        else:  # a seed for each image of the batch, so that none depends on how it is divided
-            seeds = augment.integers(2**31, size=len(indices))[part]
-            made = [self._augmented(sample, int(seed)) for sample, seed in zip(stored, seeds, strict=True)]
-        masks = _masks([sample for sample, _ in made])
-        boxes, classes = _padded_objects([sample for sample, _ in made])
+        # A seed for each image of the batch, so that none depends on how it is divided.
+        seeds = None if augment is None else augment.integers(2**31, size=len(indices))[part]
+        samples: list[Sample] = []
+        valid: list[Size] = []
+        sizes: list[Size] = []
+        stored_masks: list[tv_tensors.Mask | None] = []
+        for place, index in enumerate(indices[part]):  # a large picture is let go before the next one is decoded
+            stored = self._sample(split, int(index))
+            resized = self._input.plain(stored) if seeds is None else self._augmented(stored, int(seeds[place]))
+            samples.append(self._input.finished(resized))
+            valid.append(resized.size)
+            sizes.append(stored.size)
+            stored_masks.append(stored.mask)
+        masks = _padded_masks([sample.mask for sample in samples])
+        boxes, classes = _padded_objects(samples)
         return AnnotatedBatch(
-            images=torch.stack([sample.image.as_subclass(Tensor) for sample, _ in made]),
+            images=torch.stack([sample.image.as_subclass(Tensor) for sample in samples]),
             masks=masks,
             boxes=boxes,
             classes=classes,
-            valid=torch.tensor([size for _, size in made]),
-            sizes=torch.tensor([sample.size for sample in stored]),
-            truth=_masks(stored) if augment is None else masks,
+            valid=torch.tensor(valid),
+            sizes=torch.tensor(sizes),
+            truth=masks if augment is not None else _padded_masks(stored_masks),
         )
 
     def annotations(self, split: str) -> Iterator[Objects]:
@@ -94,9 +102,9 @@ class AnnotatedFiles:
         mean, std = self.mean.to(images.device), self.std.to(images.device)
         return (images * std + mean).mul(255).round().clamp(0, 255).byte()
 
-    def _augmented(self, sample: Sample, seed: int) -> tuple[Sample, tuple[int, int]]:
+    def _augmented(self, sample: Sample, seed: int) -> Sample:
         with seeded_globals(seed):
-            return self._input.finished(self._augment(sample))
+            return self._augment(sample)
 
     def _sample(self, split: str, index: int) -> Sample:
         """As it is stored; crowds are left out, for they are not learned."""
@@ -111,11 +119,11 @@ class AnnotatedFiles:
         return Sample.of(pixels, None if mask is None else torch.from_numpy(mask), boxes, classes)
 
 
-def _masks(samples: list[Sample]) -> Tensor:
-    """Padded to the largest, int64 ``[B, H, W]``; ``[B, 0, 0]`` if there are none."""
-    masks = [sample.mask.as_subclass(Tensor)[0] for sample in samples if sample.mask is not None]
+def _padded_masks(found: Sequence[tv_tensors.Mask | None]) -> Tensor:
+    """At the size of the largest, int64 ``[B, H, W]``; ``[B, 0, 0]`` if there are none."""
+    masks = [mask.as_subclass(Tensor)[0] for mask in found if mask is not None]
     if not masks:
-        return torch.empty(len(samples), 0, 0, dtype=torch.int64)
+        return torch.empty(len(found), 0, 0, dtype=torch.int64)
     height, width = (max(mask.shape[axis] for mask in masks) for axis in (0, 1))
     padded = [F.pad(mask, (0, width - mask.shape[1], 0, height - mask.shape[0]), value=IGNORED) for mask in masks]
     return torch.stack(padded).long()

@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +20,7 @@ from maskllm4v.utils.sharding import WHOLE, BatchShard
 GRACE = 60  # seconds that a loader's worker goes on after SIGTERM, if nobody ends it before
 
 
+@runtime_checkable
 class Samples(Protocol):
     """What batches are made of; :class:`~maskllm4v.data.annotated.AnnotatedData` is one."""
 
@@ -81,7 +82,8 @@ class StepBatches(Dataset[Any]):
 
 
 def _samples(data: ImageData | Samples) -> Samples:
-    return Labelled(data) if hasattr(data, "images") else data
+    """The same, of images and labels together."""
+    return data if isinstance(data, Samples) else Labelled(data)
 
 
 def step_loader(

@@ -47,7 +47,7 @@ class Sample:
         return cls(
             tv_tensors.Image(image),
             None if mask is None else tv_tensors.Mask(mask[None]),
-            tv_tensors.BoundingBoxes(boxes.float().view(-1, 4), format="XYXY", canvas_size=size),  # type: ignore[call-overload]
+            tv_tensors.BoundingBoxes(boxes.float().view(-1, 4), format="XYXY", canvas_size=size),
             classes,
         )
 
@@ -118,18 +118,13 @@ class ModelInput:
         """Without anything random, and without padding."""
         return self.resized(sample, self.size if self.mode == "squash" else self.fitted(sample.size))
 
-    def finished(self, sample: Sample) -> tuple[Sample, tuple[int, int]]:
-        """Normalised and padded, and the size that it had before."""
-        size = sample.size
+    def finished(self, sample: Sample) -> Sample:
+        """Normalised, and padded to the model's size."""
         image = v2.functional.to_dtype(sample.image, torch.float32, scale=True)
         image = v2.functional.normalize(image, list(self.mean), list(self.std))
-        padding = [0, 0, self.size[1] - size[1], self.size[0] - size[0]]  # left, top, right, bottom
-        return self._pad(padding)(replace(sample, image=image)), size
-
-    @staticmethod
-    def _pad(padding: list[int]) -> Callable[[Sample], Sample]:
-        fill: dict[Any, int] = {tv_tensors.Image: 0, tv_tensors.Mask: IGNORED, tv_tensors.BoundingBoxes: 0}
-        return lambda sample: sample.moved(v2.Pad(padding, fill=fill)) if any(padding) else sample
+        right, below = self.size[1] - sample.size[1], self.size[0] - sample.size[0]
+        pad = v2.Pad([0, 0, right, below], fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORED, "others": 0})
+        return replace(sample, image=image).moved(pad)
 
 
 class Augmentation:

@@ -12,7 +12,7 @@ from torch import Tensor
 from maskllm4v.data.annotated import AnnotatedBatch
 from maskllm4v.tasks.detection.matching import Targets, box_cost, box_loss, match, softmax_cost
 from maskllm4v.tasks.detection.model import Detections
-from maskllm4v.tasks.detection.queries import Outputs, Queries, inside, sides
+from maskllm4v.tasks.detection.queries import Outputs, Queries, inside
 from maskllm4v.tasks.shared.transformers_folder import load_config
 from maskllm4v.utils.errors import ConfigError
 
@@ -49,7 +49,7 @@ class LearnedQueries(Queries):
         """Each query gives its likeliest class, as DETR's authors have it."""
         found, classes = self._known(outputs["logits"].float().softmax(-1)[..., :-1]).max(-1)
         scores, queries = found.topk(min(self.settings.detections, found.shape[1]), 1)
-        return self._detections(outputs["boxes"], queries, classes.gather(1, queries), scores, sides(batch))
+        return self._detections(outputs["boxes"], queries, classes.gather(1, queries), scores, self._sides(batch))
 
     def distillation_loss(
         self, outputs: Outputs, teacher: Outputs, temperature: float, batch: AnnotatedBatch

@@ -18,6 +18,9 @@ from maskllm4v.tasks.shared.transformers_folder import CONFIG, build, label_name
 from maskllm4v.utils.errors import ConfigError
 from maskllm4v.utils.text import few
 
+# Parameters of queries made of noise and of patches left out, which training without transformers' losses has none of.
+# Between processes, each trained parameter has to get a gradient.
+UNUSED = ("denoising_class_embed.weight", "mask_token")
 Outputs = dict[str, Tensor]  # "logits" [B, Q, classes], "boxes" [B, Q, 4]: centre and sides in shares of the image
 
 
@@ -48,9 +51,9 @@ class Queries:
             raise ConfigError(f"model.classes is {settings.classes}, but {self.folder / CONFIG} has {count} classes")
         fused = settings.fused_attention
         model = build(settings.name, self.folder, seed, pretrained=pretrained, fused_attention=fused)
-        for name, module in model.named_modules():
-            if name.endswith("denoising_class_embed"):  # of queries that are made of noise, which nothing here is
-                module.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if name.endswith(UNUSED):
+                parameter.requires_grad_(False)
         return model
 
     def name_classes(self, names: Sequence[str], data: str) -> None:
@@ -124,12 +127,16 @@ class Queries:
         """Sum over sets of queries, ``[S, Q, ...]``, of each of which the objects are to be found."""
         raise NotImplementedError
 
+    def _sides(self, batch: AnnotatedBatch) -> Tensor:
+        """Width and height in pixels of what boxes are shares of, the picture without its padding; int64 ``[B, 2]``."""
+        return batch.valid.flip(1)
+
     def _targets(self, batch: AnnotatedBatch) -> Targets:
         classes = batch.classes
         if self._labels is not None:
             labels = torch.tensor(self._labels, device=classes.device)
             classes = torch.where(classes == NONE, NONE, labels[classes.clamp(min=0)])
-        return Targets(classes, centred(batch.boxes) / sides(batch).repeat(1, 2)[:, None])
+        return Targets(classes, centred(batch.boxes) / self._sides(batch).repeat(1, 2)[:, None])
 
     def _known(self, scores: Tensor) -> Tensor:
         """Of scores ``[..., labels]`` those of the data's classes, in their order."""
@@ -138,11 +145,6 @@ class Queries:
     def _detections(self, boxes: Tensor, queries: Tensor, classes: Tensor, scores: Tensor, sides: Tensor) -> Detections:
         chosen = boxes.float().gather(1, queries[..., None].expand(-1, -1, 4))
         return Detections(cornered(chosen) * sides.repeat(1, 2)[:, None], classes, scores)
-
-
-def sides(batch: AnnotatedBatch) -> Tensor:
-    """Width and height of images without padding, in pixels, int64 ``[B, 2]``."""
-    return batch.valid.flip(1)
 
 
 def inside(batch: AnnotatedBatch) -> Tensor:

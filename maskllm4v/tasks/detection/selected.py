@@ -25,7 +25,8 @@ from maskllm4v.tasks.detection.matching import (
     varifocal_loss,
 )
 from maskllm4v.tasks.detection.model import Detections
-from maskllm4v.tasks.detection.queries import Outputs, Queries, sides
+from maskllm4v.tasks.detection.queries import Outputs, Queries
+from maskllm4v.tasks.detection.settings import MASKED
 
 
 class SelectedTokens(TorchFunctionMode):
@@ -106,7 +107,7 @@ class SelectedQueries(Queries):
         found = self._known(outputs["logits"].float().sigmoid())
         scores, places = found.flatten(1).topk(min(self.settings.detections, found[0].numel()), 1)
         queries, classes = places // found.shape[2], places % found.shape[2]
-        return self._detections(outputs["boxes"], queries, classes, scores, sides(batch))
+        return self._detections(outputs["boxes"], queries, classes, scores, self._sides(batch))
 
     def distillation_loss(
         self, outputs: Outputs, teacher: Outputs, temperature: float, batch: AnnotatedBatch
@@ -132,6 +133,12 @@ class SelectedQueries(Queries):
         tokens, others = outputs["tokens"], dense["tokens"]
         count = paired(tokens[:, 0], others[:, 0]).image.numel()
         return torch.tensor([count, others.numel()], device=others.device)
+
+    def _sides(self, batch: AnnotatedBatch) -> Tensor:
+        """With the padding, which augmentation may add, where a model is not told of it."""
+        if self.model.name in MASKED:
+            return super()._sides(batch)
+        return torch.tensor(batch.images.shape[:1:-1], device=batch.valid.device).expand(len(batch.images), -1)
 
     def _groups(self, outputs: Outputs) -> int:
         return outputs["tokens"].shape[1]
