@@ -315,7 +315,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no picture": (lambda root: (root / "train/3.png").unlink(), r"train/3\.png No such file"),
     "no folder": (lambda root: (root / "train").rename(root / "elsewhere"), r"own/train is no folder"),
     "no objects": (no_objects, r"own: none of the 3 images of the test split has an object"),
-    "other categories": (other_categories, r"different categories; they differ in \(7, 'cat'\) and \(7, 'dog'\)"),
+    "other categories": (other_categories, r"different categories; they differ in '7: cat' and '7: dog'"),
     "same pictures": (same_pictures, r"1 of 4 test pictures .*test/again\.png is train/1\.png"),
 }
 

@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from torch import Tensor
@@ -81,7 +81,7 @@ class StepBatches(Dataset[Any]):
 
 
 def _samples(data: ImageData | Samples) -> Samples:
-    return Labelled(data) if hasattr(data, "images") else data
+    return Labelled(cast("ImageData", data)) if hasattr(data, "images") else data
 
 
 def step_loader(

@@ -57,7 +57,7 @@ def prepare_masks(settings: DataSettings, folder: Path) -> Manifest:
         split: write_entries(_masks_file(folder, split), entries)
         for split, entries in hold_out(masks, settings).items()
     }
-    extra = {"root": str(root), "masks": written, "mask_classes": classes}
+    extra: dict[str, Any] = {"root": str(root), "masks": written, "mask_classes": classes}
     extra |= {"ignored": settings.ignored, "zero_is_ignored": settings.zero_is_ignored}
     beside = [] if settings.hash_files else [root / entry.path for entry in spread(masks)]
     return write_manifest(

@@ -47,7 +47,7 @@ class Sample:
         return cls(
             tv_tensors.Image(image),
             None if mask is None else tv_tensors.Mask(mask[None]),
-            tv_tensors.BoundingBoxes(boxes.float().view(-1, 4), format="XYXY", canvas_size=size),  # type: ignore[call-overload]
+            tv_tensors.BoundingBoxes(boxes.float().view(-1, 4), format="XYXY", canvas_size=size),
             classes,
         )
 
