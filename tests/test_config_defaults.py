@@ -25,7 +25,14 @@ from maskllm4v.runs.records import settings_digest
 from maskllm4v.tasks.classification.settings import ClassificationSettings, InputSettings
 
 EXPERIMENTS = sorted(experiment_files(ROOT))
-TABLES = ["cifar10", "digits", "digits_patterns", "dit_digits"]  # those with records
+TABLES = [
+    "cifar10",
+    "digits",
+    "digits_detection",
+    "digits_patterns",
+    "digits_segmentation",
+    "dit_digits",
+]  # those with records
 ADDED = "an_added_setting"
 
 
