@@ -133,7 +133,7 @@ def build(name: str, folder: Path, seed: int, *, pretrained: bool, fused_attenti
     _check_loaded(folder, told)
     _own_memory(model)
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_config(name: str, folder: Path) -> Any:
