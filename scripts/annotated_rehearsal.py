@@ -20,26 +20,24 @@ import tiny_models
 
 
 def shortened(params: dict[str, Any], steps: int, batch_size: int) -> dict[str, Any]:
-    """What is overridden: the size of images, of sets and batches, and the length of each training."""
-    size = tiny_models.SIZE
+    """What is overridden: the size of images, of sets and batches, and the length of each training, in its own unit."""
+    held = min(params["data"].get("holdout", 0), 4)
+    lengths = {"steps": steps, "epochs": steps * batch_size / (made_pictures.COUNTS["train"] - held)}
     overrides: dict[str, Any] = {
         "data.calibration": 4,
-        "data.holdout": min(params["data"].get("holdout", 0), 4),
-        "model.input.img_size": size,
+        "data.holdout": held,
+        "model.input.img_size": tiny_models.SIZE,
         "task.eval_batch_size": 4,
         "task.pictured": 2,
-        "learning.steps": steps,
-        "learning.batch_size": batch_size,
         "learning.accumulate": 1,
         "learning.log_every": 1,
         "runtime.loader_workers": 0,
     }
-    if {"steps", "epochs"} & params["dense"].keys():
-        overrides |= {"dense.steps": steps, "dense.batch_size": batch_size}
-    for section in ("learned", "finetuned"):
-        for row, settings in params[section].items():
-            overrides[f"{section}.{row}.steps"] = steps
-            overrides |= {f"{section}.{row}.batch_size": batch_size} if "batch_size" in settings else {}
+    trainings = {"dense": params["dense"], "learning": params["learning"]}
+    trainings |= {f"{kind}.{row}": own for kind in ("learned", "finetuned") for row, own in params[kind].items()}
+    for where, settings in trainings.items():
+        overrides |= {f"{where}.{unit}": length for unit, length in lengths.items() if unit in settings}
+        overrides |= {f"{where}.batch_size": batch_size} if "batch_size" in settings else {}
     return overrides
 
 

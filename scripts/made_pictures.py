@@ -64,8 +64,14 @@ def lay_out(params: dict[str, Any], folder: Path) -> None:
         if path.exists():
             sys.exit(f"{path} is there; nothing was made")
     (lay_out_masks if data["source"] == "masks" else lay_out_boxes)(params, root)
-    tiny_models.save(model["name"], model["classes"], weights)
+    tiny_models.save(model["name"], class_names(params), weights)
     print(f"{root}: {COUNTS['train']} pictures to train on, {COUNTS['test']} to test on; {weights}: {model['name']}")
+
+
+def class_names(params: dict[str, Any]) -> list[str]:
+    """Of the model: as the recipe lists them, or ``class 0`` and so on."""
+    listed = params["data"].get("classes")
+    return listed if isinstance(listed, list) else [f"class {i}" for i in range(params["model"]["classes"])]
 
 
 def lay_out_masks(params: dict[str, Any], root: Path) -> None:
@@ -83,15 +89,16 @@ def lay_out_masks(params: dict[str, Any], root: Path) -> None:
             save(root / data[split] / f"{name}{ending}", pixels)
             save(root / data["masks"][split] / f"{name}{data.get('suffix', '.png')}", mask)
     if isinstance(data["classes"], str) and not (root / data["classes"]).exists():
-        (root / data["classes"]).write_text("".join(f"class {i}\n" for i in range(classes)))
+        (root / data["classes"]).write_text("".join(f"{name}\n" for name in class_names(params)))
 
 
 def lay_out_boxes(params: dict[str, Any], root: Path) -> None:
-    """COCO's JSON, ids from 1 on; categories are named as :mod:`tiny_models` names them."""
-    data, classes = params["data"], min(params["model"]["classes"], SHOWN)
+    """COCO's JSON, ids from 1 on; categories are the model's first classes."""
+    data = params["data"]
+    classes = data.get("classes") or min(params["model"]["classes"], SHOWN)
     for split in COUNTS:
         images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
-        for number, (pixels, rectangles) in enumerate(made(split, classes), 1):
+        for number, (pixels, rectangles) in enumerate(made(split, min(classes, SHOWN)), 1):
             name = f"{split}_{number:04d}.jpg"
             save(root / data[split] / name, pixels)
             height, width = pixels.shape[:2]
@@ -100,7 +107,7 @@ def lay_out_boxes(params: dict[str, Any], root: Path) -> None:
                 box = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
                 place = {"id": len(annotations) + 1, "image_id": number, "category_id": kind + 1}
                 annotations.append(place | box)
-        categories = [{"id": kind + 1, "name": f"class {kind}"} for kind in range(classes)]
+        categories = [{"id": kind + 1, "name": name} for kind, name in enumerate(class_names(params)[:classes])]
         path = root / data["annotations"][split]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))

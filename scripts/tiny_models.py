@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def save(name: str, classes: int, folder: Path) -> None:
-    """A model of a class of transformers; its own classes are called ``class 0`` and so on.
+def save(name: str, classes: Sequence[str], folder: Path) -> None:
+    """A model of a class of transformers, with classes of these names.
 
     Raises:
         SystemExit: there is no configuration for that class here.
@@ -54,9 +55,8 @@ def save(name: str, classes: int, folder: Path) -> None:
     if name not in CONFIGURATIONS:
         raise SystemExit(f"{name} has no tiny configuration; there are {', '.join(CONFIGURATIONS)}")
     architecture: Any = getattr(transformers, name)
-    names = {number: f"class {number}" for number in range(classes)}
     torch.manual_seed(0)
-    model = architecture(architecture.config_class(**CONFIGURATIONS[name], id2label=names))
+    model = architecture(architecture.config_class(**CONFIGURATIONS[name], id2label=dict(enumerate(classes))))
     if hasattr(model, "attn_mask_probs"):  # EoMT's, as they are once it is trained
         model.attn_mask_probs.zero_()
     model.save_pretrained(folder)

@@ -46,6 +46,12 @@ class AnnotatedBatch(NamedTuple):
     def to(self, device: torch.device) -> AnnotatedBatch:
         return AnnotatedBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """H and W of ``images``."""
+        height, width = self.images.shape[2:]
+        return height, width
+
     def at_full_size(self, boxes: Tensor) -> Tensor:
         """Boxes ``[B, ..., 4]`` in pixels of ``images``, in pixels of the pictures as they are stored."""
         factors = (self.sizes / self.valid).flip(1).repeat(1, 2).to(boxes)  # of x, y, x, y

@@ -37,8 +37,8 @@ def prepare_coco(settings: DataSettings, folder: Path) -> Manifest:
     files = {split: read_coco(path, settings.empty_boxes) for split, path in paths.items()}
     categories = files["train"].categories
     if odd := sorted(set(files["test"].categories.items()) ^ set(categories.items())):
-        named = [f"{number}: {name}" for number, name in odd]
-        raise DataError(f"{paths['train']} and {paths['test']} have different categories; they differ in {few(named)}")
+        told = few([f"{number}: {name}" for number, name in odd])
+        raise DataError(f"{paths['train']} and {paths['test']} have different categories; they differ in {told}")
     for split, found in files.items():
         if found.dropped:
             warnings.warn(f"{paths[split]}: {found.dropped} boxes without area are left out", stacklevel=2)

@@ -128,7 +128,7 @@ def _draw(
         which, side = int(draws.integers(len(pool))), settings.sides[int(draws.integers(len(settings.sides)))]
         ink, unit, bright = enlarge(pool[which], side), (2 * side) ** 2, int(draws.integers(*BRIGHTNESS))
         drawn = ink >= THRESHOLD * unit
-        (top, bottom), (left, right) = _extent(drawn, 1), _extent(drawn, 0)
+        (top, bottom), (left, right) = _extent(drawn, axis=0), _extent(drawn, axis=1)
         places = free_places(taken, bottom - top, right - left)[
             top : top + size - side + 1, left : left + size - side + 1
         ]
@@ -162,7 +162,7 @@ def enlarge(image: np.ndarray, side: int) -> np.ndarray:
     return enlarged
 
 
-def _extent(drawn: np.ndarray, across: int) -> tuple[int, int]:
-    """The first line that something is drawn on, and the one after the last; ``across``: the axis of a line."""
-    found: Sequence[int] = np.flatnonzero(drawn.any(across)).tolist()
+def _extent(drawn: np.ndarray, axis: int) -> tuple[int, int]:
+    """Along an axis, the first place where anything is drawn, and the one after the last."""
+    found: Sequence[int] = np.flatnonzero(drawn.any(1 - axis)).tolist()
     return found[0], found[-1] + 1

@@ -57,7 +57,7 @@ class DetectionSettings(JointAugmentationSettings, TaskSettings):
     gamma: NonNegative = 2.0  # of the focal loss: how much what is easy counts less
     l1: NonNegative = 2.0  # weight of the boxes' L1 distance, in shares of the image
     giou: NonNegative = 1.0  # weight of 1 - generalised IoU
-    detections: Count = 20  # per image, the surest ones
+    detections: Count = 100  # per image, the surest ones; COCO counts no more
     sure: Share = 0.5  # from this score on, a detection counts for agreement and is drawn
     sizes: FirstLast = (32.0, 96.0)  # pixels: up to which root of its box's area an object is small, and medium; COCO's
     pictured: Count = 8  # images whose predictions are shown

@@ -54,7 +54,7 @@ class SegmentationFamily(Protocol):
 class TokenFamily:
     """A backbone's tokens and one linear layer, or any other model that gives logits ``[B, K, h, w]`` of pixels."""
 
-    outputs = ("logits",)
+    outputs: tuple[str, ...] = ("logits",)
 
     def build(self, settings: SegmenterSettings, seed: int, *, pretrained: bool) -> nn.Module:
         return build_segmenter(settings, seed, pretrained=pretrained)
@@ -77,14 +77,13 @@ class TokenFamily:
 
     def loss(self, outputs: Tensor, batch: AnnotatedBatch) -> Tensor:
         """Cross-entropy of the pixels that have a class."""
-        logits = self.logits(outputs.float(), tuple(batch.masks.shape[1:]))
+        logits = self.logits(outputs.float(), batch.size)
         return F.cross_entropy(logits, batch.masks, ignore_index=IGNORED, reduction="sum")
 
     def distillation_loss(self, outputs: Tensor, teacher: Tensor, temperature: float, batch: AnnotatedBatch) -> Tensor:
         """T²·KL(teacher ‖ student) at temperature T (Hinton et al. 2015), of the pixels that have a class."""
-        size = tuple(batch.masks.shape[1:])
         student, target = (
-            F.log_softmax(self.logits(found.float(), size) / temperature, 1) for found in (outputs, teacher)
+            F.log_softmax(self.logits(found.float(), batch.size) / temperature, 1) for found in (outputs, teacher)
         )
         divergence = F.kl_div(student, target, log_target=True, reduction="none").sum(1)
         return temperature**2 * (divergence * (batch.masks != IGNORED)).sum()

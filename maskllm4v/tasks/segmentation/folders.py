@@ -29,7 +29,7 @@ class SamBackbone(nn.Module):
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
-        self.num_features: int = encoder.config.output_channels
+        self.num_features = int(encoder.config.output_channels)  # type: ignore[union-attr, arg-type]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, h, w, width]``."""
@@ -63,7 +63,7 @@ def build_from_folder(settings: SegmenterSettings, seed: int, *, pretrained: boo
     masked = getattr(model, "attn_mask_probs", None)  # EoMT's: 1 hides tokens from queries, 0 does not (annealed)
     if masked is not None and bool(((masked > 0) & (masked < 1)).any()):
         raise ConfigError(f"{folder}: attn_mask_probs is {masked.tolist()}; allowed: 0 and 1, which need no draws")
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def check_names(settings: SegmenterSettings, data: str, names: Sequence[str]) -> None:

@@ -31,6 +31,7 @@ class Segmenter(TokenModel):
 def build_segmenter(settings: SegmenterSettings, seed: int, *, pretrained: bool = False) -> Segmenter:
     """In evaluation mode; the head's weights are drawn from the seed, too."""
     backbone = build_backbone(settings, seed, pretrained=pretrained)
+    assert settings.stride is not None  # settings ask for it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(seed, "head"))
         model = Segmenter(backbone, settings.classes, settings.stride)

@@ -42,7 +42,7 @@ class QueryFamily:
     """Outputs by name: ``class_queries_logits`` ``[B, Q, K + 1]``, the last one for nothing, and
     ``masks_queries_logits`` ``[B, Q, h, w]``."""
 
-    outputs = ("class_queries_logits", "masks_queries_logits")
+    outputs: tuple[str, ...] = ("class_queries_logits", "masks_queries_logits")
 
     def build(self, settings: SegmenterSettings, seed: int, *, pretrained: bool) -> nn.Module:
         return build_from_folder(settings, seed, pretrained=pretrained)

@@ -106,6 +106,13 @@ class SegmenterSettings(TimmSettings):
 def check_segmentation(experiment: Experiment) -> None:
     """Raise ``ValueError`` where settings do not go together."""
     check_classification(experiment)
+    model = experiment.model
+    assert isinstance(model, SegmenterSettings)
+    if experiment.dense.init == "pretrained" and model.stride is not None:
+        raise ValueError(
+            f"dense.init is 'pretrained', which says nothing of the linear layer behind {model.name}; "
+            "allowed: checkpoint, of the whole segmenter, or scratch"
+        )
 
 
 METRICS = TaskMetrics(

@@ -131,8 +131,9 @@ def build(name: str, folder: Path, seed: int, *, pretrained: bool, fused_attenti
         else:
             model, told = architecture._from_config(settings, dtype=torch.float32, **how), {}
     _check_loaded(folder, told)
+    _own_memory(model)
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_config(name: str, folder: Path) -> Any:
@@ -257,6 +258,16 @@ def _check_loaded(folder: Path, told: Mapping[str, Any]) -> None:
     if any(faults.values()):
         said = "; ".join(f"{what} {names}" for what, names in faults.items() if names)
         raise CheckpointError(f"{folder} does not fit the model: {said}")
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Give each parameter memory of its own: of some checkpoints transformers cuts one matrix into several (q, k, v).
+
+    Matrices are told apart by their memory when products are watched.
+    """
+    for parameter in model.parameters():
+        if parameter.untyped_storage().nbytes() != parameter.nbytes:
+            parameter.data = parameter.data.clone()
 
 
 @contextmanager
