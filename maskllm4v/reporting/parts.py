@@ -32,7 +32,7 @@ class Breakdown:
     """The headline of parts, seed by seed.
 
     Attributes:
-        parts: those of the images, then classes in the order of the data.
+        parts: those of the images, then classes in the order of records.
         dense: of the dense model; a line a seed, a column a part.
         differences: to the dense model of the same seed; of each sparse row.
         losses: of each part, the mean of all sparse rows' differences; what gets worse is below 0.
@@ -44,7 +44,7 @@ class Breakdown:
     losses: dict[str, float]
 
     def with_classes(self, most: int) -> list[Part]:
-        """The parts, with no more classes than that: those that lose the most, in the order of the data."""
+        """The parts, with no more classes than that: those that lose the most, in their order."""
         classes = [part for part in self.parts if part.is_class]
         hurt = sorted(classes, key=lambda part: self.losses[part.name])[:most]
         return [part for part in self.parts if not part.is_class or part in hurt]

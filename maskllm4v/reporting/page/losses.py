@@ -16,7 +16,7 @@ CLASSES = 20  # at most: those that lose the most
 
 @dataclass(frozen=True)
 class Loss:
-    """A cell; ``shade`` is the loss in percent of the greatest one."""
+    """A cell; ``shade`` is the loss in percent of its row's greatest one: patterns differ too much for one scale."""
 
     metric: str
     text: str
@@ -41,13 +41,13 @@ def losses(results: Results) -> Losses | None:
         return None
     parts = found.with_classes(CLASSES)
     sign = 1 if results.metrics.better == "higher" else -1
-    means = {row: sign * frame.mean() for row, frame in found.differences.items()}
-    greatest = max(0.0, *(-float(mean[part.name]) for mean in means.values() for part in parts))
     lines = {results.dense: [_cell(part.name, found.dense[part.name], 0, sign=False) for part in parts]}
     for row, frame in found.differences.items():
-        shades = {part.name: max(0.0, -float(means[row][part.name])) / (greatest or 1) for part in parts}
+        means = sign * frame.mean()
+        lost = {part.name: max(0.0, -float(means[part.name])) for part in parts}
+        greatest = max(lost.values()) or 1.0
         lines[row] = [
-            _cell(f"{name}/delta", frame[name], round(100 * shade), sign=True) for name, shade in shades.items()
+            _cell(f"{name}/delta", frame[name], round(100 * loss / greatest), sign=True) for name, loss in lost.items()
         ]
     blocks = [
         ("class" if is_class else "part", [part.header for part in of_kind])
