@@ -22,7 +22,6 @@ import tiny_models
 def shortened(params: dict[str, Any], steps: int, batch_size: int) -> dict[str, Any]:
     """What is overridden: the size of images, of sets and batches, and the length of each training, in its own unit."""
     held = min(params["data"].get("holdout", 0), 4)
-    lengths = {"steps": steps, "epochs": steps * batch_size / (made_pictures.COUNTS["train"] - held)}
     overrides: dict[str, Any] = {
         "data.calibration": 4,
         "data.holdout": held,
@@ -35,10 +34,8 @@ def shortened(params: dict[str, Any], steps: int, batch_size: int) -> dict[str, 
     }
     trainings = {"dense": params["dense"], "learning": params["learning"]}
     trainings |= {f"{kind}.{row}": own for kind in ("learned", "finetuned") for row, own in params[kind].items()}
-    for where, settings in trainings.items():
-        overrides |= {f"{where}.{unit}": length for unit, length in lengths.items() if unit in settings}
-        overrides |= {f"{where}.batch_size": batch_size} if "batch_size" in settings else {}
-    return overrides
+    overrides |= {f"{where}.batch_size": batch_size for where, own in trainings.items() if "batch_size" in own}
+    return overrides | rehearsal.lengths(params, steps, (made_pictures.COUNTS["train"] - held) / batch_size)
 
 
 def main() -> None:

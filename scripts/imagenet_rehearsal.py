@@ -17,6 +17,7 @@ from typing import Any
 import rehearsal
 
 TABLE = "imagenet_vit_b16"
+WEIGHTS = "random.safetensors"
 
 
 def random_weights(path: Path, args: dict[str, Any]) -> None:
@@ -28,26 +29,30 @@ def random_weights(path: Path, args: dict[str, Any]) -> None:
     save_file(timm.create_model("vit_base_patch16_224", **args).state_dict(), path)
 
 
+def shortened(params: dict[str, Any], classes: int, *, images: int, batch_size: int, steps: int) -> dict[str, Any]:
+    """What is overridden: the model's weights, the size of sets and batches, and the length of each training."""
+    overrides: dict[str, Any] = {
+        "data.classes": classes,
+        "data.calibration": 8,
+        "dense.init": "checkpoint",
+        "dense.checkpoint": WEIGHTS,
+        "learning.batch_size": batch_size,
+        "learning.log_every": 1,
+        "task.eval_batch_size": 8,
+        "runtime.loader_workers": 0,
+    }
+    return overrides | rehearsal.lengths(params, steps, images / batch_size)
+
+
 def main() -> None:
     arguments = rehearsal.arguments(__doc__, images=24, batch_size=4)
 
     with rehearsal.project(TABLE) as project:
         params = rehearsal.experiment(TABLE)
         classes = rehearsal.lay_out(arguments.folder, project / "data" / "imagenet", arguments.images)
-        random_weights(project / "random.safetensors", params["model"]["args"])
-        overrides: dict[str, Any] = {
-            "data.classes": classes,
-            "data.calibration": 8,
-            "dense.init": "checkpoint",
-            "dense.checkpoint": "random.safetensors",
-            "learning.steps": arguments.steps,
-            "learning.batch_size": arguments.batch_size,
-            "learning.log_every": 1,
-            "task.eval_batch_size": 8,
-            "runtime.loader_workers": 0,
-        }
-        trained = [(section, row) for section in ("learned", "finetuned") for row in params[section]]
-        overrides |= {f"{section}.{row}.steps": arguments.steps for section, row in trained}
+        random_weights(project / WEIGHTS, params["model"]["args"])
+        sizes = {"images": arguments.images, "batch_size": arguments.batch_size, "steps": arguments.steps}
+        overrides = shortened(params, classes, **sizes)
         rehearsal.run(project, rehearsal.overridden(params, overrides, arguments.overrides))
         rehearsal.report(rehearsal.cost(project, list(params["learned"])[-1]), arguments.record)
 

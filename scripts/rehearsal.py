@@ -79,6 +79,14 @@ def lay_out(source: Path, target: Path, count: int) -> int:
     return len(list((target / "train").iterdir()))
 
 
+def lengths(params: dict[str, Any], steps: int, steps_per_epoch: float) -> dict[str, Any]:
+    """What makes each training of an experiment so many steps long, in its own unit, which rows' labels may name."""
+    units = {"steps": steps, "epochs": steps / steps_per_epoch}
+    trainings = {"dense": params["dense"], "learning": params["learning"]}
+    trainings |= {f"{kind}.{row}": own for kind in ("learned", "finetuned") for row, own in params[kind].items()}
+    return {f"{where}.{unit}": units[unit] for where, own in trainings.items() for unit in units if unit in own}
+
+
 def overridden(params: dict[str, Any], overrides: dict[str, Any], texts: Sequence[str] = ()) -> dict[str, Any]:
     """A copy with the values at dotted keys replaced; a key that is not there yet is a value at its default.
 
