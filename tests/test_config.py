@@ -164,7 +164,7 @@ def test_required_key_is_missed(path: str) -> None:
         ("data.split_seed", 1.5),
         ("data.source", "imagenet"),
         ("task.shift", -1),
-        ("task.name", "segmentation"),
+        ("task.name", "pose"),
         ("runtime.loader_workers", -1),
         ("learning.ema", 1.0),
         ("learning.anneal", "month"),

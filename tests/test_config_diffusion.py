@@ -94,7 +94,7 @@ def test_every_key_is_a_field_and_frozen(section: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("task.name", "segmentation"),
+        ("task.name", "pose"),
         ("task.train_timesteps", 0),
         ("task.beta_schedule", "sigmoid"),
         ("task.beta_start", 0.0),

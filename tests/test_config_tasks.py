@@ -77,9 +77,9 @@ def test_mistakes_in_the_sections_of_a_new_task(ranking: dict[str, Any]) -> None
     assert fault({**ranking, "evaluation": {"rounds": 9}}) == "params.yaml: more rounds than depth"
 
 
-@pytest.mark.parametrize("name", ["segmentation", "Diffusion", "", 7, None, ["diffusion"]])
+@pytest.mark.parametrize("name", ["pose", "Diffusion", "", 7, None, ["diffusion"]])
 def test_unknown_task_is_answered_with_those_that_there_are(name: Any) -> None:
-    expected = f"params.yaml: task.name is {name!r}; allowed: 'classification', 'diffusion'"
+    expected = f"params.yaml: task.name is {name!r}; allowed: 'classification', 'detection', 'diffusion', 'segmentation'"
     assert fault(changed("task.name", name)) == expected
 
 
