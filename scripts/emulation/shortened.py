@@ -40,6 +40,8 @@ def shortened(experiment: Experiment) -> Experiment:
     """The same experiment with one seed and small amounts, see :data:`CAPS`."""
     raw: dict[str, Any] = _capped(experiment.model_dump(mode="json"))
     raw["seeds"] = raw["seeds"][:1]
+    if experiment.data.source == "scenes":  # not written where they are at their defaults
+        raw["data"]["scenes"] = _capped(experiment.data.scenes.model_dump(mode="json"))
     raw["data"]["test_fraction"] = min(raw["data"]["test_fraction"], TEST_FRACTION)
     if grid := raw["evaluation"].get("grid"):
         raw["evaluation"]["grid"] = grid[:PICTURES]
