@@ -226,7 +226,7 @@ def test_judge_is_trained_as_a_dense_model_is(here: Path, folder: Path) -> None:
     wanted = obtain_dense(settings, judge.task, 1).state_dict()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in train_judge(judge, 1).state_dict().items())
     assert judge.settings.steps == JUDGE["training"]["steps"]
-    assert judge.task.source_digest == task.data_digest
+    assert judge.task.data_digest == task.data_digest
     assert isinstance(judge.task, Classification)
     assert judge.task.settings.label_smoothing == 0.1
     assert judge.model == judge.task.model.name == JUDGE["model"]["name"]

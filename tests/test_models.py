@@ -299,4 +299,4 @@ def test_stem_of_another_width_is_a_config_error() -> None:
 
 def test_stem_of_a_timm_model_is_a_config_error() -> None:
     message = config_error(name="vit_tiny_patch16_224", args=STEMMED, stem=STEM)
-    assert message == "model.stem is for 'VisionTransformer' only, not for 'vit_tiny_patch16_224'"
+    assert message == "model.stem is for VisionTransformer and Eva only, not for 'vit_tiny_patch16_224'"

@@ -197,7 +197,7 @@ BAD_INPUT = {
     "unknown source": (
         edit(lambda p: p["data"].update(source="cifar")),
         ("prepare", "digits"),
-        "'digits', 'folder' or 'timm'",
+        "'digits', 'folder', 'masks', 'scenes' or 'timm'",
     ),
     "misfit": (
         edit(lambda p: (p.update(pattern="3:6"), p["model"]["args"].update(embed_dim=32))),

@@ -202,7 +202,7 @@ def test_show_prints_a_table_and_writes_nothing(
 
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
-    [(["--show", "mnist"], 1, "no table 'mnist'; allowed: cifar10, digits"), (["--show", "--check"], 2, "not allowed")],
+    [(["--show", "mnist"], 1, "no table 'mnist'; allowed: ade20k_eomt_l, "), (["--show", "--check"], 2, "not allowed")],
 )
 def test_show_refuses(
     arguments: list[str],

@@ -50,4 +50,4 @@ def test_what_dvc_needs_is_named(line: str, here: Path) -> None:
 def test_unknown_experiment(here: Path) -> None:
     done = run("use", "digit")
     assert done.code == 1
-    assert "no experiment 'digit'; allowed: cifar10, digits," in done.err
+    assert "no experiment 'digit'; allowed: ade20k_eomt_l, " in done.err
