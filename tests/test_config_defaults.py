@@ -29,7 +29,6 @@ TABLES = [
     "cifar10",
     "digits",
     "digits_patterns",
-    "digits_segmentation",
     "dit_digits",
 ]  # those with records
 ADDED = "an_added_setting"
