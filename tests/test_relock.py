@@ -130,5 +130,5 @@ def test_an_edited_block_is_left_to_dvc(root: Path) -> None:
 
 
 def test_an_unknown_table_is_an_error(root: Path) -> None:
-    with pytest.raises(UserError, match="no table 'mnist'; allowed: cifar10, digits"):
+    with pytest.raises(UserError, match="no table 'mnist'; allowed: ade20k_eomt_l, "):
         relock(root, ["mnist"])
