@@ -29,6 +29,7 @@ TABLES = [
     "cifar10",
     "digits",
     "digits_patterns",
+    "digits_segmentation",
     "dit_digits",
 ]  # those with records
 ADDED = "an_added_setting"
