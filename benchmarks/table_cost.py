@@ -24,7 +24,7 @@ from maskllm4v.runs.paths import REPORTS
 from maskllm4v.utils import determinism
 from maskllm4v.utils.io import read_json, write_json
 
-TABLES = ("digits", "digits_patterns", "cifar10", "dit_digits", "digits_segmentation")
+TABLES = ("digits", "digits_patterns", "cifar10", "dit_digits", "digits_segmentation", "digits_detection")
 DEFAULT = REPORTS / "benchmarks" / "table_cost.json"
 
 

@@ -28,6 +28,7 @@ EXPERIMENTS = sorted(experiment_files(ROOT))
 TABLES = [
     "cifar10",
     "digits",
+    "digits_detection",
     "digits_patterns",
     "digits_segmentation",
     "dit_digits",

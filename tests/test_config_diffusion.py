@@ -212,7 +212,9 @@ def test_records_of_classification_hold_row_settings_alone() -> None:
     assert all(found.row(row).record_settings() == found.row(row).made_with(defaults=False) for row in found.rows)
 
 
-@pytest.mark.parametrize("table", ["digits", "digits_patterns", "digits_segmentation", "dit_digits", "cifar10"])
+@pytest.mark.parametrize(
+    "table", ["digits", "digits_patterns", "digits_segmentation", "digits_detection", "dit_digits", "cifar10"]
+)
 def test_committed_records_are_of_the_present_settings(table: str) -> None:
     found = load_experiment(ROOT / "experiments" / f"{table}.yaml")
     current = current_records(found, ROOT / "reports")

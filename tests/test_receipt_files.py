@@ -254,7 +254,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "setting": ({"settings": {"GLIBC_TUNABLES": "x"}}, "GLIBC_TUNABLES was exported, which the pin does not set"),
     "recording": ({"exact": False}, r"table 'digits' is a recording \(exact: false\)"),
     "recorded table": ({"table": "cifar10"}, r"table 'cifar10' is a recording \(exact: false\)"),
-    "other table": ({"table": "pets"}, "no table 'pets' here; allowed: digits, digits_patterns, "),
+    "other table": ({"table": "pets"}, "no table 'pets' here; allowed: digits, digits_detection, digits_patterns, "),
     "shortened": ({"chain": "shortened"}, "its chain was shortened, which counts on emulated CPUs only"),
 }
 

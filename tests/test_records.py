@@ -287,7 +287,9 @@ def test_one_spoilt_record_is_named(tmp_path: Path) -> None:
         read_records(tmp_path, "t")
 
 
-@pytest.mark.parametrize("table", ["cifar10", "digits", "digits_patterns", "digits_segmentation", "dit_digits"])
+@pytest.mark.parametrize(
+    "table", ["cifar10", "digits", "digits_detection", "digits_patterns", "digits_segmentation", "dit_digits"]
+)
 def test_committed_records_can_be_read(table: str) -> None:
     found = read_records(ROOT / "reports", table)
     paths = list((ROOT / "reports" / table / "runs").glob("*/evaluation/record.json"))
