@@ -16,8 +16,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -225,7 +225,16 @@ def ends(running: subprocess.Popen[bytes]) -> int:
 
 
 def begun(folder: Path, row: str, seeds: int, *command: str) -> subprocess.Popen[bytes]:
-    """A program whose trainings have all saved a state, or another one than those that lay there.
+    """A program whose trainings have all saved a state, or another one than those that lay there."""
+    with stopped(folder, row, seeds, *command) as (running, _):
+        return running
+
+
+@contextmanager
+def stopped(
+    folder: Path, row: str, seeds: int, *command: str
+) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
+    """What :func:`begun` gives, and all its processes. They stand still inside, so that no training is over.
 
     Every state that is seen goes on from the one before.
     """
@@ -240,13 +249,20 @@ def begun(folder: Path, row: str, seeds: int, *command: str) -> subprocess.Popen
     until(all_have)
     everything = family(running)
     for process in everything:
-        process.suspend()  # reading states takes longer than training on to the end
+        process.suspend()
     try:
         assert all(step > first for step, first in zip(saved_steps(folder, row), before, strict=True))
+        yield running, everything
     finally:
-        for process in everything:
-            process.resume()
-    return running
+        for process in everything:  # the main one first: what it is told, it tells the others
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
+def tell(process: psutil.Process, number: signal.Signals) -> None:
+    """Send a signal to a process that stands still, once it goes on: before, any thread of it might get the signal."""
+    process.resume()
+    process.send_signal(number)
 
 
 def _numbers(folder: Path, row: str) -> dict[str, int]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_project import LONG, begun, ends, family, gone, ready_project, said, saved_steps, tiny_params, until
+from small_project import LONG, ends, gone, ready_project, said, saved_steps, stopped, tell, tiny_params, until
 
 pytestmark = pytest.mark.slow
 
@@ -18,11 +18,12 @@ def test_workers_outlive_the_signal(number: signal.Signals, tmp_path: Path) -> N
     params["learned"]["tiny-distilled"]["steps"] = LONG
     params["runtime"] |= {"loader_workers": 2, "checkpoint_steps": LONG // 2}  # one state is due on the way
     project = ready_project(tmp_path / "project", params)
-    running = begun(project, "tiny-distilled", 1, sys.executable, "-m", "stages.train", "tiny-distilled")
-    main, *workers = everything = family(running)
-    assert len(workers) >= 2
-    for process in (*workers, main):
-        process.send_signal(number)
+    command = (sys.executable, "-m", "stages.train", "tiny-distilled")
+    with stopped(project, "tiny-distilled", 1, *command) as (running, everything):
+        main, *workers = everything
+        assert len(workers) >= 2
+        for process in (*workers, main):
+            tell(process, number)
     assert ends(running) != 0
     until(lambda: gone(everything))
     assert "DataLoader worker" not in said(project)

@@ -21,7 +21,6 @@ from small_project import (
     begun,
     copied,
     ends,
-    family,
     gone,
     ready_project,
     results,
@@ -30,6 +29,8 @@ from small_project import (
     saved_steps,
     stage_in,
     started,
+    stopped,
+    tell,
     tiny_params,
     together,
     until,
@@ -336,18 +337,16 @@ def test_torchrun_is_interrupted(one: Path, tmp_path: Path) -> None:
 
     params["runtime"]["processes"] = 2
     folder = copied(one, tmp_path / "project", params)
-    running = begun(folder, "tiny-averaged", 1, *TRAIN)
-    everything = family(running)
-    assert len(everything) == 3
-    for process in everything:
-        process.send_signal(signal.SIGTERM)
+    with stopped(folder, "tiny-averaged", 1, *TRAIN) as (running, everything):
+        assert len(everything) == 3
+        for process in everything:
+            tell(process, signal.SIGTERM)
     assert ends(running) != 0
     until(lambda: gone(everything))
     assert saved_steps(folder, "tiny-averaged")[0] < LONG
 
-    running = begun(folder, "tiny-averaged", 1, *TRAIN)
-    everything = family(running)
-    running.kill()
+    with stopped(folder, "tiny-averaged", 1, *TRAIN) as (running, everything):
+        running.kill()
     assert ends(running) == -signal.SIGKILL
     until(lambda: gone(everything))
     assert saved_steps(folder, "tiny-averaged")[0] < LONG

@@ -6,18 +6,10 @@ import math
 from decimal import Decimal
 
 import pytest
-import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from maskllm4v.receipts.digits import first_digit, metric_differences, ordinal
-
-
-@pytest.fixture(autouse=True, scope="module")
-def subnormal_numbers() -> None:
-    """Trainings of other tests in this process may have had them taken for zero."""
-    torch.set_flush_denormal(False)
-
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 METRICS = st.integers(1, 10**9).map(lambda number: number / 10**6)  # as records hold them, rounded to six decimals

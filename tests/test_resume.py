@@ -22,7 +22,6 @@ from small_project import (
     begun,
     copied,
     ends,
-    family,
     gone,
     ready_project,
     results,
@@ -34,6 +33,8 @@ from small_project import (
     started,
     states,
     steps,
+    stopped,
+    tell,
     tiny_params,
     together,
     until,
@@ -305,23 +306,21 @@ DENSE = (sys.executable, "-m", "stages.dense", "tiny-dense")
 def test_seeds_side_by_side(pinned: tuple[Params, Path], inputs: Path, tmp_path: Path) -> None:
     """When their main process is killed or told to end, alone, they save and end; no orphan stays."""
     folder = copied(inputs, tmp_path / "project", pinned[0])
-    running = begun(folder, "tiny-dense", 2, *DENSE)
-    main, *children = family(running)
-    assert len(children) == 2
-    main.kill()
+    with stopped(folder, "tiny-dense", 2, *DENSE) as (running, (main, *children)):
+        assert len(children) == 2
+        main.kill()
     assert ends(running) == -signal.SIGKILL
     until(lambda: gone(children))
     assert max(saved_steps(folder, "tiny-dense")) < LONG
 
-    running = begun(folder, "tiny-dense", 2, *DENSE)
-    main, *children = family(running)
-    main.terminate()
+    with stopped(folder, "tiny-dense", 2, *DENSE) as (running, (main, *children)):
+        tell(main, signal.SIGTERM)
     assert ends(running) == 128 + signal.SIGTERM, said(folder)
     assert gone(children)
     assert max(saved_steps(folder, "tiny-dense")) < LONG
 
-    running = begun(folder, "tiny-dense", 2, *DENSE)
-    family(running)[1].kill()
+    with stopped(folder, "tiny-dense", 2, *DENSE) as (running, (_, child, _)):
+        child.kill()
     assert ends(running) == 1
     assert said(folder).strip() == "dense tiny-dense: a process that computed a seed was killed (out of memory?)"
 
@@ -333,10 +332,9 @@ def test_dvc_repro_after_a_kill(pinned: tuple[Params, Path], tmp_path: Path) -> 
     """All of it killed, and the same command again."""
     folder = new_project(tmp_path, pinned[0])
     command = ("dvc", "repro", "dense@tiny-dense")
-    running = begun(folder, "tiny-dense", 2, *command)
-    everything = family(running)
-    assert len(everything) >= 4
-    os.killpg(running.pid, signal.SIGKILL)
+    with stopped(folder, "tiny-dense", 2, *command) as (running, everything):
+        assert len(everything) >= 4
+        os.killpg(running.pid, signal.SIGKILL)
     assert ends(running) == -signal.SIGKILL
     until(lambda: gone(everything))
     assert max(saved_steps(folder, "tiny-dense")) < LONG
