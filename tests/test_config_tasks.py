@@ -79,7 +79,9 @@ def test_mistakes_in_the_sections_of_a_new_task(ranking: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("name", ["pose", "Diffusion", "", 7, None, ["diffusion"]])
 def test_unknown_task_is_answered_with_those_that_there_are(name: Any) -> None:
-    expected = f"params.yaml: task.name is {name!r}; allowed: 'classification', 'detection', 'diffusion', 'segmentation'"
+    expected = (
+        f"params.yaml: task.name is {name!r}; allowed: 'classification', 'detection', 'diffusion', 'segmentation'"
+    )
     assert fault(changed("task.name", name)) == expected
 
 
