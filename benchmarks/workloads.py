@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from maskllm4v.config import Experiment, LearningSettings, TaskSpec, load_experiment
+from maskllm4v.data import prepare
 from maskllm4v.sparsity.calibration import Calibration
+from maskllm4v.tasks.base import Task, open_task
 from maskllm4v.tasks.classification.models import image_settings, num_classes
 from maskllm4v.tasks.classification.settings import ClassificationSettings, TimmSettings
 from maskllm4v.tasks.classification.task import Batch, Classification
@@ -84,12 +89,34 @@ class RandomNoise(Diffusion):
             yield self.random_batch(min(batch_size, self.calibration_images - n))
 
 
-def random_task(
-    experiment: Experiment, device: torch.device, calibration: int | None = None
-) -> RandomImages | RandomNoise:
-    """An experiment's task on random data; ``calibration``: images of a set, by default the experiment's number."""
+def random_task(experiment: Experiment, device: torch.device, calibration: int | None = None) -> Task:
+    """An experiment's task on random data; ``calibration``: images of a set, by default the experiment's number.
+
+    Scenes are made here anyway: of them it is the first batch, again and again, and their own calibration set.
+    """
+    if experiment.data.source == "scenes":
+        return _first_batch(experiment, device)
     kind = RandomNoise if experiment.task.name == "diffusion" else RandomImages
     return kind(experiment.task_spec(), device, calibration or experiment.data.calibration)
+
+
+def _first_batch(experiment: Experiment, device: torch.device) -> Task:
+    folder = Path(tempfile.mkdtemp(prefix="scenes-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    prepare(experiment.data, folder)
+    task: Any = open_task(experiment.task_spec(), folder)
+    task.device = device
+    draw = task.train_batches
+
+    def train_batches(
+        *, seed: int, batch_size: int, steps: int, start: int = 0, shard: BatchShard = WHOLE
+    ) -> Iterator[Any]:
+        parts = list(draw(seed=seed, batch_size=batch_size, steps=1, shard=shard))
+        for _ in range(start, steps):
+            yield from parts
+
+    task.train_batches = train_batches
+    return cast(Task, task)
 
 
 @dataclass(frozen=True)

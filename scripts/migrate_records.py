@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from maskllm4v.receipts.locks import lock_files
 from maskllm4v.runs.paths import REPORTS
 from maskllm4v.runs.records import FORMAT, sealed
 from maskllm4v.utils.errors import UserError
@@ -24,7 +25,6 @@ from maskllm4v.utils.io import json_text, read_json, value_digest, write_text
 from scripts.lock_entries import dvc_entry
 
 Record = dict[str, Any]
-LOCK = Path("dvc.lock")
 # An entry of deps or outs; DVC puts a long path on a line of its own.
 ENTRY = re.compile(r"(?P<head>^    - path:\s+(?P<path>\S+)\n)(?P<facts>(?:      \w+: \S+\n)+)", re.MULTILINE)
 FORM = {"format", "settings", "settings_digest"}  # what a step may change of a record, besides its own digest
@@ -188,8 +188,7 @@ def migrate(root: Path) -> list[Path]:
         UserError: a record cannot be migrated; then none is.
     """
     texts = outdated(root)
-    lock = root / LOCK
-    if texts and lock.exists():
+    for lock in lock_files(root) if texts else ():
         text = lock.read_text(encoding="utf-8")
         if (changed := relocked(root, text, texts)) != text:
             write_text(lock, changed)

@@ -14,7 +14,6 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,17 +21,13 @@ from typing import Any
 import yaml
 
 from maskllm4v.config import PARAMS, Experiment, load_experiment
+from maskllm4v.receipts.locks import RENDERING, lock_files, locked_stages
 from maskllm4v.runs.paths import REPORTS
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import file_digest, read_json, value_digest, write_json
 
 PROOFS = REPORTS / "proofs"
 PARTS = ("code", "settings", "packages", "outputs")
-RENDERING = {
-    "report",
-    "documents",
-    "track",
-}  # stages that only show records; a proof runs them for every table, stale or not
 NO_RESULTS = {"runtime", "title"}  # settings that no result depends on, nor on what rows are called
 Stages = dict[str, dict[str, Any]]
 
@@ -58,7 +53,7 @@ def current_state(root: Path, file: Path) -> dict[str, str]:
     """
     experiment, stages = load_experiment(file), declared_stages(root, file)
     runs = files_below(root, [str(REPORTS / experiment.table / "runs")])
-    locked = locked_stages((root / "dvc.lock").read_text(encoding="utf-8"))
+    locked = locked_stages(path.read_bytes() for path in lock_files(root))
     return {
         "code": value_digest({"stages": stages, "files": files_below(root, given_paths(stages))}),
         "settings": value_digest(settings(experiment)),
@@ -120,13 +115,6 @@ def settings(experiment: Experiment) -> dict[str, Any]:
     """What results depend on: all but how it runs and what a report calls things; nothing that is at its default."""
     found = {key: value for key, value in experiment.beyond_defaults().items() if key not in NO_RESULTS}
     return {**found, "rows": sorted(experiment.rows)}
-
-
-@lru_cache(maxsize=2)  # a megabyte, the same for every table
-def locked_stages(text: str) -> dict[str, Any]:
-    """What a ``dvc.lock`` says that each stage read and wrote, by name."""
-    found: dict[str, Any] = (yaml.load(text, yaml.CBaseLoader) or {}).get("stages", {})
-    return found
 
 
 def why_stale(root: Path, file: Path) -> str | None:

@@ -21,12 +21,11 @@ from tempfile import TemporaryDirectory
 
 from maskllm4v.config import PARAMS, load_experiment
 from maskllm4v.receipts import receipt_file
+from maskllm4v.receipts.locks import LOCK, RENDERING, activate, is_lock, lock_files, locked_stages
 from maskllm4v.utils.errors import UserError
 from scripts.proof_records import (
-    RENDERING,
     current_state,
     exact_tables,
-    locked_stages,
     why_stale,
     write_record,
 )
@@ -73,15 +72,16 @@ def prove(
         records: the repository to write records of reproduced tables into, and receipts; None writes none.
     """
     failed = []
-    active = load_experiment(clone / PARAMS).table
-    for table, file in exact_tables(clone).items():
+    active, files = load_experiment(clone / PARAMS).table, exact_tables(clone)
+    for table, file in files.items():
         kind, begin = "proof" if table in tables else "rendering", time.monotonic()
         what = f"{kind} of {table}"
         print(f"\n{what}")
-        shutil.copyfile(file, clone / PARAMS)
+        activate(clone, file)
         done, since = succeeds(clone, commands[kind], what), str(time.time() - (time.monotonic() - begin))
         if kind == "proof" and records is not None and succeeds(clone, (*commands["receipt"], since), "receipt"):
             shutil.copy(receipt_file(clone, table), receipt_file(records, table))  # what came out, equal or not
+        activate(clone, files[active])
         if not all((done, unchanged(clone, what, is_active=table == active))):
             failed.append(what)
             continue
@@ -107,17 +107,19 @@ def succeeds(clone: Path, command: Sequence[str], what: str) -> bool:
 
 def unchanged(clone: Path, what: str, *, is_active: bool) -> bool:
     """Whether the clone is as committed, but for which table is active; shows differences, and takes them back."""
-    git(clone, "checkout", "-q", "--", str(PARAMS))
-    before, after = locked_stages(git(clone, "show", "HEAD:dvc.lock")), locked_stages((clone / "dvc.lock").read_text())
+    git(clone, "checkout", "-q", "--", str(PARAMS))  # a comment may tell it from the experiment's file
+    committed = filter(is_lock, git(clone, "ls-tree", "-r", "--name-only", "HEAD").splitlines())
+    before = locked_stages(git(clone, "show", f"HEAD:{path}") for path in sorted(committed, key=LOCK.__eq__))
+    after = locked_stages(path.read_bytes() for path in lock_files(clone))
     other = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if not is_active and set(other) <= RENDERING:  # it holds those of one table only
-        git(clone, "checkout", "-q", "--", "dvc.lock")
+        git(clone, "checkout", "-q", "--", LOCK)
     if not (names := git(clone, "status", "--porcelain", "--untracked-files=all")):
         return True
     print(f"{what} FAILED: not what is committed:\n{names}\n{git(clone, 'diff', f'--stat={SHOWN_WIDTH}')}")
     if other:
         print(f"stages that read or wrote something else: {', '.join(other)}\n")
-    lines = (git(clone, "diff", "--", ".", ":!dvc.lock") or git(clone, "diff")).splitlines()
+    lines = (git(clone, "diff", "--", ".", ":!dvc.lock", ":!reports/*/stages.lock") or git(clone, "diff")).splitlines()
     print("\n".join(line[:SHOWN_WIDTH] for line in lines[:SHOWN_LINES]))
     if len(lines) > SHOWN_LINES:
         print(f"... and {len(lines) - SHOWN_LINES} lines more")

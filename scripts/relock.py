@@ -1,4 +1,4 @@
-"""Bring the code and the prose that ``dvc.lock`` names up to date, without running a stage.
+"""Bring the code and the prose that ``dvc.lock`` and its like name up to date, without running a stage.
 
     python -m scripts.relock cifar10            the stages of one table
     python -m scripts.relock                    all tables, and the rendering stages of the active one
@@ -18,28 +18,28 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from maskllm4v.config import PARAMS, load_experiment
+from maskllm4v.receipts.locks import LOCK, RENDERING, lock_files, lock_text, locked_stages, stage_texts
 from maskllm4v.reporting.report import check_documents
 from maskllm4v.runs.paths import REPORTS
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import write_text
 from scripts.lock_entries import dvc_entry
-from scripts.proof_records import RENDERING, Stages, declared_stages, locked_stages, path_of
+from scripts.proof_records import Stages, declared_stages, path_of
 
 CODE = ("maskllm4v/", "stages/")
 BENCHMARKS = str(REPORTS / "benchmarks")  # files that people add, and that documents show
 DOCUMENTS = "documents"  # the stage whose outputs people edit, too
-_STAGE = re.compile(r"  (\S+):")
 _PATH = re.compile(r"    - path: *(.*)")
 
 
 def relock(root: Path, tables: Collection[str] = ()) -> list[str]:
-    """Rewrite ``dvc.lock``; returns the stages that changed.
+    """Rewrite what is locked (:mod:`maskllm4v.receipts.locks`); returns the stages that changed.
 
     Args:
         root: of the repository.
@@ -51,32 +51,31 @@ def relock(root: Path, tables: Collection[str] = ()) -> list[str]:
     declared = _declared(root, tables)
     if DOCUMENTS in declared and (edited_documents(root) or _is_stale(root, DOCUMENTS, "deps", BENCHMARKS)):
         check_documents(root)
-    path = root / "dvc.lock"
-    before = path.read_text(encoding="utf-8")
-    changed: list[str] = []
-    blocks = []
+    changed: dict[str, None] = {}  # what prepares data is in several files
     entry = cache(partial(_entry, root))  # many stages share a folder
-    for name, block in _blocks(before):
-        renewed = _renewed(name, block, declared[name], entry) if name in declared else block
-        if renewed != block:
-            changed.append(name)
-        blocks.append(renewed)
-    after = "".join(blocks)
-    if after != before:
-        write_text(path, after)
-    return changed
+    for path in lock_files(root):
+        before = stage_texts(path.read_text(encoding="utf-8"))
+        after = {name: _renewed(name, text, declared.get(name), entry) for name, text in before.items()}
+        if after != before:
+            changed |= {name: None for name in after if after[name] != before[name]}
+            write_text(path, lock_text(after))
+    return list(changed)
 
 
 def edited_documents(root: Path) -> list[str]:
     """README, findings and the list of tables, as far as they are not those of ``dvc.lock``."""
-    outs = locked_stages((root / "dvc.lock").read_text(encoding="utf-8")).get(DOCUMENTS, {}).get("outs", [])
+    outs = _locked(root, DOCUMENTS).get("outs", [])
     return [out["path"] for out in outs if _is_stale(root, DOCUMENTS, "outs", out["path"])]
 
 
 def _is_stale(root: Path, stage: str, part: str, path: str) -> bool:
     """Whether a stage read or wrote something else at a path when it was locked."""
-    entries = locked_stages((root / "dvc.lock").read_text(encoding="utf-8")).get(stage, {}).get(part, [])
+    entries = _locked(root, stage).get(part, [])
     return any(entry["path"] == path and dvc_entry(root, path)["md5"] != entry["md5"] for entry in entries)
+
+
+def _locked(root: Path, stage: str) -> dict[str, Any]:
+    return locked_stages([(root / LOCK).read_bytes()]).get(stage, {})
 
 
 def _declared(root: Path, tables: Collection[str]) -> Stages:
@@ -94,19 +93,10 @@ def _declared(root: Path, tables: Collection[str]) -> Stages:
     return found
 
 
-def _blocks(text: str) -> Iterator[tuple[str, str]]:
-    """The file in pieces: its head under no name, then each stage, from its name to the next one's."""
-    name, lines = "", []
-    for line in text.splitlines(keepends=True):
-        if found := _STAGE.fullmatch(line.rstrip("\n")):
-            yield name, "".join(lines)
-            name, lines = found[1], []
-        lines.append(line)
-    yield name, "".join(lines)
-
-
-def _renewed(name: str, block: str, stage: Mapping[str, Any], entry: Callable[[str], str]) -> str:
-    """A stage's piece with today's code, and documents if it writes them; other entries stay."""
+def _renewed(name: str, block: str, stage: Mapping[str, Any] | None, entry: Callable[[str], str]) -> str:
+    """A stage's piece with today's code, and documents if it writes them; other entries and other stages stay."""
+    if stage is None:
+        return block
     deps = [path_of(dep) for dep in stage.get("deps", [])]
     outs = [path_of(out) for out in stage.get("outs", [])] if name == DOCUMENTS else []
     block = _replaced(block, "deps", lambda path: path.startswith(CODE) or path == BENCHMARKS, deps, entry)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from import_graph import ROOT
 
+from maskllm4v.receipts.locks import lock_files, lock_text, stage_texts
 from maskllm4v.utils.errors import UserError
 from scripts.proof_records import PARTS, current_state, exact_tables, record_file, why_stale, write_record
 
@@ -19,6 +20,7 @@ DIGITS, ALL = {"digits", "digits_patterns"}, {"digits", "digits_patterns", "dit_
 NAMES = (
     *("maskllm4v", "stages", "params.yaml", "dvc.yaml", "dvc.lock", "requirements.lock", ".gitignore"),
     *(f"experiments/{table}.yaml" for table in (*ALL, "cifar10")),
+    *(f"reports/{table}/stages.lock" for table in ("digits_patterns", "dit_digits", "cifar10")),
     *("reports/digits/table.md", "reports/digits/runs/digits-ria", "reports/dit_digits/runs/dit-wanda"),
 )
 DIGITS_FILE = "experiments/digits.yaml"
@@ -78,13 +80,13 @@ def removed(path: str) -> Edit:
 
 
 def locked(stage: str, old: str, new: str) -> Edit:
-    """Another value in what ``dvc.lock`` says of one stage."""
+    """Another value in what is locked of one stage."""
 
     def edit(root: Path) -> None:
-        head, found, tail = (root / "dvc.lock").read_text().partition(f"\n  {stage}:\n")
-        assert found
-        assert old in tail
-        (root / "dvc.lock").write_text(head + found + tail.replace(old, new, 1))
+        (path,) = (path for path in lock_files(root) if stage in stage_texts(path.read_text()))
+        stages = stage_texts(path.read_text())
+        assert old in stages[stage]
+        path.write_text(lock_text(stages | {stage: stages[stage].replace(old, new, 1)}))
 
     return edit
 

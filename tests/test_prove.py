@@ -11,22 +11,20 @@ from pathlib import Path
 import pytest
 from import_graph import ROOT
 
+from maskllm4v.receipts.locks import stages_file
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import read_json
 from scripts import prove
 from scripts.proof_records import current_state, exact_tables, record_file, write_record
 
 TABLES = ("digits_patterns", "dit_digits", "digits")  # in the order of their proofs
-LOCK = """\
-schema: '2.0'
-stages:
-  evaluate@digits-ria:
-    cmd: python -m stages.evaluate digits-ria
+REPORT = """\
   report:
     cmd: python -m stages.report
     deps:
     - path: reports/digits/runs
 """
+ROWS = {"digits": "digits-ria", "digits_patterns": "digits-patterns-4of8-maskllm", "dit_digits": "dit-wanda"}
 ACTIVE = "set -- $(sed -n 's/^table: //p' params.yaml); "
 RECEIPT = ("sh", "-ec", f'since="$0"; {ACTIVE} echo "$since" > "receipt-$1.json"')  # when the proof began is added
 NOTHING = {"proof": ("true",), "receipt": RECEIPT, "rendering": ("true",), "check": ("true",)}
@@ -43,6 +41,11 @@ def commit(folder: Path) -> None:
     subprocess.run(["git", *who, "commit", "-qm", "all of it"], cwd=folder, check=True)
 
 
+def locked(table: str) -> str:
+    row = ROWS[table]
+    return f"schema: '2.0'\nstages:\n  evaluate@{row}:\n    cmd: python -m stages.evaluate {row}\n"
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with the settings of real tables, a line of results each, and little code."""
@@ -54,7 +57,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("1\n")
     (folder / "requirements.lock").write_text("torch\n")
-    (folder / "dvc.lock").write_text(LOCK)
+    (folder / "dvc.lock").write_text(locked("digits") + REPORT)
+    for table in TABLES[:-1]:
+        (folder / stages_file(table)).write_text(locked(table))
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     commit(folder)
     return folder
@@ -143,7 +148,7 @@ DIFFERENCES = {
     "another byte": "echo 2 > reports/$1/runs/row/record.json",
     "a missing file": "rm reports/$1/runs/row/record.json",
     "a new file": "echo 1 > reports/$1/runs/row/more.csv",
-    "other tensors": "sed -i 's/evaluate digits-ria/& -v/' dvc.lock",
+    "other tensors": "sed -i 's/stages.evaluate/& -v/' dvc.lock",
     "a failure": "false",
     "a failure and another byte": "echo 2 > reports/$1/runs/row/record.json; false",
 }
@@ -164,12 +169,12 @@ def test_a_difference_fails_its_table_alone(
 
 def test_difference_is_shown_by_name_and_content(root: Path, clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = "reports/dit_digits/runs/row/record.json"
-    change = "sed -i 's/evaluate digits-ria/& -v/' dvc.lock; seq 100 > reports/$1/runs/row/record.json"
+    change = "sed -i 's/stages.evaluate/& -v/' dvc.lock; seq 100 > reports/$1/runs/row/record.json"
     prove.prove(clone, ["dit_digits"], in_shell(proof=change), root)
     said = capsys.readouterr().out
-    assert f" M dvc.lock\n M {record}\n" in said.partition("\n+")[0]  # names come first
+    assert f" M {record}\n M reports/dit_digits/stages.lock\n" in said.partition("\n+")[0]  # names come first
     assert " 2 files changed, 100 insertions(+), 1 deletion(-)" in said
-    assert "stages that read or wrote something else: evaluate@digits-ria\n" in said
+    assert "stages that read or wrote something else: evaluate@dit-wanda\n" in said
     content = said.partition(f"+++ b/{record}\n")[2]
     assert content.startswith("@@ -1 +1,100 @@\n 1\n+2\n+3\n")
     assert "\n+54\n+55\n... and 45 lines more\n" in content
@@ -177,8 +182,8 @@ def test_difference_is_shown_by_name_and_content(root: Path, clone: Path, capsys
 
 
 def test_tensors_alone_are_shown_in_the_lock_file(root: Path, clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prove.prove(clone, ["dit_digits"], in_shell(proof="sed -i 's/evaluate digits-ria/& -v/' dvc.lock"), root)
-    assert "+    cmd: python -m stages.evaluate digits-ria -v\n" in capsys.readouterr().out
+    prove.prove(clone, ["dit_digits"], in_shell(proof="sed -i 's/stages.evaluate/& -v/' dvc.lock"), root)
+    assert "+    cmd: python -m stages.evaluate -v dit-wanda\n" in capsys.readouterr().out
 
 
 def test_only_the_active_table_is_in_the_lock_files_report(root: Path, clone: Path) -> None:

@@ -1,4 +1,4 @@
-"""Switch params.yaml to one of experiments/*.yaml."""
+"""Switch params.yaml to one of experiments/*.yaml, and dvc.lock to its stages."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from maskllm4v.config import PARAMS, Experiment, load_experiment
+from maskllm4v.config import Experiment, load_experiment
+from maskllm4v.receipts.locks import activate
 from maskllm4v.utils.errors import ConfigError
-from maskllm4v.utils.io import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def run(a: argparse.Namespace) -> None:
     experiment = load_experiment(source)
     if missing := _read_by_dvc(experiment):
         raise ConfigError(f"{source}: dvc.yaml reads these, too, so they have to stand there: {'; '.join(missing)}")
-    write_text(PARAMS, source.read_text(encoding="utf-8"))
+    activate(Path(), source)
     print(f"params.yaml is now {source}; run `dvc repro`")
 
 

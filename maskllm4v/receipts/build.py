@@ -13,9 +13,10 @@ import maskllm4v
 from maskllm4v.config import PARAMS, Experiment, load_experiment
 from maskllm4v.receipts.commit import Commit, NoCommitError, find_commit
 from maskllm4v.receipts.environment import exported, lock_warning, package_versions, setting_warning, unlocked
+from maskllm4v.receipts.locks import LOCK, stages_file
 from maskllm4v.receipts.machine import X86_64, read_cpu, read_system
 from maskllm4v.receipts.model import CPU, Receipt, Row
-from maskllm4v.receipts.rows import LOCK, compare_rows, results_digest, stages_since
+from maskllm4v.receipts.rows import compare_rows, results_digest, stages_since
 from maskllm4v.runs.paths import REPORTS
 from maskllm4v.utils.io import write_json
 
@@ -107,7 +108,7 @@ def _committed(root: Path, experiment: Experiment) -> tuple[Commit | None, dict[
     """The commit, its files of a table, whether code and settings are its; or None each, and why."""
     try:
         commit = find_commit(root)
-        files = commit.files(LOCK, f"{REPORTS}/{experiment.table}/runs")
+        files = commit.files(LOCK, stages_file(experiment.table), f"{REPORTS}/{experiment.table}/runs")
         return commit, files, not _changed(root, experiment, commit), ""
     except NoCommitError as error:
         return None, None, None, str(error)

@@ -10,26 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from maskllm4v.config import Experiment
 from maskllm4v.receipts.digits import metric_differences
+from maskllm4v.receipts.locks import LOCK, damaged_lock, is_lock, locked_stages, stages_file
 from maskllm4v.receipts.model import Row, Stage
 from maskllm4v.runs.paths import ARTIFACTS, REPORTS, TIMINGS, export_folder, record_file, run_folder
 from maskllm4v.runs.records import run_digest, settings_digest
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import value_digest
 
-LOCK = "dvc.lock"
 RECORD = "evaluation/record.json"  # in a row's folder
 Files = Mapping[str, bytes]  # by path below the root
 
 
 def table_files(root: Path, experiment: Experiment) -> dict[str, bytes]:
-    """All that is to be committed of a table's rows, and ``dvc.lock``, as they lie here."""
+    """All that is to be committed of a table's rows, and what DVC has locked of it, as they lie here."""
     paths = [path for row in experiment.rows for path in run_folder(experiment.table, row, root / REPORTS).rglob("*")]
-    found = [path for path in [*sorted(paths), root / LOCK] if path.is_file()]
+    found = [path for path in [*sorted(paths), root / stages_file(experiment.table), root / LOCK] if path.is_file()]
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
 
 
@@ -45,8 +44,7 @@ def compare_rows(root: Path, experiment: Experiment, committed: Files | None) ->
         UserError: a record or ``dvc.lock`` is damaged.
     """
     here, before = table_files(root, experiment), committed or {}
-    own = artifact_digests(here)
-    theirs = own if before.get(LOCK) == here.get(LOCK) else artifact_digests(before)  # parsing takes half a second
+    own, theirs = artifact_digests(here), artifact_digests(before)
     found = {}
     for row in experiment.rows:
         folders = [folder.as_posix() for folder in (ARTIFACTS / row, export_folder(row))]
@@ -82,17 +80,18 @@ def row_digest(files: Files) -> str | None:
 
 
 def artifact_digests(files: Files) -> dict[str, str]:
-    """What ``dvc.lock`` says of weights, masks and exports: a digest by folder.
+    """What DVC has locked of weights, masks and exports: a digest by folder.
 
     Raises:
-        UserError: it is damaged, for instance by a merge.
+        UserError: ``dvc.lock`` is damaged, for instance by a merge.
     """
+    locks = sorted(filter(is_lock, files), key=LOCK.__eq__)
     try:
-        found = yaml.load(files.get(LOCK, b""), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
-        outs = [out for stage in found.get("stages", {}).values() for out in stage.get("outs", [])]
+        stages = locked_stages(files[path] for path in locks).values()
+        outs = [out for stage in stages for out in stage.get("outs", [])]
         return {out["path"]: out["md5"] for out in outs if out["path"].startswith(f"{ARTIFACTS}/")}
-    except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{LOCK} is damaged; `git checkout {LOCK}` brings back the committed one") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise damaged_lock() from error
 
 
 def stages_of(experiment: Experiment, row: str) -> list[Stage]:
