@@ -12,6 +12,7 @@ from import_graph import ROOT
 from maskllm4v.config import load_experiment
 from maskllm4v.data import prepare
 from maskllm4v.tasks.base import open_task
+from maskllm4v.utils.errors import DataError
 
 pytest.importorskip("transformers")
 RECIPES = [
@@ -55,3 +56,23 @@ def test_made_pictures_and_a_tiny_model_suit_a_recipe(
     (batch,) = task.train_batches(seed=0, batch_size=2, steps=1)
     assert batch.images.shape[0] == 2
     assert task.loss(task.forward(model, batch), batch).isfinite()
+
+
+@pytest.mark.parametrize("recipe", ["own_masks", "own_coco"])
+def test_own_files_are_known_by_their_bytes(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.chdir(tmp_path)
+    import made_pictures
+    import rehearsal
+
+    params: dict[str, Any] = rehearsal.experiment(recipe)
+    made_pictures.lay_out(params, tmp_path)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    data = load_experiment(tmp_path / "params.yaml").data
+    before = prepare(data, tmp_path / "prepared").splits["train"]
+    picture = max((tmp_path / params["data"]["root"]).rglob("train_*.jpg"))
+    picture.write_bytes(picture.read_bytes() + b"\0")
+    assert prepare(data, tmp_path / "prepared").splits["train"] != before
+    picture.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=picture.name):
+        prepare(data, tmp_path / "prepared")

@@ -47,6 +47,21 @@ def test_what_dvc_needs_is_named(line: str, here: Path) -> None:
     assert (here / "params.yaml").read_text() == "before"
 
 
+def test_edits_are_kept(here: Path) -> None:
+    assert "edited" not in well("use", "own_masks").out
+    assert "edited" not in well("use", "own_coco").out
+    copies = []
+    for steps in (7, 8):
+        edited = (here / "params.yaml").read_text().replace("steps: 200", f"steps: {steps}")
+        assert f"steps: {steps}" in edited
+        (here / "params.yaml").write_text(edited)
+        (copy,) = re.findall(r"^params\.yaml was edited; as it was, it is (\S+)$", well("use", "own_coco").out, re.M)
+        copies.append(here / copy)
+        assert copies[-1].read_text() == edited
+    assert len(set(copies)) == 2
+    assert (here / "params.yaml").read_bytes() == (here / "experiments/own_coco.yaml").read_bytes()
+
+
 def test_unknown_experiment(here: Path) -> None:
     done = run("use", "digit")
     assert done.code == 1
