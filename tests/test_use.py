@@ -55,7 +55,9 @@ def test_edits_are_kept(here: Path) -> None:
         edited = (here / "params.yaml").read_text().replace("steps: 200", f"steps: {steps}")
         assert f"steps: {steps}" in edited
         (here / "params.yaml").write_text(edited)
-        (copy,) = re.findall(r"^params\.yaml was edited; as it was, it is (\S+)$", well("use", "own_coco").out, re.M)
+        (copy,) = re.findall(
+            r"^params\.yaml held edits of your own; they are kept in (\S+)$", well("use", "own_coco").out, re.M
+        )
         copies.append(here / copy)
         assert copies[-1].read_text() == edited
     assert len(set(copies)) == 2
