@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from maskllm4v.config import PARAMS, Experiment, load_experiment
-from maskllm4v.receipts.locks import RENDERING, lock_files, locked_stages
+from maskllm4v.receipts.locks import RENDERING, locked_stages, table_lock
 from maskllm4v.runs.paths import REPORTS
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import file_digest, read_json, value_digest, write_json
@@ -53,7 +53,7 @@ def current_state(root: Path, file: Path) -> dict[str, str]:
     """
     experiment, stages = load_experiment(file), declared_stages(root, file)
     runs = files_below(root, [str(REPORTS / experiment.table / "runs")])
-    locked = locked_stages(path.read_bytes() for path in lock_files(root))
+    locked = locked_stages(table_lock(root, experiment.table).read_bytes())
     return {
         "code": value_digest({"stages": stages, "files": files_below(root, given_paths(stages))}),
         "settings": value_digest(settings(experiment)),

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 from maskllm4v.config import PARAMS, load_experiment
 from maskllm4v.receipts import receipt_file
-from maskllm4v.receipts.locks import LOCK, RENDERING, activate, is_lock, lock_files, locked_stages
+from maskllm4v.receipts.locks import LOCK, RENDERING, activate, is_lock, locked_stages
 from maskllm4v.utils.errors import UserError
 from scripts.proof_records import (
     current_state,
@@ -108,17 +108,18 @@ def succeeds(clone: Path, command: Sequence[str], what: str) -> bool:
 def unchanged(clone: Path, what: str, *, is_active: bool) -> bool:
     """Whether the clone is as committed, but for which table is active; shows differences, and takes them back."""
     git(clone, "checkout", "-q", "--", str(PARAMS))  # a comment may tell it from the experiment's file
-    committed = filter(is_lock, git(clone, "ls-tree", "-r", "--name-only", "HEAD").splitlines())
-    before = locked_stages(git(clone, "show", f"HEAD:{path}") for path in sorted(committed, key=LOCK.__eq__))
-    after = locked_stages(path.read_bytes() for path in lock_files(clone))
-    other = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    if not is_active and set(other) <= RENDERING:  # it holds those of one table only
+    other: set[str] = set()
+    for path in filter(is_lock, git(clone, "ls-files").splitlines()):
+        before = locked_stages(git(clone, "show", f"HEAD:{path}"))
+        after = locked_stages((clone / path).read_bytes()) if (clone / path).exists() else {}
+        other |= {name for name in {**before, **after} if before.get(name) != after.get(name)}
+    if not is_active and other <= RENDERING:  # it holds those of one table only
         git(clone, "checkout", "-q", "--", LOCK)
     if not (names := git(clone, "status", "--porcelain", "--untracked-files=all")):
         return True
     print(f"{what} FAILED: not what is committed:\n{names}\n{git(clone, 'diff', f'--stat={SHOWN_WIDTH}')}")
     if other:
-        print(f"stages that read or wrote something else: {', '.join(other)}\n")
+        print(f"stages that read or wrote something else: {', '.join(sorted(other))}\n")
     lines = (git(clone, "diff", "--", ".", ":!dvc.lock", ":!reports/*/stages.lock") or git(clone, "diff")).splitlines()
     print("\n".join(line[:SHOWN_WIDTH] for line in lines[:SHOWN_LINES]))
     if len(lines) > SHOWN_LINES:

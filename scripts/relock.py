@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from maskllm4v.config import PARAMS, load_experiment
-from maskllm4v.receipts.locks import LOCK, RENDERING, lock_files, lock_text, locked_stages, stage_texts
+from maskllm4v.receipts.locks import LOCK, lock_text, locked_stages, stage_texts, stages_file
 from maskllm4v.reporting.report import check_documents
 from maskllm4v.runs.paths import REPORTS
 from maskllm4v.utils.errors import UserError
 from maskllm4v.utils.io import write_text
 from scripts.lock_entries import dvc_entry
-from scripts.proof_records import Stages, declared_stages, path_of
+from scripts.proof_records import declared_stages, path_of
 
 CODE = ("maskllm4v/", "stages/")
 BENCHMARKS = str(REPORTS / "benchmarks")  # files that people add, and that documents show
@@ -48,13 +48,21 @@ def relock(root: Path, tables: Collection[str] = ()) -> list[str]:
     Raises:
         UserError: no such table, a dependency without files, or a document whose generated blocks were edited.
     """
-    declared = _declared(root, tables)
-    if DOCUMENTS in declared and (edited_documents(root) or _is_stale(root, DOCUMENTS, "deps", BENCHMARKS)):
+    files = {load_experiment(path).table: path for path in sorted((root / "experiments").glob("*.yaml"))}
+    if unknown := [table for table in tables if table not in files]:
+        raise UserError(f"no table {unknown[0]!r}; allowed: {', '.join(files)}")
+    if not tables and (edited_documents(root) or _is_stale(root, DOCUMENTS, "deps", BENCHMARKS)):
         check_documents(root)
+    active = load_experiment(root / PARAMS).table
     changed: dict[str, None] = {}  # what prepares data is in several files
     entry = cache(partial(_entry, root))  # many stages share a folder
-    for path in lock_files(root):
-        before = stage_texts(path.read_text(encoding="utf-8"))
+    for table in tables or {**files, active: None}:
+        path = root / LOCK if table == active else root / stages_file(table)
+        before = stage_texts(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not before:
+            continue
+        file = root / PARAMS if table == active else files[table]
+        declared = declared_stages(root, file, rendering=table == active and not tables)
         after = {name: _renewed(name, text, declared.get(name), entry) for name, text in before.items()}
         if after != before:
             changed |= {name: None for name in after if after[name] != before[name]}
@@ -75,22 +83,7 @@ def _is_stale(root: Path, stage: str, part: str, path: str) -> bool:
 
 
 def _locked(root: Path, stage: str) -> dict[str, Any]:
-    return locked_stages([(root / LOCK).read_bytes()]).get(stage, {})
-
-
-def _declared(root: Path, tables: Collection[str]) -> Stages:
-    """What ``dvc.yaml`` says of each stage, by name."""
-    files = {load_experiment(path).table: path for path in sorted((root / "experiments").glob("*.yaml"))}
-    if unknown := [table for table in tables if table not in files]:
-        raise UserError(f"no table {unknown[0]!r}; allowed: {', '.join(files)}")
-    found: Stages = {}
-    for table, path in files.items():
-        if table in tables or not tables:
-            found |= declared_stages(root, path)
-    if not tables:
-        active = declared_stages(root, root / PARAMS, rendering=True)
-        found |= {name: stage for name, stage in active.items() if name in RENDERING}
-    return found
+    return locked_stages((root / LOCK).read_bytes()).get(stage, {})
 
 
 def _renewed(name: str, block: str, stage: Mapping[str, Any] | None, entry: Callable[[str], str]) -> str:

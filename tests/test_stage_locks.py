@@ -9,24 +9,29 @@ from pathlib import Path
 import pytest
 from import_graph import ROOT
 
+from maskllm4v.config import load_experiment
 from maskllm4v.receipts import locks
 from maskllm4v.receipts.locks import RENDERING, activate, lock_files, lock_text, locked_stages, stage_texts, stages_file
 from maskllm4v.utils import io
 
+LOST = "evaluate@a-row-that-is-gone"
 TABLES = ("digits", "digits_patterns", "dit_digits", "imagenet_vit_b16")  # the last one has never run
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """All that is locked in this repository, and a few experiments."""
+    """A few experiments, and what this repository has locked of them."""
     (tmp_path / "experiments").mkdir()
     for name in ("dvc.lock", "params.yaml", *(f"experiments/{table}.yaml" for table in TABLES)):
         shutil.copy(ROOT / name, tmp_path / name)
-    for path in lock_files(ROOT)[:-1]:
-        here = tmp_path / path.relative_to(ROOT)
-        here.parent.mkdir(parents=True)
-        shutil.copy(path, here)
+    add_lock(tmp_path, "digits_patterns")
+    add_lock(tmp_path, "dit_digits")
     return tmp_path
+
+
+def add_lock(root: Path, table: str) -> None:
+    (root / stages_file(table)).parent.mkdir(parents=True)
+    shutil.copy(ROOT / stages_file(table), root / stages_file(table))
 
 
 def use(root: Path, table: str) -> None:
@@ -38,8 +43,15 @@ def state(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
-def stages(root: Path) -> dict[str, dict[str, object]]:
-    return locked_stages(path.read_bytes() for path in lock_files(root))
+def stages(root: Path) -> dict[str, dict[str, dict[str, object]]]:
+    """By table; those that are no table's under no name."""
+    active = load_experiment(root / "params.yaml").table
+    found: dict[str, dict[str, dict[str, object]]] = {"": {}}
+    for path in lock_files(root):
+        table = active if path.name == "dvc.lock" else path.parent.name
+        for name, stage in locked_stages(path.read_bytes()).items():
+            found.setdefault("" if name in (*RENDERING, LOST) else table, {})[name] = stage
+    return found
 
 
 def test_pieces_make_up_the_file() -> None:
@@ -72,19 +84,41 @@ def test_there_and_back_changes_no_byte(root: Path) -> None:
 
 def test_what_ran_meanwhile_goes_along(root: Path) -> None:
     """A stage that ran again, one that prepares the data of two tables among them, and one that nobody knows."""
+    before = stages(root)
     use(root, "digits_patterns")
     text = (root / "dvc.lock").read_text()
     for stage in ("prepare@digits", "dense@digits-patterns-dense"):
-        text = text.replace(f"  {stage}:\n    cmd: python", f"  {stage}:\n    cmd: python3")
-    (root / "dvc.lock").write_text(text + "  evaluate@a-row-that-is-gone:\n    cmd: true\n")
+        assert f"  {stage}:\n    cmd: python " in text
+        text = text.replace(f"  {stage}:\n    cmd: python ", f"  {stage}:\n    cmd: python3 ")
+    (root / "dvc.lock").write_text(f"{text}  {LOST}:\n    cmd: true\n")
     changed = stages(root)
-    assert str(changed["prepare@digits"]["cmd"]).startswith("python3")
     use(root, "digits")
     assert stages(root) == changed
-    patterns = locked_stages([(root / stages_file("digits_patterns")).read_text()])
-    assert patterns["prepare@digits"] == changed["prepare@digits"]
-    assert patterns["dense@digits-patterns-dense"] == changed["dense@digits-patterns-dense"]
-    assert "evaluate@a-row-that-is-gone" in stage_texts((root / "dvc.lock").read_text())
+    assert changed["digits"] == before["digits"]
+    assert str(changed["digits_patterns"]["prepare@digits"]["cmd"]).startswith("python3 ")
+    assert LOST in stage_texts((root / "dvc.lock").read_text())
+
+
+def test_data_of_two_tasks_are_prepared_for_each(root: Path) -> None:
+    """Their settings are dependencies: if one's stage counted for both, each switch would run it again."""
+    names = ("digits_detection", "digits_segmentation")
+    for name in names:
+        shutil.copy(ROOT / f"experiments/{name}.yaml", root / "experiments")
+        add_lock(root, name)
+    before = stages(root)
+    entries = [before[name]["prepare@digit_scenes"] for name in names]
+    assert entries[0] != entries[1]
+    for name in (*names, *names, "digits"):
+        use(root, name)
+        assert stages(root) == before
+
+
+def test_a_new_table_takes_prepared_data_along(root: Path) -> None:
+    everything = stages(root)
+    (root / stages_file("digits_patterns")).unlink()
+    use(root, "digits_patterns")
+    assert stages(root)["digits_patterns"] == {"prepare@digits": everything["digits"]["prepare@digits"]}
+    assert stages(root)["digits"] == everything["digits"]
 
 
 def test_one_file_for_all_tables_is_taken_apart(root: Path) -> None:
@@ -121,7 +155,8 @@ def test_an_interrupted_exchange_is_completed(root: Path, monkeypatch: pytest.Mo
     except KeyboardInterrupt:
         assert len(done) < 3
     monkeypatch.undo()
-    assert stages(root) == everything
+    left = [stage for path in lock_files(root) for stage in locked_stages(path.read_bytes()).items()]
+    assert all(stage in left for table in everything.values() for stage in table.items())
     use(root, "dit_digits")
     finished = state(root)
     assert stages(root) == everything

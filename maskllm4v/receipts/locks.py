@@ -35,24 +35,28 @@ def is_lock(path: str) -> bool:
     return path == LOCK or (path.startswith(f"{REPORTS}/") and path.endswith("/stages.lock"))
 
 
+def table_lock(root: Path, table: str) -> Path:
+    """The file that says what is locked of a table: ``dvc.lock``, unless it has one of its own, as inactive ones do."""
+    own = root / stages_file(table)
+    return own if own.exists() else root / LOCK
+
+
 def lock_files(root: Path) -> list[Path]:
-    """All files that say what is locked; ``dvc.lock``, which counts most, comes last."""
+    """All files that say what is locked, ``dvc.lock`` last."""
     found = [*sorted(root.glob(stages_file("*"))), root / LOCK]
     return [path for path in found if path.is_file()]
 
 
-def locked_stages(texts: Iterable[str | bytes]) -> dict[str, dict[str, Any]]:
-    """What files of this kind say of each stage, by name; later ones count more.
+def locked_stages(text: str | bytes) -> dict[str, dict[str, Any]]:
+    """What a file of this kind says of each stage, by name.
 
     Raises:
-        UserError: one is damaged, for instance by a merge.
+        UserError: it is damaged, for instance by a merge.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for text in texts:
-        try:
-            found |= (yaml.load(text, yaml.CBaseLoader) or {}).get("stages", {})
-        except (yaml.YAMLError, ValueError, AttributeError, TypeError) as error:
-            raise damaged_lock() from error
+    try:
+        found: dict[str, dict[str, Any]] = (yaml.load(text, yaml.CBaseLoader) or {}).get("stages", {})
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
+        raise damaged_lock() from error
     return found
 
 
@@ -79,6 +83,8 @@ def lock_text(stages: Mapping[str, str]) -> str:
 def activate(root: Path, file: Path) -> None:
     """Make an experiment the one that ``params.yaml`` holds, and its table's stages those in ``dvc.lock``.
 
+    What prepares the data of several tables is locked for each as it ran for that one: a task's settings are among its
+    dependencies.
     Stages that belong to no table stay in ``dvc.lock``. If this is interrupted, the same call completes it.
 
     Raises:
@@ -97,7 +103,7 @@ def activate(root: Path, file: Path) -> None:
             write_text(path, lock_text(_read(path) | own))
     own = {name: text for name, text in before.items() if owners[name] == experiment.table}
     strays = {name: text for name, text in before.items() if owners[name] is None}
-    if after := coming | own | strays:
+    if after := coming | {name: text for name, text in own.items() if name not in coming} | strays:
         write_text(lock, lock_text(after))
     write_text(root / PARAMS, file.read_text(encoding="utf-8"))
     stored.unlink(missing_ok=True)

@@ -85,11 +85,12 @@ def artifact_digests(files: Files) -> dict[str, str]:
     Raises:
         UserError: ``dvc.lock`` is damaged, for instance by a merge.
     """
-    locks = sorted(filter(is_lock, files), key=LOCK.__eq__)
+    outs: dict[str, str] = {}
     try:
-        stages = locked_stages(files[path] for path in locks).values()
-        outs = [out for stage in stages for out in stage.get("outs", [])]
-        return {out["path"]: out["md5"] for out in outs if out["path"].startswith(f"{ARTIFACTS}/")}
+        for path in sorted(filter(is_lock, files), key=LOCK.__eq__):  # dvc.lock, the active table's, counts most
+            for stage in locked_stages(files[path]).values():
+                outs |= {out["path"]: out["md5"] for out in stage.get("outs", [])}
+        return {path: digest for path, digest in outs.items() if path.startswith(f"{ARTIFACTS}/")}
     except (AttributeError, KeyError, TypeError) as error:
         raise damaged_lock() from error
 
