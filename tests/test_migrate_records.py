@@ -15,6 +15,7 @@ import yaml
 from import_graph import ROOT
 from migrated_records import OLD, SETTINGS, Record, lock, old, place
 
+from maskllm4v.receipts.locks import lock_files
 from maskllm4v.runs.paths import record_file
 from maskllm4v.runs.records import FORMAT, read_record
 from maskllm4v.utils.errors import UserError
@@ -199,7 +200,8 @@ def test_without_a_lock(root: Path) -> None:
 def test_entries_are_those_that_dvc_writes() -> None:
     found = [
         out
-        for name, stage in yaml.load((ROOT / "dvc.lock").read_text(), yaml.CSafeLoader)["stages"].items()
+        for path in lock_files(ROOT)
+        for name, stage in yaml.load(path.read_text(), yaml.CSafeLoader)["stages"].items()
         for out in stage.get("outs", [])
         if name.startswith("evaluate@")
     ]
