@@ -21,9 +21,10 @@ def test_readme_and_tables_agree_with_the_records() -> None:
     check_report(ROOT)
 
 
-def test_every_table_has_its_place() -> None:
+def test_every_measured_table_has_its_place() -> None:
     for table in experiments(ROOT):
-        assert f"<!-- {table} -->" in README
+        measured = (ROOT / "reports" / table / "runs").exists()
+        assert not measured or f"<!-- {table} -->" in README
 
 
 def test_params_are_a_published_experiment() -> None:
