@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ CAPS = {
     "train": 64,  # of scenes
     "test": 18,
 }
+SCENES = {**CAPS, "batch_size": 4, "calibration": 6, "holdout": 6, "test": 9}  # four times the tokens of a digit
 TEST_FRACTION = 0.01  # of the digits, stratified: 18 images
 PICTURES = 4
 # What is not exported. ONNX: tracing takes as long as ten trainings, and the weights are those of the other files (when
@@ -38,10 +40,12 @@ def exact_tables(root: Path) -> dict[str, Experiment]:
 
 def shortened(experiment: Experiment) -> Experiment:
     """The same experiment with one seed and small amounts, see :data:`CAPS`."""
-    raw: dict[str, Any] = _capped(experiment.model_dump(mode="json"))
+    made = experiment.data.source == "scenes"
+    caps = SCENES if made else CAPS
+    raw: dict[str, Any] = _capped(experiment.model_dump(mode="json"), caps)
     raw["seeds"] = raw["seeds"][:1]
-    if experiment.data.source == "scenes":  # not written where they are at their defaults
-        raw["data"]["scenes"] = _capped(experiment.data.scenes.model_dump(mode="json"))
+    if made:  # not written where they are at their defaults
+        raw["data"]["scenes"] = _capped(experiment.data.scenes.model_dump(mode="json"), caps)
     raw["data"]["test_fraction"] = min(raw["data"]["test_fraction"], TEST_FRACTION)
     if grid := raw["evaluation"].get("grid"):
         raw["evaluation"]["grid"] = grid[:PICTURES]
@@ -58,13 +62,13 @@ def shortened(experiment: Experiment) -> Experiment:
     return parse_experiment(raw, f"{experiment.table}, cut short")
 
 
-def _capped(value: Any, key: str = "") -> Any:
+def _capped(value: Any, caps: Mapping[str, int], key: str = "") -> Any:
     if isinstance(value, dict):
         if value.get("update") == "none":  # takes no amounts
             return value
         if value.get("epochs") is not None:
-            value = {**value, "epochs": None, "steps": CAPS["steps"]}
-        return {name: _capped(inner, name) for name, inner in value.items()}
+            value = {**value, "epochs": None, "steps": caps["steps"]}
+        return {name: _capped(inner, caps, name) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_capped(inner) for inner in value]
-    return min(value, CAPS[key]) if key in CAPS and type(value) is int else value
+        return [_capped(inner, caps) for inner in value]
+    return min(value, caps[key]) if key in caps and type(value) is int else value
